@@ -1,0 +1,36 @@
+#!/usr/bin/env python3
+"""TWTA_4_4_MNIST: ternary weights and ternary activations on MNIST, 4*4 convolutions.
+
+Architecture: 32C4-2P2-64C4-2P2-64C4-512
+Source:       github.com/edwardzcl/TWTA, published accuracy 99.38 % (150 epochs)
+Accuracy:     not run
+Speed:        not run
+
+    python MNIST/TWTA_4_4_MNIST.py --resume False --learning_rate 0.0001 --mode training
+    python MNIST/TWTA_4_4_MNIST.py --resume True --learning_rate 0.00001 --mode training
+    python MNIST/TWTA_4_4_MNIST.py --resume True --mode inference
+"""
+from twta.command_line import run
+
+DATASETS = ('mnist', 'digits')  # the first is the default
+LEARNING_RATE = 1e-4
+EPOCHS = 150
+BATCH_SIZE = 200
+
+
+def model(x, is_train):
+    """The network on images x [batch, 28, 28, 1]: a TensorLayer layer whose outputs are the logits [batch, 10]."""
+    from twta.ternary_layers import Network  # TensorFlow takes seconds to import: only once the flags are parsed
+
+    net = Network(x, is_train)
+    net.encode(32, 4)                 # 28 * 28 * 32, full-precision weights
+    net.pool(32, 2)                   # 14 * 14 * 32
+    net.conv(64, 4)                   # 14 * 14 * 64
+    net.pool(64, 2)                   # 7 * 7 * 64
+    net.conv(64, 4, padding='VALID')  # 4 * 4 * 64
+    net.dense(512)                    # 512
+    return net.classify(10)           # 10, full-precision weights
+
+
+if __name__ == '__main__':
+    run(__file__, __doc__, model, DATASETS, LEARNING_RATE, EPOCHS, BATCH_SIZE)

@@ -1,0 +1,73 @@
+"""Checkpoints: everything that resuming needs, in one tf.train.Saver file that is complete or absent.
+
+Beside the variables (latent weights, Adam slots, moving moments) a checkpoint holds the run's state as JSON text: its
+script and data set, seed, epoch, stages (learning rates in order), history and best validation accuracy. The random
+state needs no more than seed and epoch, from which each epoch's shuffle is drawn. Saver writes a new file, then the
+name of it into `checkpoint`, then removes an old one: a kill at any moment leaves the previous checkpoint usable.
+"""
+import json
+import shutil
+
+from twta import TwtaError
+from twta.tf1 import tf
+
+FORMAT = 1
+INDEX = {'last': 'checkpoint', 'best': 'checkpoint_best'}  # the files that name the newest checkpoint of each kind
+
+
+class Checkpoints:
+    """The checkpoints in one run directory; build it after the graph's variables. Keeps the last two and the best one."""
+
+    def __init__(self, run_dir):
+        self.run_dir = run_dir
+        with tf.device('/cpu:0'):
+            state = tf.get_variable('run_state', initializer=tf.constant('{}'), trainable=False)
+            self.text = tf.placeholder(tf.string, [])
+            self.set_state = state.assign(self.text)
+        self.savers = {which: tf.train.Saver(max_to_keep=keep, save_relative_paths=True)
+                       for which, keep in (('last', 2), ('best', 1))}
+        for leftover in run_dir.glob('*_temp'):  # of a save that was killed
+            shutil.rmtree(leftover)
+        for which, saver in self.savers.items():
+            kept = tf.train.get_checkpoint_state(str(run_dir), INDEX[which])
+            if kept:
+                saver.recover_last_checkpoints(kept.all_model_checkpoint_paths)
+
+    def save(self, session, state, is_best):
+        session.run(self.set_state, {self.text: json.dumps(state)})
+        for which in ('last', 'best') if is_best else ('last',):
+            self.savers[which].save(session, str(self.run_dir / which), global_step=state['epoch'],
+                                    latest_filename=INDEX[which], write_meta_graph=False)
+
+    def restore(self, session, path):
+        self.savers['last'].restore(session, path)
+
+
+def find(run_dir, which):
+    """The path of the newest checkpoint of a kind, 'last' or 'best'; TwtaError where there is none."""
+    path = tf.train.latest_checkpoint(str(run_dir), INDEX[which])
+    if path is None:
+        raise TwtaError(f'{run_dir / INDEX[which]} names no checkpoint that is there; start again with --resume False')
+    return path
+
+
+def read_state(path, script, dataset):
+    """The run's state in a checkpoint; TwtaError where it is of another script or data set, or cannot be read."""
+    try:
+        state = json.loads(tf.train.load_checkpoint(path).get_tensor('run_state'))
+        found = state['script'], state['dataset']
+    except (ValueError, KeyError, tf.errors.OpError) as error:
+        raise TwtaError(f'{path}: not a checkpoint of these scripts ({str(error).splitlines()[0]})') from None
+    if state['format'] > FORMAT:
+        raise TwtaError(f'{path}: written by a newer version of these scripts (format {state["format"]}, this one '
+                        f'reads up to {FORMAT}); update them')
+    if found != (script, dataset):
+        raise TwtaError(f'{path}: a checkpoint of {found[0]} on {found[1]}, not of {script} on {dataset}; choose '
+                        'another --run_dir')
+    return state
+
+
+def restore_weights(session, path, variables):
+    """Sets just these variables from a checkpoint."""
+    with session.graph.as_default():
+        tf.train.Saver(variables).restore(session, path)

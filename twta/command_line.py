@@ -1,0 +1,131 @@
+"""The command line that every script has. It answers --help and a bad flag before TensorFlow is imported."""
+import argparse
+import math
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from twta import TwtaError, UsageError
+
+
+def run(script, description, model, datasets, learning_rate, epochs, batch_size):
+    """Parses the flags and trains or evaluates the network; a script ends in this call.
+
+    script         the script's __file__; its name names the architecture, its folder's parent is the root
+    description    the script's docstring, for --help
+    model          function of (x, is_train) that returns the network as a TensorLayer layer, its outputs the logits
+    datasets       names in twta.datasets.DATASETS, the default first
+    learning_rate, epochs, batch_size    the script's own protocol, the defaults of the flags
+    """
+    script = Path(script).resolve()
+    defaults = {'learning_rate': learning_rate, 'epochs': epochs, 'batch_size': batch_size}
+    try:
+        args = parse(script, description, datasets, defaults)
+        if args.verbose:
+            os.environ['TF_CPP_MIN_LOG_LEVEL'] = '0'
+        from twta import experiment  # imports TensorFlow
+
+        experiment.run(script.stem, model, args, defaults)
+    except TwtaError as error:
+        sys.exit(fail(script, error, error.exit_code))
+    except OSError as error:
+        sys.exit(fail(script, error, TwtaError.exit_code))
+    except KeyboardInterrupt:
+        sys.exit(130)  # 128 + SIGINT
+
+
+def fail(script, error, exit_code):
+    print(f'{script.name}: error: {error}', file=sys.stderr)
+    return exit_code
+
+
+def parse(script, description, datasets, defaults, argv=None):
+    """The flags as a namespace, with the paths made absolute; raises UsageError, or SystemExit after --help."""
+    parser = Parser(prog=script.name, description=description, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add('--mode', choices=('training', 'inference'), default='training', help='default: training')
+    add('--resume', type=truth, metavar='{True,False}',
+        help='True: go on from the last checkpoint in --run_dir; False: start with new weights, an earlier run is moved '
+             'aside. Default: False in training; inference always reads a checkpoint or --weights')
+    add('--learning_rate', type=positive_number, metavar='RATE', help=f'of Adam, default: {defaults["learning_rate"]:g}')
+    add('--epochs', type=positive_integer, metavar='N',
+        help=f'to train in this command, default: {defaults["epochs"]}. After --resume True the same flags finish an '
+             'interrupted training; other flags, or a finished training, begin N more epochs')
+    add('--batch_size', type=positive_integer, metavar='N', help=f'default: {defaults["batch_size"]}')
+    add('--seed', type=natural, metavar='N', help='of weights and shuffling, default: 0; a resumed run keeps its own')
+    add('--gpu', type=natural, default=0, metavar='INDEX', help='which GPU, default: 0; without any, the CPU is used')
+    add('--dataset', choices=datasets, default=datasets[0], help=f'default: {datasets[0]}')
+    add('--data_dir', type=Path, metavar='DIR', help='where data sets are, or are downloaded to; default: data/ beside README.md')
+    add('--run_dir', type=Path, metavar='DIR',
+        help='checkpoints, log.csv, model.npz, ...; default: runs/SCRIPT-DATASET beside README.md')
+    add('--precision', choices=('auto', 'float32', 'bfloat16'), default='auto',
+        help='of training; auto, the default: bfloat16 where the hardware multiplies it. Evaluation is always float32')
+    add('--checkpoint', choices=('last', 'best'), default='last',
+        help='which one inference reads: after the last epoch (default), or the best on validation')
+    add('--weights', type=Path, metavar='NPZ', help='weights to start from or to evaluate, instead of a checkpoint: a model.npz')
+    add('--verbose', action='store_true', help="print TensorLayer's layers and parameters, and TensorFlow's own messages")
+    args = parser.parse_args(argv)
+
+    root = script.parent.parent
+    args.data_dir = (args.data_dir or root / 'data').resolve()
+    args.run_dir = (args.run_dir or root / 'runs' / f'{script.stem}-{args.dataset}').resolve()
+    check(args, script)
+    return args
+
+
+def check(args, script):
+    """Raises UsageError where the flags contradict each other or ask for a file that is not there."""
+    inference = args.mode == 'inference'
+    if args.weights and not args.weights.is_file():
+        raise UsageError(f'--weights {args.weights}: no such file; a training writes model.npz into its --run_dir')
+    if args.weights and args.resume:
+        raise UsageError('--weights and --resume True: weights come from a file or from a checkpoint, leave one of them out')
+    if inference and args.resume is False and not args.weights:
+        raise UsageError('--resume False with --mode inference: there is nothing to evaluate but random weights; use '
+                         '--resume True, or --weights model.npz')
+    for flag in ('epochs', 'learning_rate', 'batch_size', 'seed'):
+        if inference and getattr(args, flag) is not None:
+            raise UsageError(f'--{flag} {getattr(args, flag)} has no meaning with --mode inference; leave it out')
+    if args.checkpoint == 'best' and (not inference or args.weights):
+        raise UsageError('--checkpoint best is for --mode inference without --weights; training resumes from the last one')
+    args.resume = bool(inference and not args.weights if args.resume is None else args.resume)
+    if args.resume and not (args.run_dir / 'checkpoint').is_file():
+        command = f'python {shlex.quote(os.path.relpath(script))} --resume False --mode training'
+        for flag in ('dataset', 'run_dir'):
+            if any(word.split('=')[0] == f'--{flag}' for word in sys.argv):
+                command += f' --{flag} {shlex.quote(str(getattr(args, flag)))}'
+        raise UsageError(f'no checkpoint in {args.run_dir}; make one with: {command}')
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(f'{message}; see --help')
+
+
+def truth(text):
+    values = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f'{text!r} is neither True nor False')
+    return values[text.lower()]
+
+
+def positive_number(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0')
+    return value
+
+
+def natural(text, least=0):
+    if not (text.isascii() and text.isdigit() and least <= int(text) < 2 ** 31):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from {least} to {2 ** 31 - 1}')
+    return int(text)
+
+
+def positive_integer(text):
+    return natural(text, least=1)

@@ -1,0 +1,252 @@
+"""Training and inference: build the graph, open the session, loop.
+
+One graph holds the network twice over the same variables: as it trains (moments of the batch, --precision) and as it
+is evaluated (moving moments, float32). The loop feeds batches of uint8 images.
+"""
+import sys
+import time
+from types import SimpleNamespace
+
+import numpy as np
+from tqdm import tqdm
+
+from twta import TwtaError, UsageError, checkpoints, datasets, records
+from twta.session import choose_precision, describe, find_gpu, open_session
+from twta.tf1 import tf
+
+PIXEL_RANGE = 256  # pixels are divided by it, as published (not 255); exact in bfloat16
+EVALUATION_BATCH = 200  # images; what it is changes the memory needed, not the result
+
+
+def run(script, model, args, defaults):
+    """Trains or evaluates, as the flags say."""
+    gpu = find_gpu(args.gpu)
+    precision = choose_precision(args.precision, gpu)
+    dataset = datasets.load(args.dataset, args.data_dir)
+    say(f'data    {dataset}')
+    say(f'device  {describe(gpu, precision)}')
+    (train if args.mode == 'training' else infer)(script, model, args, defaults, dataset, precision)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The graph
+
+
+def build(model, dataset, seed, precision=None):
+    """The graph: placeholders, the network for evaluation, and, where a precision to train in is given, for training.
+
+    images         uint8 [batch, height, width, channels]
+    labels         int32 [batch]
+    evaluation     .loss the summed cross-entropy and .correct the count of right predictions, over the batch
+    training       the same, as it trains; .step applies Adam with learning_rate to the mean cross-entropy
+    net            the network as a TensorLayer layer
+    """
+    graph = tf.Graph()
+    with graph.as_default():
+        tf.set_random_seed(seed)
+        images = tf.placeholder(tf.uint8, [None, *dataset.test.images.shape[1:]], 'images')
+        labels = tf.placeholder(tf.int32, [None], 'labels')
+        learning_rate = tf.placeholder(tf.float32, [], 'learning_rate')
+        net = model(tf.cast(images, tf.float32) / PIXEL_RANGE, False)
+        evaluation = measure(net, labels)
+        training = None
+        if precision:
+            with tf.variable_scope(tf.get_variable_scope(), reuse=True):
+                training = measure(model(tf.cast(images, precision) / PIXEL_RANGE, True), labels)
+            with tf.control_dependencies(tf.get_collection(tf.GraphKeys.UPDATE_OPS)):
+                mean_loss = training.loss / tf.cast(tf.size(labels), tf.float32)
+                training.step = tf.train.AdamOptimizer(learning_rate).minimize(mean_loss)
+    return SimpleNamespace(graph=graph, images=images, labels=labels, learning_rate=learning_rate, net=net,
+                           evaluation=evaluation, training=training)
+
+
+def measure(net, labels):
+    logits = tf.cast(net.outputs, tf.float32)
+    loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
+    correct = tf.equal(tf.argmax(logits, 1, output_type=tf.int32), labels)
+    return SimpleNamespace(loss=tf.reduce_sum(loss), correct=tf.reduce_sum(tf.cast(correct, tf.int32)))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+def train(script, model, args, defaults, dataset, precision):
+    """Trains for the epochs of a stage; each ends with a line, a checkpoint and a row of log.csv."""
+    state = open_run(script, args, dataset)
+    stage = next_stage(state, args, defaults)
+    first, last = state['epoch'] + 1, stage['first_epoch'] + stage['epochs'] - 1
+    if stage['batch_size'] > len(dataset.train.labels):
+        raise UsageError(f'--batch_size {stage["batch_size"]}: there are {len(dataset.train.labels)} training images')
+    network = build(model, dataset, state['seed'], precision)
+    earlier = None if args.resume else records.move_aside(args.run_dir)
+    if earlier:
+        say(f'the earlier run in {args.run_dir} is now in {earlier}')
+    args.run_dir.mkdir(parents=True, exist_ok=True)
+    with network.graph.as_default(), open_session(network.graph, args.gpu) as session:
+        store = checkpoints.Checkpoints(args.run_dir)
+        if args.resume:
+            store.restore(session, checkpoints.find(args.run_dir, 'last'))
+        else:
+            session.run(tf.global_variables_initializer())
+        if args.weights:
+            records.load_weights(args.weights, network.net, session)
+        if args.verbose:
+            network.net.print_layers()
+            network.net.print_params(details=False)
+        say(f'run     {args.run_dir}')
+        say(f'{script}: {network.net.count_params():,} parameters; epochs {first} to {last}, learning rate '
+            f'{stage["learning_rate"]:g}, batches of {stage["batch_size"]}, seed {state["seed"]}')
+        record = {'script': script, 'command': sys.argv, 'flags': vars(args), 'stages': state['stages'],
+                  'seed': state['seed'], 'precision': precision.name, 'data': describe_data(dataset),
+                  **records.environment()}
+        records.write_json(args.run_dir / 'config.json', record)
+        try:
+            train_epochs(network, session, store, state, stage, dataset, args.run_dir)
+        except KeyboardInterrupt:
+            say(f'interrupted in epoch {state["epoch"] + 1}; '
+                + (f'epochs 1 to {state["epoch"]} are saved, go on with --resume True' if state['epoch'] else
+                   'nothing was saved yet'))
+            raise
+        finally:
+            if state['history']:
+                records.write_curve(args.run_dir / 'curve.png', f'{script} on {dataset.name}', state['history'])
+        report(script, network, session, dataset, args, state['epoch'])
+
+
+def train_epochs(network, session, store, state, stage, dataset, run_dir):
+    first, last = state['epoch'] + 1, stage['first_epoch'] + stage['epochs'] - 1
+    batch_size, learning_rate = stage['batch_size'], stage['learning_rate']
+    n_steps = len(dataset.train.labels) // batch_size
+    training = network.training
+    step = session.make_callable([training.loss, training.correct, training.step],
+                                 [network.images, network.labels, network.learning_rate])
+    records.write_log(run_dir / 'log.csv', state['history'])
+    events = records.Events(run_dir, first)
+    bar = tqdm(total=(last - first + 1) * n_steps, unit='step', leave=False, disable=not sys.stderr.isatty())
+    with bar:
+        for epoch in range(first, last + 1):
+            bar.set_description(f'epoch {epoch}/{last}')
+            start = time.perf_counter()
+            loss, correct = 0.0, 0
+            for batch in shuffled_batches(len(dataset.train.labels), batch_size, state['seed'], epoch):
+                batch_loss, batch_correct, _ = step(dataset.train.images[batch], dataset.train.labels[batch],
+                                                    learning_rate)
+                loss += float(batch_loss)
+                correct += int(batch_correct)
+                bar.update()
+            seconds = time.perf_counter() - start
+            n_images = n_steps * batch_size
+            if not np.isfinite(loss):
+                raise TwtaError(f'the loss is {loss} in epoch {epoch}; the last good checkpoint is of epoch '
+                                f'{state["epoch"]}, go on from it with --resume True and a lower --learning_rate')
+            _, validation_accuracy = evaluate(network, session, dataset.validation)
+            state['epoch'] = epoch
+            state['history'].append(dict(zip(records.FIELDS, (
+                epoch, learning_rate, loss / n_images, correct / n_images, validation_accuracy,
+                round(n_images / seconds, 1), round(seconds, 3)), strict=True)))
+            is_best = validation_accuracy > state['best_validation_accuracy']
+            state['best_validation_accuracy'] = max(validation_accuracy, state['best_validation_accuracy'])
+            store.save(session, state, is_best)
+            records.write_log(run_dir / 'log.csv', state['history'])
+            records.save_weights(run_dir / 'model.npz', network.net, session)
+            events.add(state['history'][-1])
+            say(f'epoch {epoch}/{last}  loss {loss / n_images:.4f}  train acc {correct / n_images:.4f}  '
+                f'val acc {validation_accuracy:.4f}  {n_images / seconds:,.0f} images/s')
+
+
+def shuffled_batches(n_images, batch_size, seed, epoch):
+    """The epoch's batches of indices, from seed and epoch alone; images that fill no batch sit the epoch out."""
+    order = np.random.default_rng([seed, epoch]).permutation(n_images)
+    return order[:n_images // batch_size * batch_size].reshape(-1, batch_size)
+
+
+def evaluate(network, session, split):
+    """Mean cross-entropy and accuracy over a split."""
+    loss, correct = 0.0, 0
+    for start in range(0, len(split.labels), EVALUATION_BATCH):
+        batch = slice(start, start + EVALUATION_BATCH)
+        batch_loss, batch_correct = session.run(
+            [network.evaluation.loss, network.evaluation.correct],
+            {network.images: split.images[batch], network.labels: split.labels[batch]})
+        loss += float(batch_loss)
+        correct += int(batch_correct)
+    return loss / len(split.labels), correct / len(split.labels)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The state of a run
+
+
+def open_run(script, args, dataset):
+    """The state of the run to resume, or of a new one."""
+    if not args.resume:
+        return {'format': checkpoints.FORMAT, 'script': script, 'dataset': args.dataset,
+                'data_sha256': dataset.sha256(), 'seed': args.seed or 0, 'epoch': 0, 'stages': [], 'history': [],
+                'best_validation_accuracy': -1.0}
+    state = checkpoints.read_state(checkpoints.find(args.run_dir, 'last'), script, args.dataset)
+    if args.seed not in (None, state['seed']):
+        raise UsageError(f'--seed {args.seed}: the run in {args.run_dir} was started with seed {state["seed"]}; leave '
+                         '--seed out, or start a new run with --resume False')
+    if dataset.sha256() != state['data_sha256']:
+        say('WARNING: these are not the images that the run was started on')
+    return state
+
+
+def next_stage(state, args, defaults):
+    """The stage to train, the last in state['stages']: an interrupted one where the flags are its own, else a new one."""
+    flags = {flag: getattr(args, flag) for flag in defaults if getattr(args, flag) is not None}
+    if state['stages']:
+        stage = state['stages'][-1]
+        done = state['epoch'] - stage['first_epoch'] + 1
+        if done < stage['epochs']:
+            if flags.items() <= stage.items():
+                return stage
+            stage['epochs'] = done
+    stage = {'first_epoch': state['epoch'] + 1, **defaults, **flags}
+    state['stages'].append(stage)
+    return stage
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Inference
+
+
+def infer(script, model, args, defaults, dataset, precision):
+    """Evaluates the network of a checkpoint, or of --weights, on the test images."""
+    network = build(model, dataset, seed=0)
+    with network.graph.as_default(), open_session(network.graph, args.gpu) as session:
+        if args.weights:
+            records.load_weights(args.weights, network.net, session)
+            source, epoch = args.weights, None
+        else:
+            source = checkpoints.find(args.run_dir, args.checkpoint)
+            epoch = checkpoints.read_state(source, script, args.dataset)['epoch']
+            checkpoints.restore_weights(session, source, network.net.all_params)
+        if args.verbose:
+            network.net.print_layers()
+            network.net.print_params(details=False)
+        say(f'{script}: {network.net.count_params():,} parameters from {source}')
+        report(script, network, session, dataset, args, epoch)
+
+
+def report(script, network, session, dataset, args, epoch):
+    """Prints loss and accuracy on the test images and writes result.json."""
+    loss, accuracy = evaluate(network, session, dataset.test)
+    say(f'test loss: {loss:.4f}')
+    say(f'test acc: {accuracy:.4f}')
+    args.run_dir.mkdir(parents=True, exist_ok=True)
+    records.write_json(args.run_dir / 'result.json', {
+        'script': script, 'epoch': epoch, 'checkpoint': str(args.weights or args.checkpoint), 'test_loss': loss,
+        'test_accuracy': accuracy, 'test_images': len(dataset.test.labels), 'data': describe_data(dataset),
+        **records.environment()})
+
+
+def describe_data(dataset):
+    return {'name': dataset.name, 'origin': dataset.origin, 'published': dataset.published, 'sha256': dataset.sha256()}
+
+
+def say(line):
+    """A line on stdout, above the progress bar if there is one."""
+    tqdm.write(line)
+    sys.stdout.flush()

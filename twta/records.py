@@ -1,0 +1,148 @@
+"""What a run leaves for its reader, in the run directory: config.json, log.csv, curve.png, events, result.json, model.npz.
+
+Each is written beside its name and moved into place, so that a kill leaves the previous one whole.
+"""
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from twta import TwtaError
+from twta.tf1 import tf, tl
+
+FIELDS = ('epoch', 'learning_rate', 'loss', 'training_accuracy', 'validation_accuracy', 'images_per_second', 'seconds')
+OURS = ('checkpoint*', 'last-*', 'best-*', '*_temp', 'events.out.tfevents*', 'config.json', 'log.csv', 'curve.png',
+        'result.json', 'model.npz')
+
+
+def move_aside(run_dir):
+    """Moves an earlier run's files into run_dir/earlier-1 (or -2, ...) and returns that folder; None where there are none.
+
+    Only files of the kinds that a run writes are moved.
+    """
+    if not (run_dir / 'config.json').exists():
+        return None
+    earlier = next(folder for folder in (run_dir / f'earlier-{i}' for i in range(1, sys.maxsize)) if not folder.exists())
+    earlier.mkdir()
+    for pattern in OURS:
+        for path in run_dir.glob(pattern):
+            path.rename(earlier / path.name)
+    return earlier
+
+
+def write(path, text):
+    part = path.with_name(path.name + '.part')
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def write_json(path, record):
+    write(path, json.dumps(record, indent=2, default=str) + '\n')
+
+
+def environment():
+    """Versions, code and machine, for config.json and result.json."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        code = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=root, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        code = 'unknown'
+    return {
+        'versions': {'python': platform.python_version(), 'tensorflow': tf.__version__, 'tensorlayer': tl.__version__,
+                     'numpy': np.__version__},
+        'code': code,
+        'machine': {'processor': processor(), 'cores': os.cpu_count(), 'system': platform.platform()},
+        'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
+    }
+
+
+def processor():
+    cpuinfo = Path('/proc/cpuinfo')
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')), platform.processor())
+
+
+def write_log(path, history):
+    """log.csv, a row an epoch, from the state's history: rewritten whole, so that no epoch is missing or there twice."""
+    part = path.with_name(path.name + '.part')
+    with open(part, 'w', newline='') as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(history)
+    os.replace(part, path)
+
+
+def write_curve(path, title, history):
+    """curve.png: loss and accuracies by epoch."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [row['epoch'] for row in history]
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout='constrained')
+    marker = '.' if len(epochs) < 40 else None
+    left.plot(epochs, [row['loss'] for row in history], marker=marker)
+    left.set(xlabel='epoch', ylabel='training loss (cross-entropy)', yscale='log')
+    for key, label in (('training_accuracy', 'training'), ('validation_accuracy', 'validation')):
+        right.plot(epochs, [100 * row[key] for row in history], marker=marker, label=label)
+    right.set(xlabel='epoch', ylabel='accuracy (%)')
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.suptitle(title)
+    part = path.with_name(path.name + '.part')
+    figure.savefig(part, format='png', dpi=120)
+    pyplot.close(figure)
+    os.replace(part, path)
+
+
+class Events:
+    """TensorBoard events in the run directory, a point an epoch."""
+
+    def __init__(self, run_dir, first_epoch):
+        self.writer = tf.summary.FileWriter(str(run_dir))
+        start = tf.SessionLog(status=tf.SessionLog.START)  # TensorBoard drops what a killed run wrote beyond
+        self.writer.add_session_log(start, first_epoch)
+
+    def add(self, row):
+        values = [tf.Summary.Value(tag=field, simple_value=row[field]) for field in FIELDS[1:]]
+        self.writer.add_summary(tf.Summary(value=values), row['epoch'])
+        self.writer.flush()
+
+
+def save_weights(path, net, session):
+    """model.npz: every parameter of the network by variable name, in TensorLayer's own form."""
+    part = path.with_name('.part.' + path.name)
+    tl.files.save_npz_dict(net.all_params, str(part), session)
+    os.replace(part, path)
+
+
+def load_weights(path, net, session):
+    """Sets every parameter of the network from a model.npz; TwtaError, and nothing set, where they do not fit."""
+    shapes = {variable.name: tuple(variable.shape.as_list()) for variable in net.all_params}
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            weights = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+        raise TwtaError(f'--weights {path}: not an npz file of weights ({error})') from None
+    for name in sorted(shapes.keys() | weights.keys()):
+        found = 'absent'
+        if name in weights:
+            found = weights[name].shape if weights[name].dtype == np.float32 else weights[name].dtype
+        if found != shapes.get(name, 'absent'):
+            raise TwtaError(f'--weights {path}: {name} is {found} in the file and {shapes.get(name, "absent")} in this '
+                            'network; take the weights of the same script')
+    for variable in net.all_params:
+        variable.load(weights[variable.name], session)

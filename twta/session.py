@@ -1,0 +1,47 @@
+"""Where a network runs: the device, the precision that it multiplies natively, and the session on it."""
+import os
+from pathlib import Path
+
+from twta import UsageError
+from twta.tf1 import native_chatter_hidden, tf
+
+
+def find_gpu(index):
+    """The GPU of that index as a TensorFlow device, or None where the machine has none; UsageError for a wrong index."""
+    with native_chatter_hidden():
+        gpus = tf.config.experimental.list_physical_devices('GPU')
+    if gpus and index >= len(gpus):
+        raise UsageError(f'--gpu {index}: this machine has {len(gpus)}, valid are 0 to {len(gpus) - 1}')
+    return gpus[index] if gpus else None
+
+
+def choose_precision(flag, gpu):
+    """The type to train in, tf.float32 or tf.bfloat16; 'auto' takes bfloat16 where it is multiplied natively.
+
+    That is a GPU of compute capability 8 or more; without a GPU, an x86 processor with AVX512-BF16 or AMX, on Linux.
+    """
+    if flag != 'auto':
+        return tf.as_dtype(flag)
+    if gpu:
+        native = tf.config.experimental.get_device_details(gpu).get('compute_capability', (0, 0)) >= (8, 0)
+    else:
+        cpuinfo = Path('/proc/cpuinfo')
+        flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
+        native = 'avx512_bf16' in flags or 'amx_bf16' in flags
+    return tf.bfloat16 if native else tf.float32
+
+
+def describe(gpu, precision):
+    """The line for the log on device and precision."""
+    if gpu:
+        device = tf.config.experimental.get_device_details(gpu).get('device_name', gpu.name)
+    else:
+        device = f'no GPU found, using the CPU ({os.cpu_count()} cores)'
+    return f'{device}; training in {precision.name}, evaluation in float32'
+
+
+def open_session(graph, gpu_index):
+    """A session on the graph that sees only the GPU of that index, if there is one, and takes its memory as needed."""
+    options = tf.GPUOptions(allow_growth=True, visible_device_list=str(gpu_index))
+    with native_chatter_hidden():
+        return tf.Session(graph=graph, config=tf.ConfigProto(gpu_options=options))

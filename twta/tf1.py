@@ -1,0 +1,60 @@
+"""The one switch to TensorFlow 1: `from twta.tf1 import tf, tl` gives graph-mode TensorFlow and TensorLayer 1.8.4.
+
+TensorLayer 1.8.4 says `import tensorflow` and expects version 1, so `tf.compat.v1` answers to that name while
+TensorLayer is imported, and only then: any other library sees the real TensorFlow. Both are quiet unless the
+environment sets TF_CPP_MIN_LOG_LEVEL below 3, which `--verbose` does.
+"""
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+import warnings
+
+QUIET = os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3') == '3'
+
+
+@contextlib.contextmanager
+def native_chatter_hidden():
+    """Keeps what TensorFlow's C++ side writes to stderr (CUDA probing, oneDNN notices) off the terminal.
+
+    TensorFlow 2.21 logs some lines through absl before it has read TF_CPP_MIN_LOG_LEVEL, so only the file descriptor
+    can stop them. If the block fails, what was held back is shown: it may say why.
+    """
+    if not QUIET:
+        yield
+        return
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as held_back:
+        os.dup2(held_back.fileno(), 2)
+        try:
+            yield
+        except Exception:
+            held_back.seek(0)
+            os.write(terminal, held_back.read())
+            raise
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+
+
+with native_chatter_hidden(), warnings.catch_warnings():
+    if QUIET:
+        warnings.simplefilter('ignore')
+        logging.getLogger('tensorflow').setLevel(logging.ERROR)
+    import tensorflow as tensorflow_2
+
+    tf = tensorflow_2.compat.v1
+    tf.disable_v2_behavior()
+    tf.enable_resource_variables()  # the reference variables of TensorFlow 1 may be read while they are written
+    sys.modules['tensorflow'] = tf
+    try:
+        import tensorlayer as tl
+    finally:
+        sys.modules['tensorflow'] = tensorflow_2
+
+if QUIET:
+    logging.getLogger('tensorlayer').setLevel(logging.WARNING)
+
+__all__ = ['native_chatter_hidden', 'tf', 'tl']
