@@ -20,7 +20,7 @@ BATCH_SIZE = 200
 
 def model(x, is_train):
     """The network on images x [batch, 28, 28, 1]: a TensorLayer layer whose outputs are the logits [batch, 10]."""
-    from twta.ternary_layers import Network  # TensorFlow takes seconds to import: only once the flags are parsed
+    from twta.ternary_layers import Network  # here, so that --help need not wait for TensorFlow
 
     net = Network(x, is_train)
     net.encode(32, 4)                 # 28 * 28 * 32, full-precision weights

@@ -118,7 +118,7 @@ class DenseLayer(tl.layers.Layer):
 
 
 class BatchNormLayer(tl.layers.Layer):
-    """Batch normalisation (arXiv:1502.03167, section 3), one fused operation: gamma * (x - mean) / sqrt(var + 1e-5) + beta.
+    """Batch normalisation (arXiv:1502.03167, section 3): gamma * (x - mean) / sqrt(variance + 1e-5) + beta, fused.
 
     prev_layer  a layer with outputs [batch, height, width, channels] or [batch, channels]
     is_train    True: the moments of the batch, and tf.GraphKeys.UPDATE_OPS gets the updates of the moving moments
@@ -156,7 +156,8 @@ class ActivationLayer(tl.layers.Layer):
     def __init__(self, prev_layer, activation=ternarize_activations, name='activation'):
         super().__init__(prev_layer=prev_layer, name=name)
         self.inputs = prev_layer.outputs
-        self.outputs = activation(self.inputs)
+        with tf.name_scope(name):
+            self.outputs = activation(self.inputs)
         self.all_layers.append(self.outputs)
 
 
@@ -198,7 +199,7 @@ class Network:
         self.activate(DenseLayer(self.flat(), n_units, self.weights, name), name)
 
     def classify(self, n_classes, batch_norm=True):
-        """The last dense layer, with full-precision weights and no activation; returns it: its outputs are the logits."""
+        """The last dense layer, with full-precision weights and no activation. Returns it: the outputs are the logits."""
         net = DenseLayer(self.flat(), n_classes, full_precision, 'classify')
         return BatchNormLayer(net, self.is_train, 'classify/bn') if batch_norm else net
 

@@ -1,0 +1,186 @@
+"""Every layer against the plain TensorFlow operation on pre-ternarised weights, and batch normalisation against numpy."""
+import numpy as np
+import pytest
+
+from twta.ternary_layers import (
+    ActivationLayer,
+    BatchNormLayer,
+    Conv2dLayer,
+    DenseLayer,
+    Network,
+    full_precision,
+    ternarize_activations,
+)
+from twta.tf1 import tf, tl
+
+RNG = np.random.default_rng(1)
+
+
+def numpy_ternary(w):
+    d = 0.7 * np.abs(w).mean()
+    return (w >= d).astype(np.float32) - (w <= -d)
+
+
+def ternary_images(*shape):
+    return RNG.integers(-1, 2, shape).astype(np.float32)
+
+
+def input_layer(x):
+    return tl.layers.InputLayer(tf.constant(x), name='images')
+
+
+def outputs_and_weights(session, layer):
+    session.run(tf.global_variables_initializer())
+    return session.run([layer.outputs, layer.all_params[-1]])
+
+
+@pytest.mark.parametrize('padding', ['SAME', 'VALID'])
+@pytest.mark.parametrize('size, stride', [(1, 1), (2, 2), (3, 1), (4, 1), (4, 2), (5, 1)])
+def test_convolution_equals_plain_convolution_on_ternary_weights(session, size, stride, padding):
+    x = ternary_images(3, 8, 8, 6)
+    layer = Conv2dLayer(input_layer(x), 10, size, stride, padding)
+    y, w = outputs_and_weights(session, layer)
+    plain = session.run(tf.nn.conv2d(x, numpy_ternary(w), [1, stride, stride, 1], padding))
+    assert w.shape == (size, size, 6, 10)
+    np.testing.assert_array_equal(y, plain)  # sums of -1, 0, +1 are exact
+
+
+def test_full_precision_convolution_is_the_plain_one(session):
+    x = RNG.normal(size=(2, 7, 7, 3)).astype(np.float32)
+    y, w = outputs_and_weights(session, Conv2dLayer(input_layer(x), 5, 3, quantizer=full_precision))
+    np.testing.assert_array_equal(y, session.run(tf.nn.conv2d(x, w, [1, 1, 1, 1], 'SAME')))
+
+
+@pytest.mark.parametrize('groups, size, stride, padding', [(2, 3, 1, 'SAME'), (4, 4, 2, 'SAME'), (8, 2, 2, 'VALID'),
+                                                           (8, 1, 1, 'SAME')])
+def test_groups_equal_separate_convolutions_on_interleaved_channels(session, groups, size, stride, padding):
+    x = ternary_images(2, 6, 6, 16)
+    layer = Conv2dLayer(input_layer(x), 24, size, stride, padding, groups)
+    upstream = RNG.normal(size=layer.outputs.shape).astype(np.float32)
+    y, w = outputs_and_weights(session, layer)
+    parts = np.split(w, groups, axis=-1)
+    inputs, filters = tf.constant(x), [tf.constant(numpy_ternary(part)) for part in parts]
+    loop = tf.concat([tf.nn.conv2d(inputs[..., g::groups], filters[g], [1, stride, stride, 1], padding)
+                      for g in range(groups)], axis=-1)
+    np.testing.assert_array_equal(y, session.run(loop))
+    ours = session.run(tf.gradients(layer.outputs, [layer.inputs, layer.all_params[-1]], upstream))
+    loops = session.run(tf.gradients(loop, [inputs, *filters], upstream))
+    np.testing.assert_allclose(ours[0], loops[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(ours[1], np.concatenate(loops[1:], axis=-1), rtol=1e-5, atol=1e-5)
+
+
+def test_groups_that_do_not_divide_are_refused(session):
+    with pytest.raises(ValueError, match='16 channels and 6 filters do not divide into 4 groups'):
+        Conv2dLayer(input_layer(ternary_images(1, 4, 4, 16)), 6, 3, groups=4)
+
+
+def test_dense_equals_matrix_product_on_ternary_weights(session):
+    x = ternary_images(5, 40)
+    layer = DenseLayer(input_layer(x), 12)
+    y, w = outputs_and_weights(session, layer)
+    np.testing.assert_array_equal(y, x @ numpy_ternary(w))
+    gradient = session.run(tf.gradients(layer.outputs, layer.all_params[-1], tf.ones([5, 12])))[0]
+    np.testing.assert_allclose(gradient, x.T @ np.ones((5, 12), np.float32))  # straight through
+
+
+@pytest.mark.parametrize('quantizer', [ternarize_activations, tf.nn.relu])
+def test_activation_layer_applies_its_quantizer(session, quantizer):
+    x = RNG.normal(size=(4, 9)).astype(np.float32)
+    layer = ActivationLayer(input_layer(x), quantizer)
+    np.testing.assert_array_equal(*session.run([layer.outputs, quantizer(tf.constant(x))]))
+
+
+def set_random_batch_norm(session, layer):
+    """Random beta, gamma and moving moments, some gamma negative; as float64."""
+    channels = layer.all_params[0].shape[0]
+    values = [RNG.normal(size=channels), RNG.normal(size=channels), RNG.normal(size=channels),
+              RNG.uniform(0.1, 9, channels)]
+    for variable, value in zip(layer.all_params, values, strict=True):
+        variable.load(value.astype(np.float32), session)
+    return values
+
+
+@pytest.mark.parametrize('shape', [(8, 5, 5, 7), (32, 7)])
+def test_batch_norm_in_training(session, shape):
+    x = RNG.normal(2, 3, shape).astype(np.float32)
+    layer = BatchNormLayer(input_layer(x), is_train=True)
+    updates = tf.get_collection(tf.GraphKeys.UPDATE_OPS)
+    beta, gamma, moving_mean, moving_variance = set_random_batch_norm(session, layer)
+    axes = tuple(range(len(shape) - 1))
+    mean, variance = x.mean(axes, dtype=np.float64), x.var(axes, dtype=np.float64)  # var: biased, over n
+    y, *_ = session.run([layer.outputs, *updates])
+    np.testing.assert_allclose(y, gamma * (x - mean) / np.sqrt(variance + 1e-5) + beta, rtol=1e-4, atol=1e-5)
+    new_mean, new_variance = session.run(layer.all_params[2:])
+    np.testing.assert_allclose(new_mean, 0.9 * moving_mean + 0.1 * mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(new_variance, 0.9 * moving_variance + 0.1 * variance, rtol=1e-5)
+
+
+@pytest.mark.parametrize('shape', [(8, 5, 5, 7), (32, 7)])
+def test_batch_norm_gradients_in_training(session, shape):
+    x, upstream = (RNG.normal(size=shape).astype(np.float32) for _ in range(2))
+    layer = BatchNormLayer(input_layer(x), is_train=True)
+    _, gamma, _, _ = set_random_batch_norm(session, layer)
+    gradients = session.run(tf.gradients(layer.outputs, [layer.inputs, *layer.all_params[:2]], upstream))
+    axes = tuple(range(len(shape) - 1))
+    inverse = 1 / np.sqrt(x.var(axes) + 1e-5)
+    normal = (x - x.mean(axes)) * inverse
+    through = upstream - upstream.mean(axes) - normal * (upstream * normal).mean(axes)
+    np.testing.assert_allclose(gradients[0], gamma * inverse * through, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(gradients[1], upstream.sum(axes), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(gradients[2], (upstream * normal).sum(axes), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('shape', [(8, 5, 5, 7), (32, 7)])
+def test_batch_norm_in_inference(session, shape):
+    x = RNG.normal(2, 3, shape).astype(np.float32)
+    layer = BatchNormLayer(input_layer(x), is_train=False)
+    assert not tf.get_collection(tf.GraphKeys.UPDATE_OPS)
+    beta, gamma, mean, variance = set_random_batch_norm(session, layer)
+    expected = gamma * (x - mean) / np.sqrt(variance + 1e-5) + beta
+    np.testing.assert_allclose(session.run(layer.outputs), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_batch_norm_adds_exactly_1e_5_to_the_variance(session):
+    layer = BatchNormLayer(input_layer(np.ones((1, 1), np.float32)), is_train=False)
+    for variable, value in zip(layer.all_params, (0, 1, 0, 0), strict=True):
+        variable.load(np.float32([value]), session)
+    np.testing.assert_allclose(session.run(layer.outputs), 1 / np.sqrt(1e-5), rtol=1e-6)  # 1.001e-5 is 5e-4 away
+
+
+def test_initial_values(session):
+    net = Network(tf.zeros([2, 8, 8, 3]), True)
+    net.encode(64, 4)
+    net.conv(128, 4)
+    net.dense(256)
+    net = net.classify(10)
+    session.run(tf.global_variables_initializer())
+    values = {variable.name: session.run(variable) for variable in net.all_params}
+    assert values['conv2/W:0'].std() == pytest.approx(0.02 * 0.88, rel=0.02)  # truncated at two standard deviations
+    assert np.abs(values['conv2/W:0']).max() <= 0.04
+    assert values['dense3/W:0'].std() == pytest.approx(0.1 * 0.88, rel=0.02)
+    gammas = np.concatenate([values[f'{name}/bn/gamma:0'] for name in ('conv1', 'conv2', 'dense3')])
+    assert gammas.mean() == pytest.approx(1, abs=5e-4) and gammas.std() == pytest.approx(0.002, rel=0.2)
+    for name, value in values.items():
+        if name.endswith(('beta:0', 'moving_mean:0')):
+            assert not value.any()
+        if name.endswith('moving_variance:0'):
+            assert (value == 1).all()
+
+
+def test_activations_between_layers_are_ternary_in_training_and_in_inference(session):
+    images = tf.constant(RNG.uniform(size=(4, 8, 8, 1)).astype(np.float32))
+    found = {}
+    for is_train in (True, False):
+        with tf.variable_scope(tf.get_variable_scope(), reuse=not is_train):
+            net = Network(images, is_train)
+            net.encode(8, 3)
+            net.pool(8, 2)
+            net.dense(16)
+            net = net.classify(10)
+        found[is_train] = [layer for layer in net.all_layers if '/activation' in layer.name]
+    session.run(tf.global_variables_initializer())
+    for _ in range(50):  # until the moving moments have settled
+        session.run(tf.get_collection(tf.GraphKeys.UPDATE_OPS))
+    for activations in found.values():
+        values = [set(np.ravel(value)) for value in session.run(activations)]
+        assert values == [{-1, 0, 1}] * 3

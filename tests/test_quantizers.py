@@ -1,0 +1,98 @@
+"""The quantisers by property: values, ties, zeros, gradients against numpy, thresholds per group."""
+import numpy as np
+import pytest
+
+from twta.ternary_layers import full_precision, ternarize_activations, ternarize_weights
+from twta.tf1 import tf
+
+RNG = np.random.default_rng(0)
+ABOVE, BELOW = np.nextafter(np.float32(0.5), np.float32(1)), np.nextafter(np.float32(0.5), np.float32(0))
+ONE_ABOVE = np.nextafter(np.float32(1), np.float32(2))
+
+
+def forward_and_gradient(session, quantizer, value, upstream, dtype=tf.float32):
+    x = tf.constant(np.asarray(value, np.float32), dtype)
+    y = quantizer(x)
+    gradient = tf.gradients(y, x, grad_ys=tf.constant(np.asarray(upstream, np.float32), dtype))[0]
+    return session.run([tf.cast(y, tf.float32), tf.cast(gradient, tf.float32)])
+
+
+@pytest.mark.parametrize('dtype', [tf.float32, tf.bfloat16])
+def test_activations_at_and_around_their_thresholds(session, dtype):
+    x = [-2, -1, -0.75, -0.5, -0.25, -0.0, 0.0, 0.25, 0.5, 0.75, 1, 2]
+    y, _ = forward_and_gradient(session, ternarize_activations, x, np.ones(12), dtype)
+    np.testing.assert_array_equal(y, [-1, -1, -1, -1, 0, 0, 0, 0, 1, 1, 1, 1])
+
+
+def test_activation_ties_go_outward_and_one_step_inside_does_not(session):
+    y, _ = forward_and_gradient(session, ternarize_activations, [ABOVE, 0.5, BELOW, -BELOW, -0.5, -ABOVE], np.ones(6))
+    np.testing.assert_array_equal(y, [1, 1, 0, 0, -1, -1])
+
+
+def test_activation_gradient_passes_up_to_one_inclusive(session):
+    x = np.array([-ONE_ABOVE, -1, -0.5, 0, 0.5, 1, ONE_ABOVE, 3], np.float32)
+    upstream = RNG.normal(size=8).astype(np.float32)
+    _, gradient = forward_and_gradient(session, ternarize_activations, x, upstream)
+    np.testing.assert_array_equal(gradient, np.where(np.abs(x) <= 1, upstream, 0))
+
+
+def test_activations_equal_clip_then_ternarize(session):
+    x = RNG.normal(size=(50, 20)).astype(np.float32)
+    upstream = RNG.normal(size=x.shape).astype(np.float32)
+    y, gradient = forward_and_gradient(session, ternarize_activations, x, upstream)
+    clipped = np.clip(x, -1, 1)
+    np.testing.assert_array_equal(y, np.sign(np.sign(clipped + 0.5) + np.sign(clipped - 0.5)))
+    np.testing.assert_array_equal(gradient, upstream * (clipped == x))
+
+
+def test_ternary_values_are_fixed_points(session):
+    x = np.array([-1, 0, 1], np.float32)
+    np.testing.assert_array_equal(session.run(ternarize_activations(tf.constant(x))), x)
+    np.testing.assert_array_equal(session.run(ternarize_weights(tf.constant(x))), x)
+
+
+@pytest.mark.parametrize('shape', [(3, 3, 8, 16), (40, 10)])
+def test_weights_against_numpy(session, shape):
+    w = RNG.normal(0, 0.02, shape).astype(np.float32)
+    w.flat[::7] = 0
+    upstream = RNG.normal(size=shape).astype(np.float32)
+    y, gradient = forward_and_gradient(session, ternarize_weights, w, upstream)
+    d = 0.7 * np.abs(w.astype(np.float64)).mean()
+    assert np.abs(np.abs(w) - d).min() > 1e-8, 'no weight so near its threshold that rounding decides'
+    np.testing.assert_array_equal(y, np.where(w >= d, 1, np.where(w <= -d, -1, 0)))
+    assert {-1, 0, 1} == set(y.flat)
+    np.testing.assert_array_equal(gradient, upstream)  # nothing through the threshold, no clipping
+
+
+def test_weight_ties_go_outward(session):
+    # 0.7 * mean|w| = 0.7, exactly: 20 weights of 0.7 and as many that make the mean 1
+    w = np.array([0.7, -0.7] * 10 + [1.3, -1.3] * 10, np.float64)
+    w = w.astype(np.float32)
+    d = session.run(0.7 * tf.reduce_mean(tf.abs(tf.constant(w))))
+    w[np.abs(w) < 1] = np.copysign(d, w[np.abs(w) < 1])
+    d = session.run(0.7 * tf.reduce_mean(tf.abs(tf.constant(w))))
+    at_threshold = np.abs(w) == d
+    assert at_threshold.sum() == 20, 'the example has weights exactly at the threshold'
+    y = session.run(ternarize_weights(tf.constant(w[:, np.newaxis])))[:, 0]
+    np.testing.assert_array_equal(y, np.sign(w))
+
+
+def test_all_zero_weights_give_the_outward_tie_on_both_sides(session):
+    # d = 0, and 0 >= d as well as 0 <= -d: the two cancel, so the layer is zero and not a constant
+    y = session.run(ternarize_weights(tf.zeros([2, 2, 3, 4])))
+    np.testing.assert_array_equal(y, np.zeros((2, 2, 3, 4)))
+
+
+@pytest.mark.parametrize('groups', [2, 4])
+def test_each_group_has_a_threshold_of_its_own(session, groups):
+    w = RNG.normal(size=(3, 3, 5, 8)).astype(np.float32)
+    w *= np.repeat(10.0 ** np.arange(groups), 8 // groups).astype(np.float32)  # one threshold for all would zero most
+    y = session.run(ternarize_weights(tf.constant(w), groups))
+    alone = [session.run(ternarize_weights(tf.constant(part))) for part in np.split(w, groups, axis=-1)]
+    np.testing.assert_array_equal(y, np.concatenate(alone, axis=-1))
+    assert (y != session.run(ternarize_weights(tf.constant(w)))).any()
+
+
+def test_full_precision_changes_nothing(session):
+    w = tf.constant(RNG.normal(size=(4, 4)).astype(np.float32))
+    assert full_precision(w) is w
