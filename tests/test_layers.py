@@ -1,4 +1,4 @@
-"""Every layer against the plain TensorFlow operation on pre-ternarised weights, and batch normalisation against numpy."""
+"""Layers against the plain TensorFlow operations on pre-ternarised weights, batch normalisation against numpy."""
 import numpy as np
 import pytest
 

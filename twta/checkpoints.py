@@ -9,6 +9,7 @@ import json
 import shutil
 
 from twta import TwtaError
+from twta.records import check_shapes
 from twta.tf1 import tf
 
 FORMAT = 1
@@ -16,7 +17,7 @@ INDEX = {'last': 'checkpoint', 'best': 'checkpoint_best'}  # the files that name
 
 
 class Checkpoints:
-    """The checkpoints in one run directory; build it after the graph's variables. Keeps the last two and the best one."""
+    """Writes the checkpoints of one run, keeping the last two and the best; to be built when the graph is complete."""
 
     def __init__(self, run_dir):
         self.run_dir = run_dir
@@ -38,9 +39,6 @@ class Checkpoints:
         for which in ('last', 'best') if is_best else ('last',):
             self.savers[which].save(session, str(self.run_dir / which), global_step=state['epoch'],
                                     latest_filename=INDEX[which], write_meta_graph=False)
-
-    def restore(self, session, path):
-        self.savers['last'].restore(session, path)
 
 
 def find(run_dir, which):
@@ -67,7 +65,10 @@ def read_state(path, script, dataset):
     return state
 
 
-def restore_weights(session, path, variables):
-    """Sets just these variables from a checkpoint."""
+def restore(session, path, net, variables):
+    """Sets the variables from a checkpoint; TwtaError where the network in it is not this one."""
+    names = {variable.op.name for variable in net.all_params}
+    shapes = tf.train.load_checkpoint(path).get_variable_to_shape_map()
+    check_shapes(path, net, {f'{name}:0': shape for name, shape in shapes.items() if name in names})
     with session.graph.as_default():
         tf.train.Saver(variables).restore(session, path)

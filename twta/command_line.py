@@ -47,9 +47,10 @@ def parse(script, description, datasets, defaults, argv=None):
     add = parser.add_argument
     add('--mode', choices=('training', 'inference'), default='training', help='default: training')
     add('--resume', type=truth, metavar='{True,False}',
-        help='True: go on from the last checkpoint in --run_dir; False: start with new weights, an earlier run is moved '
-             'aside. Default: False in training; inference always reads a checkpoint or --weights')
-    add('--learning_rate', type=positive_number, metavar='RATE', help=f'of Adam, default: {defaults["learning_rate"]:g}')
+        help='True: go on from the last checkpoint in --run_dir; False: start with new weights, an earlier run is '
+             'moved aside. Default: False in training; inference always reads a checkpoint or --weights')
+    add('--learning_rate', type=positive_number, metavar='RATE',
+        help=f'of Adam, default: {defaults["learning_rate"]:g}')
     add('--epochs', type=positive_integer, metavar='N',
         help=f'to train in this command, default: {defaults["epochs"]}. After --resume True the same flags finish an '
              'interrupted training; other flags, or a finished training, begin N more epochs')
@@ -57,15 +58,18 @@ def parse(script, description, datasets, defaults, argv=None):
     add('--seed', type=natural, metavar='N', help='of weights and shuffling, default: 0; a resumed run keeps its own')
     add('--gpu', type=natural, default=0, metavar='INDEX', help='which GPU, default: 0; without any, the CPU is used')
     add('--dataset', choices=datasets, default=datasets[0], help=f'default: {datasets[0]}')
-    add('--data_dir', type=Path, metavar='DIR', help='where data sets are, or are downloaded to; default: data/ beside README.md')
+    add('--data_dir', type=Path, metavar='DIR',
+        help='where data sets are, or are downloaded to; default: data/ beside README.md')
     add('--run_dir', type=Path, metavar='DIR',
         help='checkpoints, log.csv, model.npz, ...; default: runs/SCRIPT-DATASET beside README.md')
     add('--precision', choices=('auto', 'float32', 'bfloat16'), default='auto',
         help='of training; auto, the default: bfloat16 where the hardware multiplies it. Evaluation is always float32')
     add('--checkpoint', choices=('last', 'best'), default='last',
         help='which one inference reads: after the last epoch (default), or the best on validation')
-    add('--weights', type=Path, metavar='NPZ', help='weights to start from or to evaluate, instead of a checkpoint: a model.npz')
-    add('--verbose', action='store_true', help="print TensorLayer's layers and parameters, and TensorFlow's own messages")
+    add('--weights', type=Path, metavar='NPZ',
+        help='a model.npz to start from or to evaluate, instead of a checkpoint')
+    add('--verbose', action='store_true',
+        help="print TensorLayer's layers and parameters, and TensorFlow's own messages")
     args = parser.parse_args(argv)
 
     root = script.parent.parent
@@ -81,7 +85,7 @@ def check(args, script):
     if args.weights and not args.weights.is_file():
         raise UsageError(f'--weights {args.weights}: no such file; a training writes model.npz into its --run_dir')
     if args.weights and args.resume:
-        raise UsageError('--weights and --resume True: weights come from a file or from a checkpoint, leave one of them out')
+        raise UsageError('--weights and --resume True: weights come from a file or from a checkpoint; leave one out')
     if inference and args.resume is False and not args.weights:
         raise UsageError('--resume False with --mode inference: there is nothing to evaluate but random weights; use '
                          '--resume True, or --weights model.npz')
@@ -89,7 +93,7 @@ def check(args, script):
         if inference and getattr(args, flag) is not None:
             raise UsageError(f'--{flag} {getattr(args, flag)} has no meaning with --mode inference; leave it out')
     if args.checkpoint == 'best' and (not inference or args.weights):
-        raise UsageError('--checkpoint best is for --mode inference without --weights; training resumes from the last one')
+        raise UsageError('--checkpoint best is for --mode inference without --weights; training resumes from the last')
     args.resume = bool(inference and not args.weights if args.resume is None else args.resume)
     if args.resume and not (args.run_dir / 'checkpoint').is_file():
         command = f'python {shlex.quote(os.path.relpath(script))} --resume False --mode training'

@@ -115,7 +115,7 @@ def split(images, labels):
 
 
 def read_file(path, limit):
-    """The contents of a file, unpacked if its name ends in .gz: at most limit + 1 bytes, however much it would unpack to."""
+    """The contents of a file, unpacked if its name ends in .gz: at most limit + 1 bytes, whatever it unpacks to."""
     try:
         with gzip.open(path) if path.suffix == '.gz' else open(path, 'rb') as file:
             return file.read(limit + 1)

@@ -15,17 +15,22 @@ from twta.session import choose_precision, describe, find_gpu, open_session
 from twta.tf1 import tf
 
 PIXEL_RANGE = 256  # pixels are divided by it, as published (not 255); exact in bfloat16
-EVALUATION_BATCH = 200  # images; what it is changes the memory needed, not the result
+EVALUATION_BATCH = 500  # images; it decides on memory and speed, not on the result
 
 
 def run(script, model, args, defaults):
-    """Trains or evaluates, as the flags say."""
+    """Trains or evaluates the network of a script, as the flags say."""
     gpu = find_gpu(args.gpu)
-    precision = choose_precision(args.precision, gpu)
     dataset = datasets.load(args.dataset, args.data_dir)
-    say(f'data    {dataset}')
-    say(f'device  {describe(gpu, precision)}')
-    (train if args.mode == 'training' else infer)(script, model, args, defaults, dataset, precision)
+    say(f'data: {dataset}')
+    say(f'device: {describe(gpu)}')
+    try:
+        if args.mode == 'training':
+            train(script, model, args, defaults, dataset, choose_precision(args.precision, gpu))
+        else:
+            infer(script, model, args, dataset)
+    except tf.errors.OpError as error:  # a full disk, a damaged checkpoint, too little memory, ...
+        raise TwtaError(error.message.splitlines()[0]) from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -86,17 +91,14 @@ def train(script, model, args, defaults, dataset, precision):
     with network.graph.as_default(), open_session(network.graph, args.gpu) as session:
         store = checkpoints.Checkpoints(args.run_dir)
         if args.resume:
-            store.restore(session, checkpoints.find(args.run_dir, 'last'))
+            checkpoints.restore(session, checkpoints.find(args.run_dir, 'last'), network.net, tf.global_variables())
         else:
             session.run(tf.global_variables_initializer())
         if args.weights:
             records.load_weights(args.weights, network.net, session)
-        if args.verbose:
-            network.net.print_layers()
-            network.net.print_params(details=False)
-        say(f'run     {args.run_dir}')
-        say(f'{script}: {network.net.count_params():,} parameters; epochs {first} to {last}, learning rate '
-            f'{stage["learning_rate"]:g}, batches of {stage["batch_size"]}, seed {state["seed"]}')
+        describe_network(script, network.net, args.weights or args.run_dir, args.verbose)
+        say(f'training: epochs {first} to {last}, learning rate {stage["learning_rate"]:g}, batches of '
+            f'{stage["batch_size"]}, seed {state["seed"]}, {precision.name}')
         record = {'script': script, 'command': sys.argv, 'flags': vars(args), 'stages': state['stages'],
                   'seed': state['seed'], 'precision': precision.name, 'data': describe_data(dataset),
                   **records.environment()}
@@ -194,7 +196,7 @@ def open_run(script, args, dataset):
 
 
 def next_stage(state, args, defaults):
-    """The stage to train, the last in state['stages']: an interrupted one where the flags are its own, else a new one."""
+    """The stage to train, the last in state['stages']: an interrupted one where the flags are its own, or a new one."""
     flags = {flag: getattr(args, flag) for flag in defaults if getattr(args, flag) is not None}
     if state['stages']:
         stage = state['stages'][-1]
@@ -212,7 +214,7 @@ def next_stage(state, args, defaults):
 # Inference
 
 
-def infer(script, model, args, defaults, dataset, precision):
+def infer(script, model, args, dataset):
     """Evaluates the network of a checkpoint, or of --weights, on the test images."""
     network = build(model, dataset, seed=0)
     with network.graph.as_default(), open_session(network.graph, args.gpu) as session:
@@ -222,11 +224,8 @@ def infer(script, model, args, defaults, dataset, precision):
         else:
             source = checkpoints.find(args.run_dir, args.checkpoint)
             epoch = checkpoints.read_state(source, script, args.dataset)['epoch']
-            checkpoints.restore_weights(session, source, network.net.all_params)
-        if args.verbose:
-            network.net.print_layers()
-            network.net.print_params(details=False)
-        say(f'{script}: {network.net.count_params():,} parameters from {source}')
+            checkpoints.restore(session, source, network.net, network.net.all_params)
+        describe_network(script, network.net, source, args.verbose)
         report(script, network, session, dataset, args, epoch)
 
 
@@ -237,13 +236,21 @@ def report(script, network, session, dataset, args, epoch):
     say(f'test acc: {accuracy:.4f}')
     args.run_dir.mkdir(parents=True, exist_ok=True)
     records.write_json(args.run_dir / 'result.json', {
-        'script': script, 'epoch': epoch, 'checkpoint': str(args.weights or args.checkpoint), 'test_loss': loss,
+        'script': script, 'weights': str(args.weights or args.checkpoint), 'epoch': epoch, 'test_loss': loss,
         'test_accuracy': accuracy, 'test_images': len(dataset.test.labels), 'data': describe_data(dataset),
         **records.environment()})
 
 
+def describe_network(script, net, source, verbose):
+    if verbose:
+        net.print_layers()
+        net.print_params(details=False)
+    say(f'network: {script}, {net.count_params():,} parameters, {source}')
+
+
 def describe_data(dataset):
-    return {'name': dataset.name, 'origin': dataset.origin, 'published': dataset.published, 'sha256': dataset.sha256()}
+    return {'name': dataset.name, 'origin': dataset.origin, 'published': dataset.published,
+            'sha256': dataset.sha256()}
 
 
 def say(line):

@@ -1,4 +1,4 @@
-"""What a run leaves for its reader, in the run directory: config.json, log.csv, curve.png, events, result.json, model.npz.
+"""What a run leaves for its reader: config.json, log.csv, curve.png, events, result.json, model.npz in its directory.
 
 Each is written beside its name and moved into place, so that a kill leaves the previous one whole.
 """
@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import time
 import zipfile
 import zlib
@@ -24,13 +23,16 @@ OURS = ('checkpoint*', 'last-*', 'best-*', '*_temp', 'events.out.tfevents*', 'co
 
 
 def move_aside(run_dir):
-    """Moves an earlier run's files into run_dir/earlier-1 (or -2, ...) and returns that folder; None where there are none.
+    """Moves an earlier run's files into run_dir/earlier-1 (or -2, ...); returns that folder, None where none was there.
 
     Only files of the kinds that a run writes are moved.
     """
     if not (run_dir / 'config.json').exists():
         return None
-    earlier = next(folder for folder in (run_dir / f'earlier-{i}' for i in range(1, sys.maxsize)) if not folder.exists())
+    number = 1
+    while (run_dir / f'earlier-{number}').exists():
+        number += 1
+    earlier = run_dir / f'earlier-{number}'
     earlier.mkdir()
     for pattern in OURS:
         for path in run_dir.glob(pattern):
@@ -68,11 +70,12 @@ def environment():
 def processor():
     cpuinfo = Path('/proc/cpuinfo')
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')), platform.processor())
+    names = [line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')]
+    return names[0] if names else platform.processor()
 
 
 def write_log(path, history):
-    """log.csv, a row an epoch, from the state's history: rewritten whole, so that no epoch is missing or there twice."""
+    """log.csv, a row an epoch, from the state's history: rewritten whole, no epoch is missing or there twice."""
     part = path.with_name(path.name + '.part')
     with open(part, 'w', newline='') as file:
         writer = csv.DictWriter(file, FIELDS)
@@ -131,18 +134,23 @@ def save_weights(path, net, session):
 
 def load_weights(path, net, session):
     """Sets every parameter of the network from a model.npz; TwtaError, and nothing set, where they do not fit."""
-    shapes = {variable.name: tuple(variable.shape.as_list()) for variable in net.all_params}
     try:
         with np.load(path, allow_pickle=False) as file:
             weights = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         raise TwtaError(f'--weights {path}: not an npz file of weights ({error})') from None
-    for name in sorted(shapes.keys() | weights.keys()):
-        found = 'absent'
-        if name in weights:
-            found = weights[name].shape if weights[name].dtype == np.float32 else weights[name].dtype
-        if found != shapes.get(name, 'absent'):
-            raise TwtaError(f'--weights {path}: {name} is {found} in the file and {shapes.get(name, "absent")} in this '
-                            'network; take the weights of the same script')
+    check_shapes(f'--weights {path}', net, {name: list(value.shape) for name, value in weights.items()})
+    wrong = [name for name, value in weights.items() if value.dtype != np.float32]
+    if wrong:
+        raise TwtaError(f'--weights {path}: {wrong[0]} is {weights[wrong[0]].dtype}, weights are float32')
     for variable in net.all_params:
         variable.load(weights[variable.name], session)
+
+
+def check_shapes(source, net, found):
+    """Raises TwtaError where the shapes that a source has, by variable name, are not those of the network."""
+    shapes = {variable.name: variable.shape.as_list() for variable in net.all_params}
+    for name in sorted(shapes.keys() | found.keys()):
+        if found.get(name) != shapes.get(name):
+            raise TwtaError(f'{source} is of another network: {name} is {found.get(name, "absent")} there and '
+                            f'{shapes.get(name, "absent")} here')

@@ -7,7 +7,7 @@ from twta.tf1 import native_chatter_hidden, tf
 
 
 def find_gpu(index):
-    """The GPU of that index as a TensorFlow device, or None where the machine has none; UsageError for a wrong index."""
+    """The GPU of that index as a TensorFlow device, None where there is no GPU; UsageError for a wrong index."""
     with native_chatter_hidden():
         gpus = tf.config.experimental.list_physical_devices('GPU')
     if gpus and index >= len(gpus):
@@ -31,13 +31,11 @@ def choose_precision(flag, gpu):
     return tf.bfloat16 if native else tf.float32
 
 
-def describe(gpu, precision):
-    """The line for the log on device and precision."""
+def describe(gpu):
+    """The device in words."""
     if gpu:
-        device = tf.config.experimental.get_device_details(gpu).get('device_name', gpu.name)
-    else:
-        device = f'no GPU found, using the CPU ({os.cpu_count()} cores)'
-    return f'{device}; training in {precision.name}, evaluation in float32'
+        return tf.config.experimental.get_device_details(gpu).get('device_name', gpu.name)
+    return f'no GPU found, using the CPU ({os.cpu_count()} cores)'
 
 
 def open_session(graph, gpu_index):

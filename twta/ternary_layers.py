@@ -199,7 +199,7 @@ class Network:
         self.activate(DenseLayer(self.flat(), n_units, self.weights, name), name)
 
     def classify(self, n_classes, batch_norm=True):
-        """The last dense layer, with full-precision weights and no activation. Returns it: the outputs are the logits."""
+        """The last dense layer, full-precision weights, no activation; returned, for its outputs are the logits."""
         net = DenseLayer(self.flat(), n_classes, full_precision, 'classify')
         return BatchNormLayer(net, self.is_train, 'classify/bn') if batch_norm else net
 

@@ -1,0 +1,209 @@
+"""The data sets: the IDX reader on hand-made files, the sample, the real files where they are, downloads from a server."""
+import gzip
+import hashlib
+import struct
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from twta import TwtaError, datasets, download
+
+SHARED_MNIST = ROOT.parent / 'shared' / 'datasets' / 'mnist'
+SHAPES = {'train-images-idx3-ubyte': (60, 28, 28), 'train-labels-idx1-ubyte': (60,),
+          't10k-images-idx3-ubyte': (10, 28, 28), 't10k-labels-idx1-ubyte': (10,)}
+
+
+def idx(array):
+    return struct.pack(f'>I{array.ndim}I', 0x800 + array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+
+
+@pytest.fixture
+def small_mnist(tmp_path, monkeypatch):
+    """A data directory with 60 + 10 images in the four files, and what the loader expects of them."""
+    rng = np.random.default_rng(2)
+    arrays = {name: rng.integers(0, 10 if len(shape) == 1 else 256, shape) for name, shape in SHAPES.items()}
+    folder = tmp_path / 'mnist'
+    folder.mkdir()
+    expected = {}
+    for name, array in arrays.items():
+        packed = gzip.compress(idx(array), mtime=0)
+        (folder / f'{name}.gz').write_bytes(packed)
+        expected[name] = (len(packed), hashlib.sha256(packed).hexdigest(),
+                          hashlib.sha256(idx(array)).hexdigest(), array.shape)
+    monkeypatch.setattr(datasets, 'MNIST_FILES', expected)
+    monkeypatch.setattr(datasets, 'MNIST_TRAINING', 50)
+    monkeypatch.setattr(datasets, 'MNIST_MIRRORS', ())
+    return tmp_path, arrays
+
+
+def test_mnist_is_split_as_published(small_mnist):
+    data_dir, arrays = small_mnist
+    mnist = datasets.load('mnist', data_dir)
+    assert mnist.published and 'the published files' in str(mnist) and 'NOT' not in str(mnist)
+    images = np.concatenate([mnist.train.images, mnist.validation.images])[..., 0]
+    np.testing.assert_array_equal(images, arrays['train-images-idx3-ubyte'])
+    np.testing.assert_array_equal(mnist.validation.labels, arrays['train-labels-idx1-ubyte'][50:])
+    np.testing.assert_array_equal(mnist.test.labels, arrays['t10k-labels-idx1-ubyte'])
+    assert mnist.train.images.shape == (50, 28, 28, 1) and mnist.train.images.dtype == np.uint8
+
+
+def test_unpacked_files_do_as_well(small_mnist):
+    data_dir, _ = small_mnist
+    for path in (data_dir / 'mnist').glob('*.gz'):
+        path.with_suffix('').write_bytes(gzip.decompress(path.read_bytes()))
+        path.unlink()
+    assert datasets.load('mnist', data_dir).published
+
+
+def test_other_images_in_the_same_format_are_read_and_named(small_mnist):
+    data_dir, arrays = small_mnist
+    published = datasets.load('mnist', data_dir)
+    other = arrays['t10k-images-idx3-ubyte'].copy()
+    other[3, 3, 3] ^= 1
+    (data_dir / 'mnist' / 't10k-images-idx3-ubyte.gz').write_bytes(gzip.compress(idx(other)))
+    mnist = datasets.load('mnist', data_dir)
+    assert not mnist.published and 'NOT the published files' in str(mnist)
+    assert mnist.sha256() != published.sha256()
+
+
+def test_damaged_files_are_refused_by_name(small_mnist):
+    data_dir, arrays = small_mnist
+    images, labels = arrays['t10k-images-idx3-ubyte'], arrays['t10k-labels-idx1-ubyte']
+    packed = gzip.compress(idx(images))
+    damages = [
+        ('t10k-images-idx3-ubyte.gz', b'<html>404</html>', 'cannot be read'),
+        ('t10k-images-idx3-ubyte.gz', b'', 'starts with'),
+        ('t10k-images-idx3-ubyte.gz', packed[:-20], 'cannot be read'),
+        ('t10k-images-idx3-ubyte.gz', packed[:100] + b'~' + packed[101:], 'cannot be read'),
+        ('t10k-images-idx3-ubyte.gz', gzip.compress(idx(images)[:-1]), 'shorter than'),
+        ('t10k-images-idx3-ubyte.gz', gzip.compress(idx(images) + bytes(10 ** 7)), 'longer than'),
+        ('t10k-images-idx3-ubyte.gz', gzip.compress(idx(images[:9])), 'IDX header'),
+        ('t10k-images-idx3-ubyte.gz', gzip.compress(idx(labels)), 'IDX header'),
+        ('t10k-labels-idx1-ubyte.gz', gzip.compress(idx(labels + 10)), 'labels are 0 to 9'),
+    ]
+    for name, content, reason in damages:
+        path = data_dir / 'mnist' / name
+        whole = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(TwtaError, match=reason) as error:
+            datasets.load('mnist', data_dir)
+        assert str(path) in str(error.value) and '\n' not in str(error.value)
+        assert path.read_bytes() == content  # never overwritten
+        path.write_bytes(whole)
+
+
+def test_digits_need_no_network_and_are_split_once_and_for_all(tmp_path):
+    digits = datasets.load('digits', tmp_path / 'absent')
+    assert [len(split.labels) for split in digits[3:6]] == [1200, 297, 300]
+    assert digits.train.images.shape[1:] == (28, 28, 1) and digits.train.images.dtype == np.uint8
+    assert digits.train.images.max() == 255 and digits.train.images.min() == 0
+    assert not digits.published and 'not MNIST' in str(digits)
+    assert digits.train.labels[:12].tolist() == [2, 8, 2, 6, 6, 7, 1, 9, 8, 5, 2, 8]
+    everything = np.concatenate([split.images for split in digits[3:6]])
+    assert len(np.unique(everything, axis=0)) == 1797  # no image in two splits
+
+
+@pytest.mark.skipif(not SHARED_MNIST.exists(), reason=f'needs the real MNIST in {SHARED_MNIST}')
+def test_the_real_files_are_the_published_ones():
+    mnist = datasets.load('mnist', SHARED_MNIST.parent)
+    assert mnist.published
+    assert [len(split.labels) for split in mnist[3:6]] == [50000, 10000, 10000]
+    assert mnist.train.labels[:5].tolist() == [5, 0, 4, 1, 9] and mnist.test.labels[:5].tolist() == [7, 2, 1, 0, 4]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Downloads
+
+CONTENT = np.random.default_rng(3).bytes(300_000)
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """/good serves ranges, /whole ignores them, /breaks ends after 100,000 bytes, /wrong serves something else."""
+
+    def do_GET(self):
+        self.server.requests.append((self.path, self.headers['Range']))
+        if self.path == '/absent':
+            return self.send_error(404)
+        start = int(self.headers['Range'].removeprefix('bytes=').removesuffix('-'))
+        content = bytes(len(CONTENT)) if self.path == '/wrong' else CONTENT
+        ranges = self.path in ('/good', '/breaks')
+        self.send_response(206 if ranges else 200)
+        if ranges:
+            self.send_header('Content-Range', f'bytes {start}-{len(content) - 1}/{len(content)}')
+            content = content[start:]
+        self.send_header('Content-Length', str(len(content)))
+        self.end_headers()
+        self.wfile.write(content[:100_000] if self.path == '/breaks' else content)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server():
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    server.requests = []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def fetch(server, path, *names, sha256=SHA256):
+    urls = [f'http://127.0.0.1:{server.server_port}/{name}' for name in names]
+    download.download(urls, path, len(CONTENT), sha256)
+
+
+def test_download(server, tmp_path):
+    fetch(server, tmp_path / 'new' / 'file', 'good')
+    assert (tmp_path / 'new' / 'file').read_bytes() == CONTENT
+    assert [path.name for path in (tmp_path / 'new').iterdir()] == ['file']
+
+
+@pytest.mark.parametrize('second', ['good', 'whole'])
+def test_a_broken_download_goes_on_at_the_next_mirror_and_in_the_next_call(server, tmp_path, second):
+    with pytest.raises(TwtaError, match='100,000 of 300,000 bytes'):
+        fetch(server, tmp_path / 'file', 'breaks')
+    assert not (tmp_path / 'file').exists()
+    fetch(server, tmp_path / 'file', 'absent', 'breaks', second)
+    assert (tmp_path / 'file').read_bytes() == CONTENT
+    assert server.requests[1:] == [('/absent', 'bytes=100000-'), ('/breaks', 'bytes=100000-'),
+                                   (f'/{second}', 'bytes=200000-')]
+
+
+def test_a_wrong_file_never_gets_its_name(server, tmp_path):
+    with pytest.raises(TwtaError, match='its SHA-256 is .*; check the network, or put the file in'):
+        fetch(server, tmp_path / 'file', 'wrong')
+    assert not list(tmp_path.iterdir())
+    fetch(server, tmp_path / 'file', 'wrong', 'good')
+    assert (tmp_path / 'file').read_bytes() == CONTENT
+
+
+def test_without_a_network_the_message_names_every_mirror(server, tmp_path):
+    port = server.server_port
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(TwtaError) as error:
+        download.download([f'http://127.0.0.1:{port}/a', f'http://127.0.0.1:{port}/b'], tmp_path / 'file', 1, '')
+    assert f'{port}/a: ' in str(error.value) and f'{port}/b: ' in str(error.value) and '\n' not in str(error.value)
+
+
+def test_absent_mnist_is_downloaded(server, small_mnist, monkeypatch):
+    data_dir, _ = small_mnist
+    name = 't10k-labels-idx1-ubyte.gz'
+    path = data_dir / 'mnist' / name
+    monkeypatch.setattr(Handler, 'do_GET', lambda self: (
+        self.send_response(200), self.end_headers(), self.wfile.write(packed)))
+    monkeypatch.setattr(datasets, 'MNIST_MIRRORS', (f'http://127.0.0.1:{server.server_port}/',))
+    packed = path.read_bytes()
+    path.unlink()
+    assert datasets.load('mnist', data_dir).published
+    assert path.read_bytes() == packed
+
+
+def test_mirrors_are_trusted_over_tls_only():
+    assert all(mirror.startswith('https://') for mirror in datasets.MNIST_MIRRORS)

@@ -1,0 +1,110 @@
+"""Each script builds what its architecture string says, and siblings differ in docstring, constants and model() only."""
+import ast
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, SCRIPTS, load_script
+
+# parameters, and the maps after each convolution, from the published architectures
+DOCUMENTED = {
+    'FP_5_5_MNIST': (604744, [24, 12, 8, 4]),
+    'TWTA_2_2_MNIST': (238632, [28, 14, 14, 7, 6, 3, 2]),
+    'TWTA_4_4_MNIST': (651816, [28, 14, 14, 7, 4]),
+    'TWTA_5_5_MNIST': (604744, [24, 12, 8, 4]),
+}
+
+
+def test_every_script_is_documented_here():
+    assert list(DOCUMENTED) == SCRIPTS
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_shapes_and_parameters(session, name):
+    from twta.tf1 import tf
+
+    parameters, maps = DOCUMENTED[name]
+    script = load_script(name)
+    for is_train in (True, False):
+        with tf.variable_scope(tf.get_variable_scope(), reuse=not is_train):
+            net = script.model(tf.zeros([2, 28, 28, 1]), is_train)
+        assert net.outputs.shape.as_list() == [2, 10]
+        assert net.count_params() == parameters
+        convolutions = [layer for layer in net.all_layers if layer.op.type == 'Conv2D']
+        assert [layer.shape.as_list()[1:3] for layer in convolutions] == [[size, size] for size in maps]
+    assert len(tf.trainable_variables()) == len(net.all_params) * 3 // 5  # W, beta, gamma; not the moving moments
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_the_architecture_string_says_what_is_built(session, name):
+    from twta.tf1 import tf
+
+    script = load_script(name)
+    net = script.model(tf.zeros([2, 28, 28, 1]), True)
+    built = []
+    for variable in net.all_params:
+        if variable.op.name.endswith('/W'):
+            shape, layer = variable.shape.as_list(), variable.op.name
+            if len(shape) == 4:
+                built.append(f'{shape[0]}P{shape[1]}' if 'pool' in layer else f'{shape[-1]}C{shape[0]}')
+            else:
+                built.append(str(shape[-1]))
+    string = re.search(r'Architecture: *(\S+)', script.__doc__).group(1)
+    assert '-'.join(built) == string + '-10'  # ten classes
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_ternary_scripts_quantize_all_but_the_first_and_the_last_layer(session, name):
+    from twta.tf1 import tf
+
+    net = load_script(name).model(tf.zeros([2, 28, 28, 1]), True)
+    products = [layer.op for layer in net.all_layers if layer.op.type in ('Conv2D', 'MatMul')]
+    session.run(tf.global_variables_initializer())
+    levels = [len(np.unique(value)) for value in session.run([op.inputs[1] for op in products])]
+    ternary = [count == 3 for count in levels]
+    inner = len(products) - 2
+    assert ternary == [False] + [name.startswith('TWTA')] * inner + [False]
+
+
+def test_siblings_differ_in_docstring_constants_and_model_only():
+    skeletons = set()
+    for name in SCRIPTS:
+        tree = ast.parse((ROOT / 'MNIST' / f'{name}.py').read_text())
+        assert isinstance(tree.body[0].value.value, str), 'the docstring comes first'
+        rest = []
+        for node in tree.body[1:]:
+            if isinstance(node, ast.Assign):
+                rest.append(node.targets[0].id)
+            elif isinstance(node, ast.FunctionDef):
+                rest.append(node.name)
+            else:
+                rest.append(ast.unparse(node))
+        skeletons.add('\n'.join(rest))
+    assert len(skeletons) == 1
+
+
+@pytest.mark.parametrize('name', SCRIPTS)
+def test_the_docstring_names_the_script_and_its_commands(name):
+    doc = load_script(name).__doc__
+    assert doc.startswith(f'{name}: ')
+    assert doc.count(f'python MNIST/{name}.py --resume') == 3
+    for label in ('Architecture:', 'Source:', 'Accuracy:', 'Speed:'):
+        assert label in doc
+
+
+def test_importing_a_script_has_no_side_effect():
+    code = ('import sys; sys.path.insert(0, "tests"); from conftest import load_script; before = set(sys.modules); '
+            f'[load_script(name) for name in {SCRIPTS}]; '
+            'assert not {"tensorflow", "numpy", "tensorlayer"} & (set(sys.modules) - before)')
+    finished = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, '', '')
+
+
+def test_only_tensorlayer_sees_the_alias():
+    code = ('import sys; from twta.tf1 import tf, tl; import tensorflow; '
+            'assert tensorflow.__version__.startswith("2.") and tensorflow is not tf and hasattr(tensorflow, "function"); '
+            'assert tl.__version__ == "1.8.4" and not tf.executing_eagerly()')
+    finished = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, '', '')
