@@ -255,7 +255,7 @@ def test_a_batch_must_fit_into_the_training_set(tmp_path):
 @pytest.mark.parametrize('name', SCRIPTS)
 @pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
 def test_accuracy_on_the_sample(tmp_path, name, precision):
-    """Measured: 95.7 to 100 % in either precision; the four networks after 8 epochs of 24 steps."""
+    """At least 90 % after 8 epochs of 24 steps; measured: 98.7 to 99.0 % in float32, 97.7 to 99.0 % in bfloat16."""
     start(tmp_path, '--learning_rate', 0.001, '--batch_size', 50, '--epochs', 8, '--precision', precision, script=name)
     assert json.loads((tmp_path / 'result.json').read_text())['test_accuracy'] >= 0.9
 
@@ -304,7 +304,7 @@ def test_ternary_sums_are_exact_in_bfloat16_up_to_256(session):
 
 
 def test_killed_at_any_moment_and_resumed(tmp_path):
-    """Three times SIGKILL at a moment of its own, then the end: every epoch is in the log once, the run is complete."""
+    """Three times SIGKILL, then to the end: every epoch is in the log once, the numbers are those of an unkilled run."""
     flags = ('--run_dir', tmp_path, *QUICK, '--epochs', '12')
     for kill_after in (1, 3, 4):  # rows in the log
         resume = (tmp_path / 'checkpoint').exists()
@@ -319,6 +319,8 @@ def test_killed_at_any_moment_and_resumed(tmp_path):
     start(tmp_path, '--resume', 'True', script='TWTA_4_4_MNIST')
     assert [int(row['epoch']) for row in log(tmp_path)] == list(range(1, 13))
     assert not list(tmp_path.glob('*temp*')) and not list(tmp_path.glob('*.part'))
+    start(tmp_path / 'unkilled', *QUICK[2:], '--epochs', '12', script='TWTA_4_4_MNIST')
+    assert_same(variables(tmp_path), variables(tmp_path / 'unkilled'))
 
 
 def test_ctrl_c_ends_cleanly(tmp_path):
