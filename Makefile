@@ -15,6 +15,7 @@ lint: .venv/installed
 	$(VENV)/ruff check .
 
 .venv/installed: requirements.txt pyproject.toml
-	$(PYTHON) -m venv .venv
+	@echo "installing into .venv: TensorFlow and what it needs, 2.5 GB on disk; a few minutes"
+	@$(PYTHON) -m venv .venv
 	$(VENV)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@

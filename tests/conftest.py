@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,10 @@ def load_script(name):
     return module
 
 
-def run_script(script, *flags, cwd=ROOT):
+def run_script(script, *flags, cwd=ROOT, **environment):
     """Runs a script as a user does; returns the finished process with its stdout and stderr."""
-    return subprocess.run([sys.executable, str(script), *map(str, flags)], cwd=cwd, capture_output=True, text=True,
-                          timeout=300)
+    return subprocess.run([sys.executable, str(script), *map(str, flags)], cwd=cwd, env={**os.environ, **environment},
+                          capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture

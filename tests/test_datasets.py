@@ -1,4 +1,4 @@
-"""The data sets: the IDX reader on hand-made files, the sample, the real files where they are, downloads from a server."""
+"""The IDX reader on hand-made files, the embedded sample, the real files where they are, downloads from a server."""
 import gzip
 import hashlib
 import struct
@@ -176,7 +176,7 @@ def test_a_broken_download_goes_on_at_the_next_mirror_and_in_the_next_call(serve
 
 
 def test_a_wrong_file_never_gets_its_name(server, tmp_path):
-    with pytest.raises(TwtaError, match='its SHA-256 is .*; check the network, or put the file in'):
+    with pytest.raises(TwtaError, match=r'its SHA-256 is .*; check the network, or put the file in'):
         fetch(server, tmp_path / 'file', 'wrong')
     assert not list(tmp_path.iterdir())
     fetch(server, tmp_path / 'file', 'wrong', 'good')

@@ -213,7 +213,7 @@ def test_weights_that_do_not_fit_are_refused(finished_run, tmp_path):
 def test_checkpoints_that_do_not_fit_are_refused(finished_run, tmp_path):
     with pytest.raises(TwtaError, match='a checkpoint of TWTA_5_5_MNIST on digits, not of TWTA_4_4_MNIST on digits'):
         start(finished_run, '--resume', 'True', script='TWTA_4_4_MNIST')
-    with pytest.raises(UsageError, match='--seed 7: the run in .* was started with seed 0'):
+    with pytest.raises(UsageError, match=r'--seed 7: the run in .* was started with seed 0'):
         start(finished_run, '--resume', 'True', '--seed', 7)
     state = checkpoints.read_state(checkpoints.find(finished_run, 'last'), 'TWTA_5_5_MNIST', 'digits')
 
@@ -237,7 +237,7 @@ def test_checkpoints_that_do_not_fit_are_refused(finished_run, tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     start(tmp_path, *QUICK[2:], '--epochs', 1)
-    with pytest.raises(TwtaError, match='the loss is .* in epoch 2; the last good checkpoint is of epoch 1'):
+    with pytest.raises(TwtaError, match=r'the loss is .* in epoch 2; the last good checkpoint is of epoch 1'):
         start(tmp_path, '--resume', 'True', '--learning_rate', 1e38, '--batch_size', 100, '--epochs', 1)
     assert variables(tmp_path)['run_state']['epoch'] == 1 and len(log(tmp_path)) == 1
 
@@ -304,7 +304,7 @@ def test_ternary_sums_are_exact_in_bfloat16_up_to_256(session):
 
 
 def test_killed_at_any_moment_and_resumed(tmp_path):
-    """Three times SIGKILL, then to the end: every epoch is in the log once, the numbers are those of an unkilled run."""
+    """Three times SIGKILL, then to the end: every epoch is in the log once, with the numbers of an unkilled run."""
     flags = ('--run_dir', tmp_path, *QUICK, '--epochs', '12')
     for kill_after in (1, 3, 4):  # rows in the log
         resume = (tmp_path / 'checkpoint').exists()
@@ -336,7 +336,7 @@ def test_ctrl_c_ends_cleanly(tmp_path):
 
 
 def test_three_commands_from_three_folders(tmp_path):
-    """Training from the root, resuming from MNIST/, inference by absolute path: our lines only, nothing on stderr."""
+    """Training from the root, resuming from MNIST/, inference by absolute path; our lines only."""
     flags = ('--run_dir', tmp_path / 'run', *QUICK, '--epochs', '2')
     first = run_script('MNIST/TWTA_4_4_MNIST.py', '--resume', 'False', '--mode', 'training', *flags)
     second = run_script('TWTA_4_4_MNIST.py', '--resume', 'True', '--mode', 'training', *flags, cwd=ROOT / 'MNIST')
