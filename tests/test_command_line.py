@@ -55,6 +55,7 @@ def test_resume_is_read_by_a_parser(text, value):
     (['--weights', '/absent.npz'], ['--weights', '/absent.npz', 'model.npz']),
     (['--resume', 'True', '--weights', __file__], ['--weights', '--resume True']),
     (['--checkpoint', 'best'], ['--checkpoint best', '--mode inference']),
+    (['--run_dir', __file__], ['--run_dir', __file__, 'not a directory']),
     (['--resume', 'True', '--run_dir', '/absent/run'], ['/absent/run', '--resume False --mode training']),
 ])
 def test_a_mistake_is_one_line_with_the_flag_the_value_and_what_is_valid(flags, words):

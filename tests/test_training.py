@@ -201,6 +201,7 @@ def test_weights_that_do_not_fit_are_refused(finished_run, tmp_path):
     refused('conv1/W:0 is absent there', **{'conv1/W:0': None})
     refused('more is .* there and absent here', more=np.zeros(1, np.float32))
     refused(r'conv1/W:0 is \[1\] there and \[5, 5, 1, 32\] here', **{'conv1/W:0': np.zeros(1, np.float32)})
+    refused('conv1/W:0 holds NaN', **{'conv1/W:0': np.full((5, 5, 1, 32), np.nan, np.float32)})
     refused('conv1/W:0 is int64, weights are float32', **{'conv1/W:0': np.zeros((5, 5, 1, 32), np.int64)})
     refused('not an npz file', **{'conv1/W:0': np.array([Malicious()], object)})
     assert not os.path.exists('/tmp/twta-malicious-npz-ran')
@@ -208,6 +209,9 @@ def test_weights_that_do_not_fit_are_refused(finished_run, tmp_path):
         path.write_bytes(content)
         with pytest.raises(TwtaError, match='not an npz file'):
             start(tmp_path / 'new', '--mode', 'inference', '--weights', path)
+    np.save(tmp_path / 'array.npy', weights['conv1/W:0'])
+    with pytest.raises(TwtaError, match='not an npz file'):
+        start(tmp_path / 'new', '--mode', 'inference', '--weights', tmp_path / 'array.npy')
 
 
 def test_checkpoints_that_do_not_fit_are_refused(finished_run, tmp_path):
@@ -231,8 +235,33 @@ def test_checkpoints_that_do_not_fit_are_refused(finished_run, tmp_path):
         start(tmp_path, '--resume', 'True')
     for path in tmp_path.glob('last-4.index'):
         path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(TwtaError, match='not a checkpoint of these scripts'):
+    with pytest.raises(TwtaError, match='damaged, or not a checkpoint of these scripts'):
         start(tmp_path, '--resume', 'True')
+    (tmp_path / 'checkpoint').write_text('')
+    with pytest.raises(TwtaError, match='names no checkpoint'):
+        start(tmp_path, '--resume', 'True')
+
+
+def test_a_truncated_checkpoint_is_refused(finished_run, tmp_path):
+    start(tmp_path, *QUICK[2:], '--epochs', 1)
+    path, = tmp_path.glob('last-1.data*')
+    path.write_bytes(path.read_bytes()[:1000])
+    for flags in (('--resume', 'True'), ('--mode', 'inference')):
+        with pytest.raises(TwtaError, match='damaged'):
+            start(tmp_path, *flags)
+
+
+def test_weights_of_the_run_that_is_moved_aside(tmp_path):
+    start(tmp_path, *QUICK[2:], '--epochs', 2)
+    start(tmp_path, *QUICK[2:], '--epochs', 1, '--weights', tmp_path / 'model.npz')
+    assert float(log(tmp_path)[0]['training_accuracy']) > float(log(tmp_path / 'earlier-1')[0]['training_accuracy'])
+
+
+def test_inference_of_the_best_does_not_replace_the_result_of_the_last(finished_run, capsys):
+    before = (finished_run / 'result.json').read_text()
+    start(finished_run, '--mode', 'inference', '--checkpoint', 'best')
+    assert (finished_run / 'result.json').read_text() == before
+    assert json.loads((finished_run / 'result-best.json').read_text())['weights'] == 'best'
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
@@ -325,7 +354,9 @@ def test_killed_at_any_moment_and_resumed(tmp_path):
 
 def test_ctrl_c_ends_cleanly(tmp_path):
     process = subprocess.Popen([sys.executable, str(SCRIPT), '--run_dir', str(tmp_path), *QUICK],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               # a shell starts background jobs, this suite perhaps, with SIGINT ignored
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     for line in process.stdout:
         if line.startswith('epoch 2/'):
             process.send_signal(signal.SIGINT)

@@ -7,6 +7,7 @@ name of it into `checkpoint`, then removes an old one: a kill at any moment leav
 """
 import json
 import shutil
+from pathlib import Path
 
 from twta import TwtaError
 from twta.records import check_shapes
@@ -30,23 +31,31 @@ class Checkpoints:
         for leftover in run_dir.glob('*_temp'):  # of a save that was killed
             shutil.rmtree(leftover)
         for which, saver in self.savers.items():
-            kept = tf.train.get_checkpoint_state(str(run_dir), INDEX[which])
-            if kept:
-                saver.recover_last_checkpoints(kept.all_model_checkpoint_paths)
+            saver.recover_last_checkpoints(listed(run_dir, which))
 
     def save(self, session, state, is_best):
         session.run(self.set_state, {self.text: json.dumps(state)})
-        for which in ('last', 'best') if is_best else ('last',):
+        for which in ('best', 'last') if is_best else ('last',):  # after a kill in between, the epoch is run again
             self.savers[which].save(session, str(self.run_dir / which), global_step=state['epoch'],
                                     latest_filename=INDEX[which], write_meta_graph=False)
 
 
+def listed(run_dir, which):
+    """The checkpoints of a kind, 'last' or 'best', oldest first; only those that are in the run directory itself."""
+    try:
+        index = tf.train.get_checkpoint_state(str(run_dir), INDEX[which])
+    except ValueError:  # the file is empty
+        return []
+    paths = index.all_model_checkpoint_paths if index else []
+    return [path for path in paths if Path(path).parent == run_dir and tf.train.checkpoint_exists(path)]
+
+
 def find(run_dir, which):
     """The path of the newest checkpoint of a kind, 'last' or 'best'; TwtaError where there is none."""
-    path = tf.train.latest_checkpoint(str(run_dir), INDEX[which])
-    if path is None:
+    paths = listed(run_dir, which)
+    if not paths:
         raise TwtaError(f'{run_dir / INDEX[which]} names no checkpoint that is there; start again with --resume False')
-    return path
+    return paths[-1]
 
 
 def read_state(path, script, dataset):
@@ -54,9 +63,11 @@ def read_state(path, script, dataset):
     try:
         state = json.loads(tf.train.load_checkpoint(path).get_tensor('run_state'))
         found = state['script'], state['dataset']
-    except (ValueError, KeyError, tf.errors.OpError) as error:
-        raise TwtaError(f'{path}: not a checkpoint of these scripts ({str(error).splitlines()[0]})') from None
-    if state['format'] > FORMAT:
+        is_newer = state['format'] > FORMAT
+    except (ValueError, KeyError, TypeError, IndexError, RuntimeError, tf.errors.OpError) as error:
+        reason = str(error).splitlines()[0]
+        raise TwtaError(f'{path}: damaged, or not a checkpoint of these scripts ({reason})') from None
+    if is_newer:
         raise TwtaError(f'{path}: written by a newer version of these scripts (format {state["format"]}, this one '
                         f'reads up to {FORMAT}); update them')
     if found != (script, dataset):

@@ -94,10 +94,12 @@ def check(args, script):
             raise UsageError(f'--{flag} {getattr(args, flag)} has no meaning with --mode inference; leave it out')
     if args.checkpoint == 'best' and (not inference or args.weights):
         raise UsageError('--checkpoint best is for --mode inference without --weights; training resumes from the last')
+    if args.run_dir.exists() and not args.run_dir.is_dir():
+        raise UsageError(f'--run_dir {args.run_dir}: not a directory')
     args.resume = bool(inference and not args.weights if args.resume is None else args.resume)
     if args.resume and not (args.run_dir / 'checkpoint').is_file():
         command = f'python {shlex.quote(os.path.relpath(script))} --resume False --mode training'
-        for flag in ('dataset', 'run_dir'):
+        for flag in ('dataset', 'data_dir', 'run_dir'):
             if any(word.split('=')[0] == f'--{flag}' for word in sys.argv):
                 command += f' --{flag} {shlex.quote(str(getattr(args, flag)))}'
         raise UsageError(f'no checkpoint in {args.run_dir}; make one with: {command}')

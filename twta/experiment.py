@@ -84,6 +84,7 @@ def train(script, model, args, defaults, dataset, precision):
     if stage['batch_size'] > len(dataset.train.labels):
         raise UsageError(f'--batch_size {stage["batch_size"]}: there are {len(dataset.train.labels)} training images')
     network = build(model, dataset, state['seed'], precision)
+    weights = records.read_weights(args.weights, network.net) if args.weights else {}
     earlier = None if args.resume else records.move_aside(args.run_dir)
     if earlier:
         say(f'the earlier run in {args.run_dir} is now in {earlier}')
@@ -94,8 +95,7 @@ def train(script, model, args, defaults, dataset, precision):
             checkpoints.restore(session, checkpoints.find(args.run_dir, 'last'), network.net, tf.global_variables())
         else:
             session.run(tf.global_variables_initializer())
-        if args.weights:
-            records.load_weights(args.weights, network.net, session)
+        set_weights(network.net, weights, session)
         describe_network(script, network.net, args.weights or args.run_dir, args.verbose)
         say(f'training: epochs {first} to {last}, learning rate {stage["learning_rate"]:g}, batches of '
             f'{stage["batch_size"]}, seed {state["seed"]}, {precision.name}')
@@ -140,16 +140,17 @@ def train_epochs(network, session, store, state, stage, dataset, run_dir):
             seconds = time.perf_counter() - start
             n_images = n_steps * batch_size
             if not np.isfinite(loss):
-                raise TwtaError(f'the loss is {loss} in epoch {epoch}; the last good checkpoint is of epoch '
-                                f'{state["epoch"]}, go on from it with --resume True and a lower --learning_rate')
+                raise TwtaError(f'the loss is {loss} in epoch {epoch}; ' + (
+                    f'the last good checkpoint is of epoch {state["epoch"]}, go on from it with --resume True and a '
+                    'lower --learning_rate' if state['epoch'] else 'start again with a lower --learning_rate'))
             _, validation_accuracy = evaluate(network, session, dataset.validation)
-            state['epoch'] = epoch
-            state['history'].append(dict(zip(records.FIELDS, (
+            row = dict(zip(records.FIELDS, (
                 epoch, learning_rate, loss / n_images, correct / n_images, validation_accuracy,
-                round(n_images / seconds, 1), round(seconds, 3)), strict=True)))
-            is_best = validation_accuracy > state['best_validation_accuracy']
-            state['best_validation_accuracy'] = max(validation_accuracy, state['best_validation_accuracy'])
-            store.save(session, state, is_best)
+                round(n_images / seconds, 1), round(seconds, 3)), strict=True))
+            best = max(validation_accuracy, state['best_validation_accuracy'])
+            after = {**state, 'epoch': epoch, 'history': state['history'] + [row], 'best_validation_accuracy': best}
+            store.save(session, after, is_best=best > state['best_validation_accuracy'])
+            state.update(after)
             records.write_log(run_dir / 'log.csv', state['history'])
             records.save_weights(run_dir / 'model.npz', network.net, session)
             events.add(state['history'][-1])
@@ -204,6 +205,8 @@ def next_stage(state, args, defaults):
         if done < stage['epochs']:
             if flags.items() <= stage.items():
                 return stage
+            say(f'the training up to epoch {stage["first_epoch"] + stage["epochs"] - 1} ends at {state["epoch"]}: '
+                'other flags begin a new one')
             stage['epochs'] = done
     stage = {'first_epoch': state['epoch'] + 1, **defaults, **flags}
     state['stages'].append(stage)
@@ -219,7 +222,7 @@ def infer(script, model, args, dataset):
     network = build(model, dataset, seed=0)
     with network.graph.as_default(), open_session(network.graph, args.gpu) as session:
         if args.weights:
-            records.load_weights(args.weights, network.net, session)
+            set_weights(network.net, records.read_weights(args.weights, network.net), session)
             source, epoch = args.weights, None
         else:
             source = checkpoints.find(args.run_dir, args.checkpoint)
@@ -229,16 +232,23 @@ def infer(script, model, args, dataset):
         report(script, network, session, dataset, args, epoch)
 
 
+def set_weights(net, weights, session):
+    for variable in net.all_params:
+        if variable.name in weights:
+            variable.load(weights[variable.name], session)
+
+
 def report(script, network, session, dataset, args, epoch):
-    """Prints loss and accuracy on the test images and writes result.json."""
+    """Prints loss and accuracy on the test images; writes result.json, or result-best.json, result-weights.json."""
     loss, accuracy = evaluate(network, session, dataset.test)
     say(f'test loss: {loss:.4f}')
     say(f'test acc: {accuracy:.4f}')
     args.run_dir.mkdir(parents=True, exist_ok=True)
-    records.write_json(args.run_dir / 'result.json', {
-        'script': script, 'weights': str(args.weights or args.checkpoint), 'epoch': epoch, 'test_loss': loss,
-        'test_accuracy': accuracy, 'test_images': len(dataset.test.labels), 'data': describe_data(dataset),
-        **records.environment()})
+    kind = 'weights' if epoch is None else args.checkpoint
+    records.write_json(args.run_dir / ('result.json' if kind == 'last' else f'result-{kind}.json'), {
+        'script': script, 'weights': str(args.weights.resolve()) if kind == 'weights' else kind, 'epoch': epoch,
+        'test_loss': loss, 'test_accuracy': accuracy, 'test_images': len(dataset.test.labels),
+        'data': describe_data(dataset), **records.environment()})
 
 
 def describe_network(script, net, source, verbose):

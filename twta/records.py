@@ -19,7 +19,7 @@ from twta.tf1 import tf, tl
 
 FIELDS = ('epoch', 'learning_rate', 'loss', 'training_accuracy', 'validation_accuracy', 'images_per_second', 'seconds')
 OURS = ('checkpoint*', 'last-*', 'best-*', '*_temp', 'events.out.tfevents*', 'config.json', 'log.csv', 'curve.png',
-        'result.json', 'model.npz')
+        'result*.json', 'model.npz')
 
 
 def move_aside(run_dir):
@@ -27,16 +27,16 @@ def move_aside(run_dir):
 
     Only files of the kinds that a run writes are moved.
     """
-    if not (run_dir / 'config.json').exists():
+    files = [path for pattern in OURS for path in run_dir.glob(pattern)]
+    if not files:
         return None
     number = 1
     while (run_dir / f'earlier-{number}').exists():
         number += 1
     earlier = run_dir / f'earlier-{number}'
     earlier.mkdir()
-    for pattern in OURS:
-        for path in run_dir.glob(pattern):
-            path.rename(earlier / path.name)
+    for path in files:
+        path.rename(earlier / path.name)
     return earlier
 
 
@@ -132,19 +132,22 @@ def save_weights(path, net, session):
     os.replace(part, path)
 
 
-def load_weights(path, net, session):
-    """Sets every parameter of the network from a model.npz; TwtaError, and nothing set, where they do not fit."""
+def read_weights(path, net):
+    """A model.npz as arrays by variable name; TwtaError where they are not finite float32 of the network's shapes."""
     try:
         with np.load(path, allow_pickle=False) as file:
             weights = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
-        raise TwtaError(f'--weights {path}: not an npz file of weights ({error})') from None
+    except (OSError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error):
+        raise TwtaError(f'--weights {path}: not an npz file of weights, or damaged; a training writes model.npz into '
+                        'its --run_dir') from None
     check_shapes(f'--weights {path}', net, {name: list(value.shape) for name, value in weights.items()})
     wrong = [name for name, value in weights.items() if value.dtype != np.float32]
     if wrong:
         raise TwtaError(f'--weights {path}: {wrong[0]} is {weights[wrong[0]].dtype}, weights are float32')
-    for variable in net.all_params:
-        variable.load(weights[variable.name], session)
+    wrong = [name for name, value in weights.items() if not np.isfinite(value).all()]
+    if wrong:
+        raise TwtaError(f'--weights {path}: {wrong[0]} holds NaN or infinity')
+    return weights
 
 
 def check_shapes(source, net, found):
