@@ -104,7 +104,7 @@ def train(script, model, args, defaults, dataset, precision):
                   **records.environment()}
         records.write_json(args.run_dir / 'config.json', record)
         try:
-            train_epochs(network, session, store, state, stage, dataset, args.run_dir)
+            train_epochs(network, session, store, state, stage, range(first, last + 1), dataset, args.run_dir)
         except KeyboardInterrupt:
             say(f'interrupted in epoch {state["epoch"] + 1}; '
                 + (f'epochs 1 to {state["epoch"]} are saved, go on with --resume True' if state['epoch'] else
@@ -116,18 +116,18 @@ def train(script, model, args, defaults, dataset, precision):
         report(script, network, session, dataset, args, state['epoch'])
 
 
-def train_epochs(network, session, store, state, stage, dataset, run_dir):
-    first, last = state['epoch'] + 1, stage['first_epoch'] + stage['epochs'] - 1
+def train_epochs(network, session, store, state, stage, epochs, dataset, run_dir):
+    last = epochs[-1]
     batch_size, learning_rate = stage['batch_size'], stage['learning_rate']
     n_steps = len(dataset.train.labels) // batch_size
     training = network.training
     step = session.make_callable([training.loss, training.correct, training.step],
                                  [network.images, network.labels, network.learning_rate])
     records.write_log(run_dir / 'log.csv', state['history'])
-    events = records.Events(run_dir, first)
-    bar = tqdm(total=(last - first + 1) * n_steps, unit='step', leave=False, disable=not sys.stderr.isatty())
+    events = records.Events(run_dir, epochs[0])
+    bar = tqdm(total=len(epochs) * n_steps, unit='step', leave=False, disable=not sys.stderr.isatty())
     with bar:
-        for epoch in range(first, last + 1):
+        for epoch in epochs:
             bar.set_description(f'epoch {epoch}/{last}')
             start = time.perf_counter()
             loss, correct = 0.0, 0
@@ -153,7 +153,7 @@ def train_epochs(network, session, store, state, stage, dataset, run_dir):
             state.update(after)
             records.write_log(run_dir / 'log.csv', state['history'])
             records.save_weights(run_dir / 'model.npz', network.net, session)
-            events.add(state['history'][-1])
+            events.add(row)
             say(f'epoch {epoch}/{last}  loss {loss / n_images:.4f}  train acc {correct / n_images:.4f}  '
                 f'val acc {validation_accuracy:.4f}  {n_images / seconds:,.0f} images/s')
 
