@@ -1,21 +1,70 @@
+import csv
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = sorted(path.stem for path in (ROOT / 'MNIST').glob('*.py'))
+SCRIPTS = {path.stem: path for family in ('CIFAR10', 'MNIST') for path in sorted((ROOT / family).glob('*.py'))}
+MNIST_SCRIPTS = [name for name, path in SCRIPTS.items() if path.parent.name == 'MNIST']
 
 
 def load_script(name):
     """A script as a module, from its path."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / 'MNIST' / f'{name}.py')
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS[name])
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def image_shape(name):
+    """Of the images as the network of a script sees them."""
+    return (28, 28, 1) if name in MNIST_SCRIPTS else (24, 24, 3)
+
+
+def start(run_dir, *flags, script='TWTA_5_5_MNIST'):
+    """What a script does after its imports, in this process, on the embedded sample of its family."""
+    from twta import command_line, experiment
+
+    module = load_script(script)
+    defaults = {'learning_rate': module.LEARNING_RATE, 'epochs': module.EPOCHS, 'batch_size': module.BATCH_SIZE,
+                'schedule': 'constant'}
+    argv = ['--run_dir', run_dir, '--dataset', module.DATASETS[1], *flags]
+    args = command_line.parse(SCRIPTS[script], '', module.DATASETS, defaults, list(map(str, argv)))
+    experiment.run(script, module.model, args, defaults)
+
+
+def variables(run_dir):
+    """Every variable of the last checkpoint, the run's state as JSON without the times."""
+    from twta import checkpoints
+    from twta.tf1 import tf
+
+    reader = tf.train.load_checkpoint(checkpoints.find(run_dir, 'last'))
+    values = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+    values['run_state'] = json.loads(values['run_state'])
+    for row in values['run_state']['history']:
+        row['seconds'] = row['images_per_second'] = None
+    return values
+
+
+def assert_same(found, expected):
+    """Two results of variables(), bit for bit."""
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        if isinstance(value, dict):
+            assert found[name] == value
+        else:
+            np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def log(run_dir):
+    with open(run_dir / 'log.csv', newline='') as file:
+        return list(csv.DictReader(file))
 
 
 def run_script(script, *flags, cwd=ROOT, **environment):

@@ -7,7 +7,7 @@ from conftest import ROOT, SCRIPTS, run_script
 from twta import UsageError, command_line
 
 SCRIPT = ROOT / 'MNIST' / 'TWTA_4_4_MNIST.py'
-DEFAULTS = {'learning_rate': 1e-4, 'epochs': 150, 'batch_size': 200}
+DEFAULTS = {'learning_rate': 1e-4, 'epochs': 150, 'batch_size': 200, 'schedule': 'constant'}
 
 
 def parse(*flags):
@@ -47,6 +47,11 @@ def test_resume_is_read_by_a_parser(text, value):
     (['--seed', '-1'], ['--seed', "'-1'", 'from 0']),
     (['--gpu', 'a'], ['--gpu', "'a'", 'from 0']),
     (['--dataset', 'cifar10'], ['--dataset', "'cifar10'", 'mnist', 'digits']),
+    (['--schedule', 'step'], ['--schedule', "'step'", 'constant', 'cosine']),
+    (['--validation', '-1'], ['--validation', "'-1'", 'from 0']),
+    (['--validation', '10%'], ['--validation', "'10%'", 'whole number']),
+    (['--mode', 'inference', '--schedule', 'cosine'], ['--schedule cosine', '--mode inference']),
+    (['--mode', 'inference', '--validation', '0'], ['--validation 0', '--mode inference']),
     (['--precision', 'float16'], ['--precision', "'float16'", 'bfloat16']),
     (['--learning', '1'], ['--learning']),
     (['extra'], ['extra']),
@@ -83,9 +88,9 @@ def test_inference_without_a_checkpoint_says_where_and_how(tmp_path):
 def test_help_without_tensorflow(name, tmp_path):
     (tmp_path / 'tensorflow.py').write_text('raise SystemExit("TensorFlow was imported")')
     for flag, code in (('--help', 0), ('--no_such_flag', 2)):
-        finished = run_script(ROOT / 'MNIST' / f'{name}.py', flag, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+        finished = run_script(SCRIPTS[name], flag, cwd=tmp_path, PYTHONPATH=str(tmp_path))
         assert finished.returncode == code
-    finished = run_script(ROOT / 'MNIST' / f'{name}.py', '--help', PYTHONPATH=str(tmp_path))
+    finished = run_script(SCRIPTS[name], '--help', PYTHONPATH=str(tmp_path))
     for flag in ('--resume', '--learning_rate', '--mode', '--epochs', '--batch_size', '--seed', '--gpu', '--dataset',
-                 '--data_dir', '--run_dir', '--precision', '--verbose', name):
+                 '--data_dir', '--run_dir', '--schedule', '--validation', '--precision', '--verbose', name):
         assert flag in finished.stdout

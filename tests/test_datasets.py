@@ -34,14 +34,13 @@ def small_mnist(tmp_path, monkeypatch):
         expected[name] = (len(packed), hashlib.sha256(packed).hexdigest(),
                           hashlib.sha256(idx(array)).hexdigest(), array.shape)
     monkeypatch.setattr(datasets, 'MNIST_FILES', expected)
-    monkeypatch.setattr(datasets, 'MNIST_TRAINING', 50)
     monkeypatch.setattr(datasets, 'MNIST_MIRRORS', ())
     return tmp_path, arrays
 
 
 def test_mnist_is_split_as_published(small_mnist):
     data_dir, arrays = small_mnist
-    mnist = datasets.load('mnist', data_dir)
+    mnist = datasets.load('mnist', data_dir, 10)
     assert mnist.published and 'the published files' in str(mnist) and 'NOT' not in str(mnist)
     images = np.concatenate([mnist.train.images, mnist.validation.images])[..., 0]
     np.testing.assert_array_equal(images, arrays['train-images-idx3-ubyte'])
@@ -55,18 +54,18 @@ def test_unpacked_files_do_as_well(small_mnist):
     for path in (data_dir / 'mnist').glob('*.gz'):
         path.with_suffix('').write_bytes(gzip.decompress(path.read_bytes()))
         path.unlink()
-    assert datasets.load('mnist', data_dir).published
+    assert datasets.load('mnist', data_dir, 10).published
 
 
 def test_other_images_in_the_same_format_are_read_and_named(small_mnist):
     data_dir, arrays = small_mnist
-    published = datasets.load('mnist', data_dir)
+    published = datasets.load('mnist', data_dir, 10)
     other = arrays['t10k-images-idx3-ubyte'].copy()
     other[3, 3, 3] ^= 1
     (data_dir / 'mnist' / 't10k-images-idx3-ubyte.gz').write_bytes(gzip.compress(idx(other)))
-    mnist = datasets.load('mnist', data_dir)
+    mnist = datasets.load('mnist', data_dir, 10)
     assert not mnist.published and 'NOT the published files' in str(mnist)
-    assert mnist.sha256() != published.sha256()
+    assert mnist.sha256 != published.sha256
 
 
 def test_damaged_files_are_refused_by_name(small_mnist):
@@ -89,7 +88,7 @@ def test_damaged_files_are_refused_by_name(small_mnist):
         whole = path.read_bytes()
         path.write_bytes(content)
         with pytest.raises(TwtaError, match=reason) as error:
-            datasets.load('mnist', data_dir)
+            datasets.load('mnist', data_dir, 10)
         assert str(path) in str(error.value) and '\n' not in str(error.value)
         assert path.read_bytes() == content  # never overwritten
         path.write_bytes(whole)
@@ -201,7 +200,7 @@ def test_absent_mnist_is_downloaded(server, small_mnist, monkeypatch):
     monkeypatch.setattr(datasets, 'MNIST_MIRRORS', (f'http://127.0.0.1:{server.server_port}/',))
     packed = path.read_bytes()
     path.unlink()
-    assert datasets.load('mnist', data_dir).published
+    assert datasets.load('mnist', data_dir, 10).published
     assert path.read_bytes() == packed
 
 

@@ -6,10 +6,15 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, SCRIPTS, load_script
+from conftest import ROOT, SCRIPTS, image_shape, load_script
 
 # parameters, and the maps after each convolution, from the published architectures
 DOCUMENTED = {
+    'FP_3_3_CIFAR10_VGG13': (5079232, [24, 24, 24, 12, 12, 12, 6, 6, 6, 3, 3, 1]),
+    'TWTA_3_3_CIFAR10_Group_V2': (1928456, [24, 24, 12, 12, 6, 4, 4, 2, 1, 1]),
+    'TWTA_3_3_CIFAR10_VGG13': (5079232, [24, 24, 24, 12, 12, 12, 6, 6, 6, 3, 3, 1]),
+    'TWTA_4_4_CIFAR10_Group_V2': (3015944, [24, 24, 12, 12, 6, 6, 6, 2, 1, 1]),
+    'TWTA_4_4_CIFAR10_VGG13': (4030656, [24, 24, 24, 12, 12, 12, 6, 6, 6, 2, 1, 1]),
     'FP_5_5_MNIST': (604744, [24, 12, 8, 4]),
     'TWTA_2_2_MNIST': (238632, [28, 14, 14, 7, 6, 3, 2]),
     'TWTA_4_4_MNIST': (651816, [28, 14, 14, 7, 4]),
@@ -18,7 +23,7 @@ DOCUMENTED = {
 
 
 def test_every_script_is_documented_here():
-    assert list(DOCUMENTED) == SCRIPTS
+    assert list(DOCUMENTED) == list(SCRIPTS)
 
 
 @pytest.mark.parametrize('name', SCRIPTS)
@@ -29,12 +34,13 @@ def test_shapes_and_parameters(session, name):
     script = load_script(name)
     for is_train in (True, False):
         with tf.variable_scope(tf.get_variable_scope(), reuse=not is_train):
-            net = script.model(tf.zeros([2, 28, 28, 1]), is_train)
+            net = script.model(tf.zeros([2, *image_shape(name)]), is_train)
         assert net.outputs.shape.as_list() == [2, 10]
         assert net.count_params() == parameters
         convolutions = [layer for layer in net.all_layers if layer.op.type == 'Conv2D']
         assert [layer.shape.as_list()[1:3] for layer in convolutions] == [[size, size] for size in maps]
-    assert len(tf.trainable_variables()) == len(net.all_params) * 3 // 5  # W, beta, gamma; not the moving moments
+    trained = [variable for variable in net.all_params if '/moving_' not in variable.name]
+    assert tf.trainable_variables() == trained
 
 
 @pytest.mark.parametrize('name', SCRIPTS)
@@ -42,16 +48,22 @@ def test_the_architecture_string_says_what_is_built(session, name):
     from twta.tf1 import tf
 
     script = load_script(name)
-    net = script.model(tf.zeros([2, 28, 28, 1]), True)
-    built = []
-    for variable in net.all_params:
-        if variable.op.name.endswith('/W'):
-            shape, layer = variable.shape.as_list(), variable.op.name
-            if len(shape) == 4:
-                built.append(f'{shape[0]}P{shape[1]}' if 'pool' in layer else f'{shape[-1]}C{shape[0]}')
-            else:
-                built.append(str(shape[-1]))
-    string = re.search(r'Architecture: *(\S+)', script.__doc__).group(1)
+    net = script.model(tf.zeros([2, *image_shape(name)]), True)
+    built, channels = [], None
+    for layer in net.all_layers:
+        if layer.op.type not in ('Conv2D', 'MatMul'):
+            continue
+        *kernel, n_in, n_out = layer.op.inputs[1].shape.as_list()
+        if not kernel:
+            token = str(n_out)
+        elif 'pool' in layer.name:
+            token = f'{"" if n_out == channels else f"{n_out} "}{kernel[0]}P{layer.op.get_attr("strides")[1]}'
+        else:
+            token = f'{n_out}{"N" if kernel == [1, 1] else "C"}{kernel[0]}'
+        groups = 1 if channels is None or not kernel else channels // n_in
+        built.append(token if groups == 1 else f'{token}/{groups}')
+        channels = n_out
+    string = re.search(r'Architecture: *(.+)\n', script.__doc__).group(1)
     assert '-'.join(built) == string + '-10'  # ten classes
 
 
@@ -59,7 +71,7 @@ def test_the_architecture_string_says_what_is_built(session, name):
 def test_ternary_scripts_quantize_all_but_the_first_and_the_last_layer(session, name):
     from twta.tf1 import tf
 
-    net = load_script(name).model(tf.zeros([2, 28, 28, 1]), True)
+    net = load_script(name).model(tf.zeros([2, *image_shape(name)]), True)
     products = [layer.op for layer in net.all_layers if layer.op.type in ('Conv2D', 'MatMul')]
     session.run(tf.global_variables_initializer())
     levels = [len(np.unique(value)) for value in session.run([op.inputs[1] for op in products])]
@@ -71,7 +83,7 @@ def test_ternary_scripts_quantize_all_but_the_first_and_the_last_layer(session, 
 def test_siblings_differ_in_docstring_constants_and_model_only():
     skeletons = set()
     for name in SCRIPTS:
-        tree = ast.parse((ROOT / 'MNIST' / f'{name}.py').read_text())
+        tree = ast.parse(SCRIPTS[name].read_text())
         assert isinstance(tree.body[0].value.value, str), 'the docstring comes first'
         rest = []
         for node in tree.body[1:]:
@@ -89,14 +101,14 @@ def test_siblings_differ_in_docstring_constants_and_model_only():
 def test_the_docstring_names_the_script_and_its_commands(name):
     doc = load_script(name).__doc__
     assert doc.startswith(f'{name}: ')
-    assert doc.count(f'python MNIST/{name}.py --resume') == 3
+    assert doc.count(f'python {SCRIPTS[name].relative_to(ROOT)} --resume') == 3
     for label in ('Architecture:', 'Source:', 'Accuracy:', 'Speed:'):
         assert label in doc
 
 
 def test_importing_a_script_has_no_side_effect():
     code = ('import sys; sys.path.insert(0, "tests"); from conftest import load_script; before = set(sys.modules); '
-            f'[load_script(name) for name in {SCRIPTS}]; '
+            f'[load_script(name) for name in {list(SCRIPTS)}]; '
             'assert not {"tensorflow", "numpy", "tensorlayer"} & (set(sys.modules) - before)')
     finished = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, '', '')

@@ -1,5 +1,4 @@
 """Runs on the embedded sample: training, stopping, resuming, checkpoints, weights, the records a run leaves."""
-import csv
 import json
 import os
 import signal
@@ -9,46 +8,15 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, SCRIPTS, load_script, run_script
+from conftest import MNIST_SCRIPTS, ROOT, assert_same, load_script, log, run_script, start, variables
 
-from twta import TwtaError, UsageError, checkpoints, command_line, datasets, experiment
+from twta import TwtaError, UsageError, checkpoints, datasets, experiment
 from twta.ternary_layers import Conv2dLayer
 from twta.tf1 import tf, tl
 
 SCRIPT = ROOT / 'MNIST' / 'TWTA_4_4_MNIST.py'
 QUICK = ('--dataset', 'digits', '--batch_size', '100', '--learning_rate', '0.001')
-DEFAULTS = {'learning_rate': 1e-4, 'epochs': 150, 'batch_size': 200}
-
-
-def start(run_dir, *flags, script='TWTA_5_5_MNIST'):
-    """What a script does after its imports, in this process."""
-    argv = ['--run_dir', run_dir, '--dataset', 'digits', *flags]
-    args = command_line.parse(ROOT / 'MNIST' / f'{script}.py', '', ('mnist', 'digits'), DEFAULTS, list(map(str, argv)))
-    experiment.run(script, load_script(script).model, args, DEFAULTS)
-
-
-def variables(run_dir):
-    """Every variable of the last checkpoint, the run's state as JSON without the times."""
-    reader = tf.train.load_checkpoint(checkpoints.find(run_dir, 'last'))
-    values = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
-    values['run_state'] = json.loads(values['run_state'])
-    for row in values['run_state']['history']:
-        row['seconds'] = row['images_per_second'] = None
-    return values
-
-
-def log(run_dir):
-    with open(run_dir / 'log.csv', newline='') as file:
-        return list(csv.DictReader(file))
-
-
-def assert_same(found, expected):
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        if isinstance(value, dict):
-            assert found[name] == value
-        else:
-            np.testing.assert_array_equal(found[name], value, err_msg=name)
+DEFAULTS = {'learning_rate': 1e-4, 'epochs': 150, 'batch_size': 200, 'schedule': 'constant'}
 
 
 def interrupt_in_epoch(monkeypatch, number):
@@ -98,7 +66,7 @@ def test_resuming_a_finished_run_counts_on_with_the_new_learning_rate(finished_r
 
 def test_stages():
     class Flags:
-        learning_rate = epochs = batch_size = None
+        learning_rate = epochs = batch_size = schedule = None
 
     args = Flags()
     state = {'epoch': 0, 'stages': []}
@@ -281,7 +249,7 @@ def test_a_batch_must_fit_into_the_training_set(tmp_path):
 # Accuracy and precision
 
 
-@pytest.mark.parametrize('name', SCRIPTS)
+@pytest.mark.parametrize('name', MNIST_SCRIPTS)
 @pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
 def test_accuracy_on_the_sample(tmp_path, name, precision):
     """At least 90 % after 8 epochs of 24 steps; measured: 98.7 to 99.0 % in float32, 97.7 to 99.0 % in bfloat16."""

@@ -13,7 +13,7 @@ from twta import TwtaError
 from twta.records import check_shapes
 from twta.tf1 import tf
 
-FORMAT = 1
+FORMAT = 2  # 1 had neither --validation nor --schedule
 INDEX = {'last': 'checkpoint', 'best': 'checkpoint_best'}  # the files that name the newest checkpoint of each kind
 
 
@@ -51,8 +51,11 @@ def listed(run_dir, which):
 
 
 def find(run_dir, which):
-    """The path of the newest checkpoint of a kind, 'last' or 'best'; TwtaError where there is none."""
-    paths = listed(run_dir, which)
+    """The path of the newest checkpoint of a kind, 'last' or 'best'; TwtaError where there is none.
+
+    A run without validation images has no best one: that is the last.
+    """
+    paths = listed(run_dir, which) or listed(run_dir, 'last')
     if not paths:
         raise TwtaError(f'{run_dir / INDEX[which]} names no checkpoint that is there; start again with --resume False')
     return paths[-1]
@@ -73,6 +76,10 @@ def read_state(path, script, dataset):
     if found != (script, dataset):
         raise TwtaError(f'{path}: a checkpoint of {found[0]} on {found[1]}, not of {script} on {dataset}; choose '
                         'another --run_dir')
+    if state['format'] == 1:
+        state.update(format=FORMAT, validation={'mnist': 10000, 'digits': 297}[dataset])
+        for stage in state['stages']:
+            stage['schedule'] = 'constant'
     return state
 
 

@@ -19,7 +19,7 @@ def run(script, description, model, datasets, learning_rate, epochs, batch_size)
     learning_rate, epochs, batch_size    the script's own protocol, the defaults of the flags
     """
     script = Path(script).resolve()
-    defaults = {'learning_rate': learning_rate, 'epochs': epochs, 'batch_size': batch_size}
+    defaults = {'learning_rate': learning_rate, 'epochs': epochs, 'batch_size': batch_size, 'schedule': 'constant'}
     try:
         args = parse(script, description, datasets, defaults)
         if args.verbose:
@@ -54,10 +54,17 @@ def parse(script, description, datasets, defaults, argv=None):
     add('--epochs', type=positive_integer, metavar='N',
         help=f'to train in this command, default: {defaults["epochs"]}. After --resume True the same flags finish an '
              'interrupted training; other flags, or a finished training, begin N more epochs')
+    add('--schedule', choices=('constant', 'cosine'),
+        help='of the learning rate over --epochs; cosine: a short linear warm-up, then half a cosine down to 0. '
+             f'Default: {defaults["schedule"]}')
     add('--batch_size', type=positive_integer, metavar='N', help=f'default: {defaults["batch_size"]}')
-    add('--seed', type=natural, metavar='N', help='of weights and shuffling, default: 0; a resumed run keeps its own')
+    add('--seed', type=natural, metavar='N',
+        help='of weights, shuffling and distortions, default: 0; a resumed run keeps its own')
     add('--gpu', type=natural, default=0, metavar='INDEX', help='which GPU, default: 0; without any, the CPU is used')
     add('--dataset', choices=datasets, default=datasets[0], help=f'default: {datasets[0]}')
+    add('--validation', type=natural, metavar='N',
+        help='training images, from the end, to hold out for validation; default: as published, 10000 of mnist and 0 '
+             'of cifar10; a resumed run keeps its own')
     add('--data_dir', type=Path, metavar='DIR',
         help='where data sets are, or are downloaded to; default: data/ beside README.md')
     add('--run_dir', type=Path, metavar='DIR',
@@ -65,7 +72,8 @@ def parse(script, description, datasets, defaults, argv=None):
     add('--precision', choices=('auto', 'float32', 'bfloat16'), default='auto',
         help='of training; auto, the default: bfloat16 where the hardware multiplies it. Evaluation is always float32')
     add('--checkpoint', choices=('last', 'best'), default='last',
-        help='which one inference reads: after the last epoch (default), or the best on validation')
+        help='which one inference reads: after the last epoch (default), or the best on validation; without '
+             'validation images that is the last')
     add('--weights', type=Path, metavar='NPZ',
         help='a model.npz to start from or to evaluate, instead of a checkpoint')
     add('--verbose', action='store_true',
@@ -89,7 +97,7 @@ def check(args, script):
     if inference and args.resume is False and not args.weights:
         raise UsageError('--resume False with --mode inference: there is nothing to evaluate but random weights; use '
                          '--resume True, or --weights model.npz')
-    for flag in ('epochs', 'learning_rate', 'batch_size', 'seed'):
+    for flag in ('epochs', 'learning_rate', 'schedule', 'batch_size', 'seed', 'validation'):
         if inference and getattr(args, flag) is not None:
             raise UsageError(f'--{flag} {getattr(args, flag)} has no meaning with --mode inference; leave it out')
     if args.checkpoint == 'best' and (not inference or args.weights):

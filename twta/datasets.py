@@ -1,18 +1,22 @@
 """The data sets: found on disk, downloaded when absent, checked, and read into numpy arrays without pickle.
 
-A loader takes the data directory and returns a Dataset. MNIST comes in the IDX format (yann.lecun.com/exdb/mnist: a
-magic number and the dimensions as big-endian 32-bit integers, then one byte a value).
+A loader takes the data directory and how many training images, from the end, are held out for validation; it returns a
+Dataset. MNIST comes in the IDX format (yann.lecun.com/exdb/mnist: a magic number and the dimensions as big-endian
+32-bit integers, then one byte a value), CIFAR-10 in its binary version (www.cs.toronto.edu/~kriz/cifar.html: a byte of
+label, then the red, green and blue plane of 32*32 bytes, 10,000 times a file).
 """
 import gzip
 import hashlib
+import os
 import struct
+import tarfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from twta import TwtaError
+from twta import TwtaError, UsageError, shapes
 from twta.download import download
 
 MNIST_MIRRORS = ('https://ossci-datasets.s3.amazonaws.com/mnist/', 'https://storage.googleapis.com/cvdf-datasets/mnist/')
@@ -31,8 +35,22 @@ MNIST_FILES = {
         4542, 'f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6',
         'ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2', (10000,)),
 }
-MNIST_TRAINING = 50000  # of the published training set; the last 10,000 are for validation
 DIGITS = tuple('0123456789')
+
+CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
+CIFAR10_ARCHIVE = 170052171, 'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'  # bytes, SHA-256
+CIFAR10_FOLDER = 'cifar-10-batches-bin'  # in the archive, and in data_dir/cifar10
+CIFAR10_FILES = {  # SHA-256 of the published files
+    'data_batch_1.bin': 'cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5',
+    'data_batch_2.bin': 'a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed',
+    'data_batch_3.bin': 'bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67',
+    'data_batch_4.bin': '014e562d6e23c72197cc727519169a60359f5eccd8945ad5a09d710285ff4e48',
+    'data_batch_5.bin': '755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add',
+    'test_batch.bin': '8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b',
+}
+CIFAR10_IMAGES = 10000  # in each file
+CIFAR10_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
+CIFAR10_CROP = 24
 
 
 class Split(NamedTuple):
@@ -45,30 +63,47 @@ class Dataset(NamedTuple):
     origin: str  # for the log: the published files, other files, an embedded sample
     published: bool  # whether these are, bit for bit, the published images and labels
     train: Split
-    validation: Split
+    validation: Split  # perhaps empty
     test: Split
     classes: tuple  # names, by label
-
-    def sha256(self):
-        """A digest of every image and label, in hexadecimal: equal where two runs saw the same data."""
-        digest = hashlib.sha256()
-        for split in (self.train, self.validation, self.test):
-            for array in split:
-                digest.update(np.ascontiguousarray(array))
-        return digest.hexdigest()
+    crop: int  # how images are treated before the network sees them, see twta.preprocessing
+    sha256: str  # of every image and label, in hexadecimal: equal where two runs saw the same data
 
     def __str__(self):
         counts = f'{len(self.train.labels):,} training, {len(self.validation.labels):,} validation'
         return f'{self.name}, {self.origin}: {counts} and {len(self.test.labels):,} test images'
 
 
-def load(name, data_dir):
-    """The data set of that name; see DATASETS."""
-    return DATASETS[name](Path(data_dir))
+def load(name, data_dir, validation=None):
+    """The data set of that name (see DATASETS), its last training images held out: so many, or as the loader says.
+
+    Raises UsageError where fewer are there.
+    """
+    return DATASETS[name](Path(data_dir), **({} if validation is None else {'validation': validation}))
 
 
-def load_mnist(data_dir):
-    """MNIST in data_dir/mnist, as .gz or unpacked: 50,000 training, 10,000 validation and 10,000 test images.
+def assemble(name, origin, published, train, validation, test, classes, crop):
+    """The Dataset, the last `validation` images of train, a pair of images and labels, held out."""
+    images, labels = train
+    n = len(labels) - validation
+    if n < 1:
+        raise UsageError(f'--validation {validation}: {name} has {len(labels):,} training images to hold some out of, '
+                         f'valid are 0 to {len(labels) - 1}')
+    splits = [Split(images, labels.astype(np.int32))
+              for images, labels in ((images[:n], labels[:n]), (images[n:], labels[n:]), test)]
+    digest = hashlib.sha256()
+    for split in splits:
+        for array in split:
+            digest.update(array)
+    return Dataset(name, origin, published, *splits, classes, crop, digest.hexdigest())
+
+
+def found(folder, published):
+    return f'{"the published files" if published else "NOT the published files"} (in {folder})'
+
+
+def load_mnist(data_dir, validation=10000):
+    """MNIST in data_dir/mnist, as .gz or unpacked: 60,000 training images, the last 10,000 held out, and 10,000 test.
 
     Raises TwtaError where a file is not what its name says, or cannot be had.
     """
@@ -83,35 +118,59 @@ def load_mnist(data_dir):
         arrays.append(parse_idx(content, shape, path))
         published &= hashlib.sha256(content).hexdigest() == sha256
     images, labels, test_images, test_labels = arrays
-    origin = 'the published files' if published else 'NOT the published files'
-    n = MNIST_TRAINING
-    return Dataset('MNIST', f'{origin} (in {data_dir / "mnist"})', published, split(images[:n], labels[:n]),
-                   split(images[n:], labels[n:]), split(test_images, test_labels), DIGITS)
+    return assemble('MNIST', found(data_dir / 'mnist', published), published, (images[..., np.newaxis], labels),
+                    validation, (test_images[..., np.newaxis], test_labels), DIGITS, crop=0)
 
 
-def load_digits(data_dir):
-    """The 1,797 handwritten digits that scikit-learn ships, 8*8 scaled to 28*28: 1,200 training, 297 and 300 images.
+def load_cifar10(data_dir, validation=0):
+    """CIFAR-10 in data_dir/cifar10/cifar-10-batches-bin: 50,000 training and 10,000 test images, 32*32*3.
 
-    The split is a fixed permutation. Nothing is read from data_dir or the network.
+    Absent files are unpacked from data_dir/cifar10/cifar-10-binary.tar.gz, which is downloaded unless it is there.
+    Raises TwtaError where a file is not what its name says, or cannot be had.
+    """
+    folder = data_dir / 'cifar10' / CIFAR10_FOLDER
+    absent = [name for name in CIFAR10_FILES if not (folder / name).exists()]
+    if absent:
+        unpack_cifar10(folder, absent)
+    images, labels, published = [], [], True
+    for name, sha256 in CIFAR10_FILES.items():
+        content = read_file(folder / name, limit=CIFAR10_IMAGES * 3073)
+        batch_images, batch_labels = parse_cifar(content, CIFAR10_IMAGES, folder / name)
+        images.append(batch_images)
+        labels.append(batch_labels)
+        published &= hashlib.sha256(content).hexdigest() == sha256
+    return assemble('CIFAR-10', found(folder, published), published,
+                    (np.concatenate(images[:-1]), np.concatenate(labels[:-1])), validation, (images[-1], labels[-1]),
+                    CIFAR10_CLASSES, CIFAR10_CROP)
+
+
+def load_digits(data_dir, validation=297):
+    """The 1,797 handwritten digits that scikit-learn ships, 8*8 scaled to 28*28: 1,497 for training, 300 for test.
+
+    The order is a fixed permutation. Nothing is read from data_dir or the network.
     """
     from scipy.ndimage import zoom
     from sklearn.datasets import load_digits as load_sklearn_digits
 
     digits = load_sklearn_digits()
     order = np.random.RandomState(0).permutation(len(digits.target))  # a legacy generator: its stream never changes
-    images = zoom(digits.images[order] * (255 / 16), (1, 3.5, 3.5), order=1).round().astype(np.uint8)
+    images = zoom(digits.images[order] * (255 / 16), (1, 3.5, 3.5), order=1).round().astype(np.uint8)[..., np.newaxis]
     labels = digits.target[order]
-    train, validation, test = (split(images[part], labels[part])
-                               for part in (slice(0, 1200), slice(1200, 1497), slice(1497, None)))
-    return Dataset('digits', "scikit-learn's sample of handwritten digits, not MNIST", False, train, validation, test,
-                   DIGITS)
+    return assemble('digits', "scikit-learn's sample of handwritten digits, not MNIST", False,
+                    (images[:1497], labels[:1497]), validation, (images[1497:], labels[1497:]), DIGITS, crop=0)
 
 
-DATASETS = {'mnist': load_mnist, 'digits': load_digits}
+def load_shapes(data_dir, validation=500):
+    """3,000 coloured shapes and textures for training and 1,000 for test, 32*32*3, drawn from a fixed seed.
+
+    Nothing is read from data_dir or the network.
+    """
+    images, labels = shapes.draw(4000, seed=0)
+    return assemble('shapes', 'a generated sample, not CIFAR-10', False, (images[:3000], labels[:3000]), validation,
+                    (images[3000:], labels[3000:]), shapes.CLASSES, CIFAR10_CROP)
 
 
-def split(images, labels):
-    return Split(images[..., np.newaxis], labels.astype(np.int32))
+DATASETS = {'mnist': load_mnist, 'digits': load_digits, 'cifar10': load_cifar10, 'shapes': load_shapes}
 
 
 def read_file(path, limit):
@@ -134,7 +193,46 @@ def parse_idx(content, shape, path):
         raise TwtaError(f'{path}: {"shorter" if len(content) < len(header) + np.prod(shape) else "longer"} than the '
                         f'{len(header) + np.prod(shape):,} bytes of {shape}; remove it to have it downloaded again')
     array = np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape)
-    if len(shape) == 1 and array.max() > 9:
-        raise TwtaError(f'{path}: image {array.argmax()} has label {array.max()}, labels are 0 to 9; '
-                        'remove the file to have it downloaded again')
+    if len(shape) == 1:
+        check_labels(array, path)
     return array
+
+
+def parse_cifar(content, n_images, path):
+    """A file of the binary version of CIFAR-10 as images [n_images, 32, 32, 3] and labels, 0 to 9."""
+    if len(content) != n_images * 3073:
+        raise TwtaError(f'{path}: {"shorter" if len(content) < n_images * 3073 else "longer"} than the '
+                        f'{n_images * 3073:,} bytes of {n_images:,} images; remove it to have it unpacked again')
+    records = np.frombuffer(content, np.uint8).reshape(n_images, 3073)
+    check_labels(records[:, 0], path)
+    return np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), records[:, 0]
+
+
+def check_labels(labels, path):
+    if labels.max() > 9:
+        raise TwtaError(f'{path}: image {labels.argmax()} has label {labels.max()}, labels are 0 to 9; '
+                        'remove the file to have it again as published')
+
+
+def unpack_cifar10(folder, names):
+    """Puts the files of these names from the archive beside the folder into it; downloads the archive if it is absent.
+
+    Only an archive with the published SHA-256 is opened, only regular files of the names are taken from it, and they
+    are written to paths of our own making.
+    """
+    archive = folder.parent / CIFAR10_URL.rpartition('/')[2]
+    size, sha256 = CIFAR10_ARCHIVE
+    if not archive.exists():
+        download([CIFAR10_URL], archive, size, sha256)
+    actual = hashlib.sha256(archive.read_bytes()).hexdigest()
+    if actual != sha256:
+        raise TwtaError(f'{archive}: its SHA-256 is {actual}, not {sha256}; remove it to have it downloaded again, or '
+                        f'put the files of the binary version of CIFAR-10 in {folder}')
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(archive, 'r|gz') as members:
+        for member in members:
+            head, _, name = member.name.rpartition('/')
+            if head == CIFAR10_FOLDER and name in names and member.isfile():
+                part = folder / f'{name}.part'
+                part.write_bytes(members.extractfile(member).read())
+                os.replace(part, folder / name)

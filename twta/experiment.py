@@ -1,8 +1,9 @@
 """Training and inference: build the graph, open the session, loop.
 
-One graph holds the network twice over the same variables: as it trains (moments of the batch, --precision) and as it
-is evaluated (moving moments, float32). The loop feeds batches of uint8 images.
+One graph holds the network twice over the same variables: as it trains (distorted images, moments of the batch,
+--precision) and as it is evaluated (moving moments, float32). The loop feeds batches of uint8 images.
 """
+import math
 import sys
 import time
 from types import SimpleNamespace
@@ -10,25 +11,25 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from twta import TwtaError, UsageError, checkpoints, datasets, records
+from twta import TwtaError, UsageError, checkpoints, datasets, preprocessing, records
 from twta.session import choose_precision, describe, find_gpu, open_session
 from twta.tf1 import tf
 
-PIXEL_RANGE = 256  # pixels are divided by it, as published (not 255); exact in bfloat16
 EVALUATION_BATCH = 500  # images; it decides on memory and speed, not on the result
 
 
 def run(script, model, args, defaults):
     """Trains or evaluates the network of a script, as the flags say."""
     gpu = find_gpu(args.gpu)
-    dataset = datasets.load(args.dataset, args.data_dir)
+    source, state = open_run(script, args) if args.resume else (None, None)
+    dataset = datasets.load(args.dataset, args.data_dir, state['validation'] if state else args.validation)
     say(f'data: {dataset}')
     say(f'device: {describe(gpu)}')
     try:
         if args.mode == 'training':
-            train(script, model, args, defaults, dataset, choose_precision(args.precision, gpu))
+            train(script, model, args, defaults, dataset, choose_precision(args.precision, gpu), source, state)
         else:
-            infer(script, model, args, dataset)
+            infer(script, model, args, dataset, source, state)
     except tf.errors.OpError as error:  # a full disk, a damaged checkpoint, too little memory, ...
         raise TwtaError(error.message.splitlines()[0]) from None
 
@@ -42,7 +43,8 @@ def build(model, dataset, seed, precision=None):
 
     images         uint8 [batch, height, width, channels]
     labels         int32 [batch]
-    evaluation     .loss the summed cross-entropy and .correct the count of right predictions, over the batch
+    step           of the run: with the seed, it decides how training images are distorted
+    evaluation     .loss the summed cross-entropy over the batch and .predicted, the classes [batch]
     training       the same, as it trains; .step applies Adam with learning_rate to the mean cross-entropy
     net            the network as a TensorLayer layer
     """
@@ -52,33 +54,40 @@ def build(model, dataset, seed, precision=None):
         images = tf.placeholder(tf.uint8, [None, *dataset.test.images.shape[1:]], 'images')
         labels = tf.placeholder(tf.int32, [None], 'labels')
         learning_rate = tf.placeholder(tf.float32, [], 'learning_rate')
-        net = model(tf.cast(images, tf.float32) / PIXEL_RANGE, False)
+        step = tf.placeholder(tf.int32, [], 'step')
+        net = model(preprocessing.for_evaluation(images, dataset.crop), False)
         evaluation = measure(net, labels)
         training = None
         if precision:
+            x = preprocessing.for_training(images, dataset.crop, seed, step)
             with tf.variable_scope(tf.get_variable_scope(), reuse=True):
-                training = measure(model(tf.cast(images, precision) / PIXEL_RANGE, True), labels)
+                training = measure(model(tf.cast(x, precision), True), labels)
             with tf.control_dependencies(tf.get_collection(tf.GraphKeys.UPDATE_OPS)):
                 mean_loss = training.loss / tf.cast(tf.size(labels), tf.float32)
                 training.step = tf.train.AdamOptimizer(learning_rate).minimize(mean_loss)
-    return SimpleNamespace(graph=graph, images=images, labels=labels, learning_rate=learning_rate, net=net,
+    return SimpleNamespace(graph=graph, images=images, labels=labels, learning_rate=learning_rate, step=step, net=net,
                            evaluation=evaluation, training=training)
 
 
 def measure(net, labels):
     logits = tf.cast(net.outputs, tf.float32)
     loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
-    correct = tf.equal(tf.argmax(logits, 1, output_type=tf.int32), labels)
-    return SimpleNamespace(loss=tf.reduce_sum(loss), correct=tf.reduce_sum(tf.cast(correct, tf.int32)))
+    return SimpleNamespace(loss=tf.reduce_sum(loss), predicted=tf.argmax(logits, 1, output_type=tf.int32))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The loop
 
 
-def train(script, model, args, defaults, dataset, precision):
-    """Trains for the epochs of a stage; each ends with a line, a checkpoint and a row of log.csv."""
-    state = open_run(script, args, dataset)
+def train(script, model, args, defaults, dataset, precision, source, state):
+    """Trains for the epochs of a stage, from the checkpoint source and its state or, without, from the start.
+
+    Each epoch ends with a line, a checkpoint and a row of log.csv.
+    """
+    if not state:
+        state = new_run(script, args, dataset)
+    elif dataset.sha256 != state['data_sha256']:
+        say('WARNING: these are not the images that the run was started on')
     stage = next_stage(state, args, defaults)
     first, last = state['epoch'] + 1, stage['first_epoch'] + stage['epochs'] - 1
     if stage['batch_size'] > len(dataset.train.labels):
@@ -92,13 +101,14 @@ def train(script, model, args, defaults, dataset, precision):
     with network.graph.as_default(), open_session(network.graph, args.gpu) as session:
         store = checkpoints.Checkpoints(args.run_dir)
         if args.resume:
-            checkpoints.restore(session, checkpoints.find(args.run_dir, 'last'), network.net, tf.global_variables())
+            checkpoints.restore(session, source, network.net, tf.global_variables())
         else:
             session.run(tf.global_variables_initializer())
         set_weights(network.net, weights, session)
         describe_network(script, network.net, args.weights or args.run_dir, args.verbose)
-        say(f'training: epochs {first} to {last}, learning rate {stage["learning_rate"]:g}, batches of '
-            f'{stage["batch_size"]}, seed {state["seed"]}, {precision.name}')
+        say(f'training: epochs {first} to {last}, learning rate {stage["learning_rate"]:g}'
+            f'{" (cosine)" if stage["schedule"] == "cosine" else ""}, batches of {stage["batch_size"]}, '
+            f'seed {state["seed"]}, {precision.name}')
         record = {'script': script, 'command': sys.argv, 'flags': vars(args), 'stages': state['stages'],
                   'seed': state['seed'], 'precision': precision.name, 'data': describe_data(dataset),
                   **records.environment()}
@@ -118,11 +128,12 @@ def train(script, model, args, defaults, dataset, precision):
 
 def train_epochs(network, session, store, state, stage, epochs, dataset, run_dir):
     last = epochs[-1]
-    batch_size, learning_rate = stage['batch_size'], stage['learning_rate']
-    n_steps = len(dataset.train.labels) // batch_size
+    labels, batch_size = dataset.train.labels, stage['batch_size']
+    n_steps = len(labels) // batch_size
+    n_images = n_steps * batch_size
     training = network.training
-    step = session.make_callable([training.loss, training.correct, training.step],
-                                 [network.images, network.labels, network.learning_rate])
+    run_step = session.make_callable([training.loss, training.predicted, training.step],
+                                     [network.images, network.labels, network.learning_rate, network.step])
     records.write_log(run_dir / 'log.csv', state['history'])
     events = records.Events(run_dir, epochs[0])
     bar = tqdm(total=len(epochs) * n_steps, unit='step', leave=False, disable=not sys.stderr.isatty())
@@ -131,31 +142,48 @@ def train_epochs(network, session, store, state, stage, epochs, dataset, run_dir
             bar.set_description(f'epoch {epoch}/{last}')
             start = time.perf_counter()
             loss, correct = 0.0, 0
-            for batch in shuffled_batches(len(dataset.train.labels), batch_size, state['seed'], epoch):
-                batch_loss, batch_correct, _ = step(dataset.train.images[batch], dataset.train.labels[batch],
-                                                    learning_rate)
+            batches = shuffled_batches(len(labels), batch_size, state['seed'], epoch)
+            for step, batch in enumerate(batches, (epoch - 1) * n_steps):
+                rate = learning_rate(stage, step - (stage['first_epoch'] - 1) * n_steps, n_steps)
+                batch_loss, predicted, _ = run_step(dataset.train.images[batch], labels[batch], rate, step)
                 loss += float(batch_loss)
-                correct += int(batch_correct)
+                correct += int(np.sum(predicted == labels[batch]))
                 bar.update()
             seconds = time.perf_counter() - start
-            n_images = n_steps * batch_size
             if not np.isfinite(loss):
                 raise TwtaError(f'the loss is {loss} in epoch {epoch}; ' + (
                     f'the last good checkpoint is of epoch {state["epoch"]}, go on from it with --resume True and a '
                     'lower --learning_rate' if state['epoch'] else 'start again with a lower --learning_rate'))
-            _, validation_accuracy = evaluate(network, session, dataset.validation)
+            validation = None  # without validation images no epoch is better than another: never by the test images
+            if len(dataset.validation.labels):
+                validation = accuracy(evaluate(network, session, dataset.validation)[1])
             row = dict(zip(records.FIELDS, (
-                epoch, learning_rate, loss / n_images, correct / n_images, validation_accuracy,
-                round(n_images / seconds, 1), round(seconds, 3)), strict=True))
-            best = max(validation_accuracy, state['best_validation_accuracy'])
-            after = {**state, 'epoch': epoch, 'history': state['history'] + [row], 'best_validation_accuracy': best}
-            store.save(session, after, is_best=best > state['best_validation_accuracy'])
+                epoch, rate, loss / n_images, correct / n_images, validation, round(n_images / seconds, 1),
+                round(seconds, 3)), strict=True))
+            is_best = validation is not None and validation > state['best_validation_accuracy']
+            after = {**state, 'epoch': epoch, 'history': state['history'] + [row],
+                     'best_validation_accuracy': validation if is_best else state['best_validation_accuracy']}
+            store.save(session, after, is_best)
             state.update(after)
             records.write_log(run_dir / 'log.csv', state['history'])
             records.save_weights(run_dir / 'model.npz', network.net, session)
             events.add(row)
             say(f'epoch {epoch}/{last}  loss {loss / n_images:.4f}  train acc {correct / n_images:.4f}  '
-                f'val acc {validation_accuracy:.4f}  {n_images / seconds:,.0f} images/s')
+                + ('' if validation is None else f'val acc {validation:.4f}  ') + f'{n_images / seconds:,.0f} images/s')
+
+
+def learning_rate(stage, step, epoch_steps):
+    """The rate of a step, from 0 on, of a stage that has epoch_steps of them an epoch.
+
+    cosine: up in a straight line for an epoch (a twentieth of the stage where that is less), then half a cosine to 0.
+    """
+    peak, n_steps = stage['learning_rate'], stage['epochs'] * epoch_steps
+    if stage['schedule'] == 'constant':
+        return peak
+    warm_up = min(epoch_steps, n_steps // 20)
+    if step < warm_up:
+        return peak * (step + 1) / warm_up
+    return peak * (1 + math.cos(math.pi * (step - warm_up) / (n_steps - warm_up))) / 2
 
 
 def shuffled_batches(n_images, batch_size, seed, epoch):
@@ -165,35 +193,43 @@ def shuffled_batches(n_images, batch_size, seed, epoch):
 
 
 def evaluate(network, session, split):
-    """Mean cross-entropy and accuracy over a split."""
-    loss, correct = 0.0, 0
+    """Mean cross-entropy and confusion matrix [true class, predicted class] over a split."""
+    loss, predicted = 0.0, []
     for start in range(0, len(split.labels), EVALUATION_BATCH):
         batch = slice(start, start + EVALUATION_BATCH)
-        batch_loss, batch_correct = session.run(
-            [network.evaluation.loss, network.evaluation.correct],
+        batch_loss, batch_predicted = session.run(
+            [network.evaluation.loss, network.evaluation.predicted],
             {network.images: split.images[batch], network.labels: split.labels[batch]})
         loss += float(batch_loss)
-        correct += int(batch_correct)
-    return loss / len(split.labels), correct / len(split.labels)
+        predicted.append(batch_predicted)
+    n_classes = int(network.net.outputs.shape[-1])
+    pairs = split.labels * n_classes + np.concatenate(predicted)
+    return loss / len(split.labels), np.bincount(pairs, minlength=n_classes ** 2).reshape(n_classes, n_classes)
+
+
+def accuracy(confusion):
+    return float(np.trace(confusion) / np.sum(confusion))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The state of a run
 
 
-def open_run(script, args, dataset):
-    """The state of the run to resume, or of a new one."""
-    if not args.resume:
-        return {'format': checkpoints.FORMAT, 'script': script, 'dataset': args.dataset,
-                'data_sha256': dataset.sha256(), 'seed': args.seed or 0, 'epoch': 0, 'stages': [], 'history': [],
-                'best_validation_accuracy': -1.0}
-    state = checkpoints.read_state(checkpoints.find(args.run_dir, 'last'), script, args.dataset)
-    if args.seed not in (None, state['seed']):
-        raise UsageError(f'--seed {args.seed}: the run in {args.run_dir} was started with seed {state["seed"]}; leave '
-                         '--seed out, or start a new run with --resume False')
-    if dataset.sha256() != state['data_sha256']:
-        say('WARNING: these are not the images that the run was started on')
-    return state
+def new_run(script, args, dataset):
+    return {'format': checkpoints.FORMAT, 'script': script, 'dataset': args.dataset, 'data_sha256': dataset.sha256,
+            'seed': args.seed or 0, 'validation': len(dataset.validation.labels), 'epoch': 0, 'stages': [],
+            'history': [], 'best_validation_accuracy': -1.0}
+
+
+def open_run(script, args):
+    """The checkpoint to resume from or to evaluate, and its state; UsageError where flags say otherwise than that."""
+    source = checkpoints.find(args.run_dir, args.checkpoint)
+    state = checkpoints.read_state(source, script, args.dataset)
+    for flag in ('seed', 'validation'):
+        if getattr(args, flag) not in (None, state[flag]):
+            raise UsageError(f'--{flag} {getattr(args, flag)}: the run in {args.run_dir} was started with --{flag} '
+                             f'{state[flag]}; leave --{flag} out, or start a new run with --resume False')
+    return source, state
 
 
 def next_stage(state, args, defaults):
@@ -217,19 +253,16 @@ def next_stage(state, args, defaults):
 # Inference
 
 
-def infer(script, model, args, dataset):
-    """Evaluates the network of a checkpoint, or of --weights, on the test images."""
+def infer(script, model, args, dataset, source, state):
+    """Evaluates the network of a checkpoint, source, or of --weights on the test images."""
     network = build(model, dataset, seed=0)
     with network.graph.as_default(), open_session(network.graph, args.gpu) as session:
         if args.weights:
             set_weights(network.net, records.read_weights(args.weights, network.net), session)
-            source, epoch = args.weights, None
         else:
-            source = checkpoints.find(args.run_dir, args.checkpoint)
-            epoch = checkpoints.read_state(source, script, args.dataset)['epoch']
             checkpoints.restore(session, source, network.net, network.net.all_params)
-        describe_network(script, network.net, source, args.verbose)
-        report(script, network, session, dataset, args, epoch)
+        describe_network(script, network.net, source or args.weights, args.verbose)
+        report(script, network, session, dataset, args, state['epoch'] if state else None)
 
 
 def set_weights(net, weights, session):
@@ -239,16 +272,25 @@ def set_weights(net, weights, session):
 
 
 def report(script, network, session, dataset, args, epoch):
-    """Prints loss and accuracy on the test images; writes result.json, or result-best.json, result-weights.json."""
-    loss, accuracy = evaluate(network, session, dataset.test)
-    say(f'test loss: {loss:.4f}')
-    say(f'test acc: {accuracy:.4f}')
-    args.run_dir.mkdir(parents=True, exist_ok=True)
+    """Prints loss and accuracy on the test images; writes result.json and confusion.png.
+
+    The weights are those after an epoch, or, where that is None, of --weights. The files of other weights than the
+    last are result-best.json, confusion-weights.png, ...
+    """
+    loss, confusion = evaluate(network, session, dataset.test)
     kind = 'weights' if epoch is None else args.checkpoint
-    records.write_json(args.run_dir / ('result.json' if kind == 'last' else f'result-{kind}.json'), {
+    suffix = '' if kind == 'last' else f'-{kind}'
+    args.run_dir.mkdir(parents=True, exist_ok=True)
+    picture = args.run_dir / f'confusion{suffix}.png'
+    records.write_confusion(picture, f'{script} on {dataset.name}, {accuracy(confusion):.2%} of '
+                            f'{len(dataset.test.labels):,} test images', dataset.classes, confusion)
+    records.write_json(args.run_dir / f'result{suffix}.json', {
         'script': script, 'weights': str(args.weights.resolve()) if kind == 'weights' else kind, 'epoch': epoch,
-        'test_loss': loss, 'test_accuracy': accuracy, 'test_images': len(dataset.test.labels),
-        'data': describe_data(dataset), **records.environment()})
+        'test_loss': loss, 'test_accuracy': accuracy(confusion), 'test_images': len(dataset.test.labels),
+        'confusion': confusion.tolist(), 'data': describe_data(dataset), **records.environment()})
+    say(f'confusion matrix: {picture}')
+    say(f'test loss: {loss:.4f}')
+    say(f'test acc: {accuracy(confusion):.4f}')
 
 
 def describe_network(script, net, source, verbose):
@@ -260,7 +302,7 @@ def describe_network(script, net, source, verbose):
 
 def describe_data(dataset):
     return {'name': dataset.name, 'origin': dataset.origin, 'published': dataset.published,
-            'sha256': dataset.sha256()}
+            'sha256': dataset.sha256}
 
 
 def say(line):

@@ -1,4 +1,4 @@
-"""What a run leaves for its reader: config.json, log.csv, curve.png, events, result.json, model.npz in its directory.
+"""What a run leaves for its reader: config.json, log.csv, curve.png, events, result.json, ... in its directory.
 
 Each is written beside its name and moved into place, so that a kill leaves the previous one whole.
 """
@@ -19,7 +19,7 @@ from twta.tf1 import tf, tl
 
 FIELDS = ('epoch', 'learning_rate', 'loss', 'training_accuracy', 'validation_accuracy', 'images_per_second', 'seconds')
 OURS = ('checkpoint*', 'last-*', 'best-*', '*_temp', 'events.out.tfevents*', 'config.json', 'log.csv', 'curve.png',
-        'result*.json', 'model.npz')
+        'result*.json', 'confusion*.png', 'model.npz')
 
 
 def move_aside(run_dir):
@@ -86,28 +86,56 @@ def write_log(path, history):
 
 def write_curve(path, title, history):
     """curve.png: loss and accuracies by epoch."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
     from matplotlib.ticker import MaxNLocator
 
+    pyplot = import_pyplot()
     epochs = [row['epoch'] for row in history]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout='constrained')
     marker = '.' if len(epochs) < 40 else None
     left.plot(epochs, [row['loss'] for row in history], marker=marker)
     left.set(xlabel='epoch', ylabel='training loss (cross-entropy)', yscale='log')
     for key, label in (('training_accuracy', 'training'), ('validation_accuracy', 'validation')):
-        right.plot(epochs, [100 * row[key] for row in history], marker=marker, label=label)
+        points = [(row['epoch'], 100 * row[key]) for row in history if row[key] is not None]
+        if points:
+            right.plot(*zip(*points, strict=True), marker=marker, label=label)
     right.set(xlabel='epoch', ylabel='accuracy (%)')
     right.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title)
+    save_figure(figure, path)
+
+
+def write_confusion(path, title, classes, confusion):
+    """A picture of the confusion matrix [true class, predicted class], with the accuracy of each class."""
+    pyplot = import_pyplot()
+    shares = confusion / confusion.sum(axis=1, keepdims=True).clip(1)
+    figure, axes = pyplot.subplots(figsize=(8, 7), layout='constrained')
+    axes.imshow(shares, cmap='Blues', vmin=0, vmax=1)
+    for (true, predicted), share in np.ndenumerate(shares):
+        axes.text(predicted, true, confusion[true, predicted], ha='center', va='center', fontsize=9,
+                  color='white' if share > 0.5 else 'black')
+    axes.set(xlabel='predicted class', ylabel='true class, and the accuracy on it', title=title)
+    axes.set_xticks(range(len(classes)), classes, rotation=45, ha='right')
+    axes.set_yticks(range(len(classes)), [f'{name}  {share:.1%}' for name, share in
+                                          zip(classes, shares.diagonal(), strict=True)])
+    save_figure(figure, path)
+
+
+def import_pyplot():
+    import matplotlib  # here: only some commands draw
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_figure(figure, path):
     part = path.with_name(path.name + '.part')
     figure.savefig(part, format='png', dpi=120)
-    pyplot.close(figure)
+    import_pyplot().close(figure)
     os.replace(part, path)
 
 
@@ -120,7 +148,8 @@ class Events:
         self.writer.add_session_log(start, first_epoch)
 
     def add(self, row):
-        values = [tf.Summary.Value(tag=field, simple_value=row[field]) for field in FIELDS[1:]]
+        values = [tf.Summary.Value(tag=field, simple_value=row[field]) for field in FIELDS[1:]
+                  if row[field] is not None]
         self.writer.add_summary(tf.Summary(value=values), row['epoch'])
         self.writer.flush()
 

@@ -1,0 +1,40 @@
+#!/usr/bin/env python3
+"""TWTA_4_4_CIFAR10_Group_V2: ternary weights and ternary activations on CIFAR-10, grouped 4*4 convolutions.
+
+Architecture: 32C3-64C4-256 4P2/4-512C4/16-2P2/8-2048C4/32-1024N1/8-4P2/16-1024C2/16-512N1
+Source:       github.com/edwardzcl/TWTA, published accuracy not given
+Accuracy:     not run
+Speed:        not run
+
+    python CIFAR10/TWTA_4_4_CIFAR10_Group_V2.py --resume False --learning_rate 0.01 --mode training
+    python CIFAR10/TWTA_4_4_CIFAR10_Group_V2.py --resume True --learning_rate 0.001 --mode training
+    python CIFAR10/TWTA_4_4_CIFAR10_Group_V2.py --resume True --mode inference
+"""
+from twta.command_line import run
+
+DATASETS = ('cifar10', 'shapes')  # the first is the default
+LEARNING_RATE = 1e-2
+EPOCHS = 200
+BATCH_SIZE = 200
+
+
+def model(x, is_train):
+    """The network on images x [batch, 24, 24, 3]: a TensorLayer layer whose outputs are the logits [batch, 10]."""
+    from twta.ternary_layers import Network  # here, so that --help need not wait for TensorFlow
+
+    net = Network(x, is_train)
+    net.encode(32, 3)                              # 24 * 24 * 32, full-precision weights
+    net.conv(64, 4)                                # 24 * 24 * 64
+    net.pool(256, 4, padding='SAME', groups=4)     # 12 * 12 * 256
+    net.conv(512, 4, groups=16)                    # 12 * 12 * 512
+    net.pool(512, 2, groups=8)                     # 6 * 6 * 512
+    net.conv(2048, 4, groups=32)                   # 6 * 6 * 2048
+    net.conv(1024, 1, groups=8)                    # 6 * 6 * 1024
+    net.pool(1024, 4, groups=16)                   # 2 * 2 * 1024
+    net.conv(1024, 2, padding='VALID', groups=16)  # 1 * 1 * 1024
+    net.conv(512, 1)                               # 1 * 1 * 512
+    return net.classify(10)                        # 10, full-precision weights
+
+
+if __name__ == '__main__':
+    run(__file__, __doc__, model, DATASETS, LEARNING_RATE, EPOCHS, BATCH_SIZE)

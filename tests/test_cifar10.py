@@ -1,0 +1,184 @@
+"""CIFAR-10: the binary reader on hand-made files, the archive, the generated sample, training on it."""
+import hashlib
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from conftest import ROOT, run_script
+from sklearn.linear_model import RidgeClassifier
+
+from twta import TwtaError, UsageError, datasets, shapes
+
+SHARED_CIFAR10 = ROOT.parent / 'shared' / 'datasets' / 'cifar10_jpeg.npz'
+RNG = np.random.default_rng(6)
+N = 20  # images in each of the hand-made files
+FOLDER = datasets.CIFAR10_FOLDER
+
+
+def records(images, labels):
+    """The binary version of images [n, 32, 32, 3]: by hand, a byte at a time."""
+    content = bytearray()
+    for image, label in zip(images, labels, strict=True):
+        content.append(label)
+        for channel in range(3):
+            for row in range(32):
+                content += bytes(image[row, :, channel].tolist())
+    return bytes(content)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A data directory with six files of 20 images, and what is in them."""
+    files, images, labels = {}, [], []
+    for name in datasets.CIFAR10_FILES:
+        images.append(RNG.integers(0, 256, (N, 32, 32, 3), np.uint8))
+        labels.append(RNG.integers(0, 10, N, np.uint8))
+        files[name] = records(images[-1], labels[-1])
+    folder = tmp_path / 'cifar10' / FOLDER
+    folder.mkdir(parents=True)
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    monkeypatch.setattr(datasets, 'CIFAR10_IMAGES', N)
+    monkeypatch.setattr(datasets, 'CIFAR10_FILES',
+                        {name: hashlib.sha256(content).hexdigest() for name, content in files.items()})
+    monkeypatch.setattr(datasets, 'CIFAR10_URL', 'http://127.0.0.1:9/cifar-10-binary.tar.gz')  # nobody answers
+    return tmp_path, files, np.stack(images), np.stack(labels)
+
+
+def test_the_binary_version_is_read_as_published(small):
+    data_dir, _, images, labels = small
+    cifar = datasets.load('cifar10', data_dir)
+    np.testing.assert_array_equal(cifar.train.images, images[:5].reshape(-1, 32, 32, 3))
+    np.testing.assert_array_equal(cifar.train.labels, labels[:5].ravel())
+    np.testing.assert_array_equal(cifar.test.images, images[5])
+    np.testing.assert_array_equal(cifar.test.labels, labels[5])
+    assert len(cifar.validation.labels) == 0
+    assert cifar.published and 'NOT' not in str(cifar) and str(data_dir) in str(cifar)
+
+
+def test_validation_images_are_the_last_of_the_training_set(small):
+    data_dir, _, images, labels = small
+    cifar = datasets.load('cifar10', data_dir, 30)
+    np.testing.assert_array_equal(cifar.validation.images, images[:5].reshape(-1, 32, 32, 3)[70:])
+    np.testing.assert_array_equal(cifar.train.labels, labels[:5].ravel()[:70])
+    assert len(cifar.test.labels) == N
+    for count in (100, 101):
+        with pytest.raises(UsageError, match=f'--validation {count}: .* 100 training images .* 0 to 99'):
+            datasets.load('cifar10', data_dir, count)
+
+
+def test_other_images_are_read_and_named(small):
+    data_dir, files, _, _ = small
+    content = bytearray(files['data_batch_3.bin'])
+    content[5] ^= 1
+    (data_dir / 'cifar10' / FOLDER / 'data_batch_3.bin').write_bytes(content)
+    cifar = datasets.load('cifar10', data_dir)
+    assert not cifar.published and 'NOT the published files' in str(cifar)
+
+
+def test_damaged_files_are_refused_by_name(small):
+    data_dir, files, _, _ = small
+    whole = files['data_batch_2.bin']
+    wrong_label = bytearray(whole)
+    wrong_label[3 * 3073] = 10
+    path = data_dir / 'cifar10' / FOLDER / 'data_batch_2.bin'
+    for content, reason in ((whole[:-1], 'shorter than'), (b'', 'shorter than'), (b'<html>404</html>', 'shorter than'),
+                            (whole + b'\0', 'longer than'), (wrong_label, 'image 3 has label 10, labels are 0 to 9')):
+        path.write_bytes(content)
+        with pytest.raises(TwtaError, match=reason) as error:
+            datasets.load('cifar10', data_dir)
+        assert str(path) in str(error.value) and '\n' not in str(error.value)
+        assert path.read_bytes() == content  # never overwritten
+
+
+def pack(path, monkeypatch, members):
+    """An archive of (name, content or link) with its checksum as the published one."""
+    with tarfile.open(path, 'w:gz') as archive:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+            else:
+                member.type, member.linkname = tarfile.SYMTYPE, content
+                archive.addfile(member)
+    packed = path.read_bytes()
+    monkeypatch.setattr(datasets, 'CIFAR10_ARCHIVE', (len(packed), hashlib.sha256(packed).hexdigest()))
+
+
+def test_absent_files_are_unpacked_and_nothing_else(small, monkeypatch):
+    data_dir, files, _, _ = small
+    folder = data_dir / 'cifar10' / FOLDER
+    before = datasets.load('cifar10', data_dir)
+    (folder / 'test_batch.bin').unlink()
+    (folder / 'data_batch_1.bin').unlink()
+    kept = (folder / 'data_batch_2.bin').stat().st_mtime_ns
+    pack(data_dir / 'cifar10' / 'cifar-10-binary.tar.gz', monkeypatch, [
+        (f'{FOLDER}/../../escaped.bin', b'no'), ('/tmp/twta-escaped.bin', b'no'), ('test_batch.bin', b'no'),
+        (f'{FOLDER}/data_batch_1.bin', '/etc/passwd'), (f'{FOLDER}/readme.html', b'no'),
+        *((f'{FOLDER}/{name}', content) for name, content in files.items())])
+    after = datasets.load('cifar10', data_dir)
+    assert after.published and after.sha256 == before.sha256
+    assert sorted(path.name for path in folder.iterdir()) == sorted(files)
+    assert sorted(path.name for path in data_dir.rglob('*.bin')) == sorted(files)
+    assert (folder / 'data_batch_2.bin').stat().st_mtime_ns == kept
+
+
+def test_only_the_published_archive_is_opened(small, monkeypatch):
+    data_dir, files, _, _ = small
+    archive = data_dir / 'cifar10' / 'cifar-10-binary.tar.gz'
+    (data_dir / 'cifar10' / FOLDER / 'test_batch.bin').unlink()
+    pack(archive, monkeypatch, [(f'{FOLDER}/{name}', content) for name, content in files.items()])
+    damaged = archive.read_bytes()[:-9]
+    archive.write_bytes(damaged)
+    with pytest.raises(TwtaError, match='remove it to have it downloaded again') as error:
+        datasets.load('cifar10', data_dir)
+    assert str(archive) in str(error.value) and archive.read_bytes() == damaged
+    assert not (data_dir / 'cifar10' / FOLDER / 'test_batch.bin').exists()
+
+
+def test_without_a_network_one_line_says_what_to_do(small):
+    data_dir, _, _, _ = small
+    (data_dir / 'cifar10' / FOLDER / 'test_batch.bin').unlink()
+    with pytest.raises(TwtaError, match=r'cifar-10-binary.tar.gz could not be downloaded .*put the file in'):
+        datasets.load('cifar10', data_dir)
+
+
+def test_the_archive_comes_over_tls():
+    assert datasets.CIFAR10_URL.startswith('https://www.cs.toronto.edu/')
+
+
+@pytest.mark.skipif(not SHARED_CIFAR10.exists(), reason=f'needs {SHARED_CIFAR10}')
+def test_the_images_at_hand_are_not_the_published_ones(tmp_path):
+    """../shared has JPEG-recompressed images in the published split: they are read, and named for what they are."""
+    prepare = SHARED_CIFAR10.parent / 'prepare.py'
+    assert run_script(prepare, tmp_path).returncode == 0
+    cifar = datasets.load('cifar10', tmp_path)
+    assert 'NOT the published files' in str(cifar) and not cifar.published
+    assert [len(split.labels) for split in cifar[3:6]] == [50000, 0, 10000]
+    assert np.bincount(cifar.test.labels).tolist() == [1000] * 10
+    assert np.bincount(cifar.train.labels).tolist() == [5000] * 10
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The generated sample
+
+
+def test_shapes_are_drawn_from_a_fixed_seed():
+    images, labels = shapes.draw(400, seed=0)
+    assert images.shape == (400, 32, 32, 3) and images.dtype == np.uint8
+    assert np.bincount(labels).tolist() == [40] * 10
+    again, _ = shapes.draw(400, seed=0)
+    np.testing.assert_array_equal(images, again)
+    assert (images != shapes.draw(400, seed=1)[0]).any()
+    assert images.mean(axis=(1, 2, 3)).min() > 5 and images.std(axis=(1, 2, 3)).min() > 10
+
+
+def test_a_linear_classifier_stays_below_70_percent(tmp_path):
+    """Measured: 19 %, where 10 % is chance."""
+    sample = datasets.load('shapes', tmp_path / 'absent')
+    assert [len(split.labels) for split in sample[3:6]] == [2500, 500, 1000]
+    flat = [split.images.reshape(len(split.labels), -1) / 255 for split in (sample.train, sample.test)]
+    linear = RidgeClassifier(100).fit(flat[0], sample.train.labels)
+    assert linear.score(flat[1], sample.test.labels) < 0.7

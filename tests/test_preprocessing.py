@@ -1,0 +1,125 @@
+"""Distortion, crops and standardisation against numpy and against TensorFlow's own operations, and by property.
+
+What was drawn for an image is read off the result, so that nothing here knows how it is drawn.
+"""
+import numpy as np
+import pytest
+from numpy.lib.stride_tricks import sliding_window_view
+from scipy.stats import chisquare, kstest
+
+from twta import preprocessing
+from twta.tf1 import tf
+
+RNG = np.random.default_rng(5)
+N = 2000
+IMAGES = RNG.integers(0, 256, (N, 32, 32, 3), np.uint8)  # noise: every crop of it differs from every other
+
+
+def run(function, images, *arguments):
+    with tf.Graph().as_default(), tf.Session() as session:
+        return session.run(function(tf.constant(images), *arguments))
+
+
+def centred(x):
+    return x - x.mean(axis=(-2, -1), keepdims=True)
+
+
+def read_off(image, distorted):
+    """(top, left, flipped, brightness, contrast) that make the distorted image of the image, found by trying all."""
+    best = (-1,)
+    for flipped in (False, True):
+        channel = distorted[:, ::-1, 0] if flipped else distorted[..., 0]
+        windows = sliding_window_view(image[..., 0].astype(np.float64), (24, 24))
+        likeness = (centred(windows) * centred(channel)).sum(axis=(2, 3)) / centred(windows).std(axis=(2, 3))
+        top, left = np.unravel_index(likeness.argmax(), likeness.shape)
+        best = max(best, (likeness.max(), int(top), int(left), flipped))
+    _, top, left, flipped = best
+    crop = image[top:top + 24, left:left + 24].astype(np.float64)
+    crop = crop[:, ::-1] if flipped else crop
+    contrast = distorted[..., 0].std() / crop[..., 0].std()
+    brightness = distorted.mean() - crop.mean()
+    mean = crop.mean(axis=(0, 1))
+    np.testing.assert_allclose(distorted, (crop - mean) * contrast + mean + brightness, atol=5e-3)
+    return top, left, flipped, brightness, contrast
+
+
+@pytest.fixture(scope='module')
+def drawn():
+    distorted = run(preprocessing.distort, IMAGES, 24, 3, 7)
+    assert distorted.shape == (N, 24, 24, 3) and distorted.dtype == np.float32
+    return np.array([read_off(image, result) for image, result in zip(IMAGES, distorted, strict=True)]).T
+
+
+def test_every_image_is_cropped_flipped_brightened_and_stretched(drawn):
+    """read_off has compared each with its own numpy version; here: TensorFlow's operations agree with what was read."""
+    distorted = run(preprocessing.distort, IMAGES, 24, 3, 7)
+
+    def published(image, top, left, flipped, brightness, contrast):
+        x = tf.cast(image[top:top + 24, left:left + 24], tf.float32)
+        x = tf.image.flip_left_right(x) if flipped else x
+        return tf.image.adjust_contrast(tf.image.adjust_brightness(x, brightness), contrast)
+
+    for i in range(5):
+        top, left, *rest = drawn[:, i]
+        np.testing.assert_allclose(distorted[i], run(published, IMAGES[i], int(top), int(left), *rest), atol=5e-3)
+
+
+def test_crops_are_uniform_over_all_81_places(drawn):
+    top, left = drawn[:2].astype(int)
+    counts = np.bincount(9 * top + left, minlength=81)
+    assert len(counts) == 81 and chisquare(counts).pvalue > 0.001
+
+
+def test_half_are_flipped(drawn):
+    assert abs(drawn[2].mean() - 0.5) < 3.3 * 0.5 / N ** 0.5
+
+
+def test_brightness_and_contrast_are_uniform_in_the_published_ranges(drawn):
+    for values, low, high in ((drawn[3], -63, 63), (drawn[4], 0.2, 1.8)):
+        assert low - 1e-3 <= values.min() < low + 0.01 * (high - low)
+        assert high - 0.01 * (high - low) < values.max() <= high + 1e-3
+        assert kstest(values, 'uniform', (low, high - low)).pvalue > 0.001
+
+
+def test_draws_are_independent_of_each_other(drawn):
+    assert np.abs(np.corrcoef(drawn) - np.eye(5)).max() < 3.7 / N ** 0.5
+
+
+def test_seed_and_step_decide():
+    images = IMAGES[:20]
+    first = run(preprocessing.for_training, images, 24, 3, 7)
+    np.testing.assert_array_equal(first, run(preprocessing.for_training, images, 24, 3, 7))
+    for seed, step in ((4, 7), (3, 8), (7, 3)):
+        other = run(preprocessing.for_training, images, 24, seed, step)
+        assert all(np.abs(x - y).max() > 0.1 for x, y in zip(first, other, strict=True))
+
+
+def test_standardisation_is_tensorflows_and_numpys():
+    images = RNG.normal(100, 40, (8, 24, 24, 3)).astype(np.float32)
+    found = run(preprocessing.standardize, images)
+    np.testing.assert_allclose(found.mean(axis=(1, 2, 3)), 0, atol=1e-5)
+    np.testing.assert_allclose(found.std(axis=(1, 2, 3)), 1, rtol=1e-5)
+    np.testing.assert_allclose(found, run(tf.image.per_image_standardization, images), atol=1e-5)
+    mean, std = images.mean(axis=(1, 2, 3), keepdims=True), images.std(axis=(1, 2, 3), keepdims=True)
+    np.testing.assert_allclose(found, (images - mean) / std, atol=1e-5)
+
+
+def test_uniform_images_are_not_divided_by_zero():
+    images = np.full((2, 24, 24, 3), 200, np.float32)
+    images[1, 0, 0, 0] = 200.5  # its standard deviation, 0.012, is below the least divisor, 1 / sqrt(1728)
+    found = run(preprocessing.standardize, images)
+    assert not found[0].any()
+    np.testing.assert_allclose(found[1], (images[1] - images[1].mean()) * 1728 ** 0.5, atol=1e-3)
+    np.testing.assert_allclose(found, run(tf.image.per_image_standardization, images), atol=1e-3)
+
+
+def test_evaluation_takes_the_central_crop():
+    crop = IMAGES[:5, 4:28, 4:28].astype(np.float32)
+    np.testing.assert_allclose(run(preprocessing.for_evaluation, IMAGES[:5], 24),
+                               run(tf.image.per_image_standardization, crop), atol=1e-5)
+
+
+@pytest.mark.parametrize('treat', [preprocessing.for_evaluation,
+                                   lambda x, crop: preprocessing.for_training(x, crop, 0, 1)])
+def test_without_a_crop_pixels_are_divided_by_256(treat):
+    np.testing.assert_array_equal(run(treat, IMAGES[:5], 0), IMAGES[:5].astype(np.float32) / 256)

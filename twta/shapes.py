@@ -1,0 +1,48 @@
+"""A sample of ten classes of coloured shapes and textures, 32*32, to run the CIFAR-10 networks on without a network.
+
+Place, size, tilt and both colours are drawn for each image, so that no pixel by itself tells much: a linear classifier
+finds little to go by.
+"""
+import numpy as np
+
+SIDE = 32
+NOISE = 20  # standard deviation, in grey levels of 256
+CONTRAST = 90  # between the colours of shape and background, summed over the channels, at least
+
+# where a shape is, in coordinates of its own: u to the right, v downwards, centre (0, 0), radius 1
+SHAPES = {
+    'disk': lambda u, v: np.hypot(u, v) < 1,
+    'ring': lambda u, v: np.abs(np.hypot(u, v) - 0.8) < 0.2,
+    'square': lambda u, v: np.maximum(np.abs(u), np.abs(v)) < 0.85,
+    'triangle': lambda u, v: (v < 0.6) & (1.7 * np.abs(u) - v < 1),
+    'cross': lambda u, v: (np.minimum(np.abs(u), np.abs(v)) < 0.3) & (np.maximum(np.abs(u), np.abs(v)) < 1),
+    'star': lambda u, v: np.hypot(u, v) < 0.65 + 0.35 * np.cos(5 * np.arctan2(u, -v)),
+    'rows': lambda u, v: np.sin(6 * v) > 0,
+    'columns': lambda u, v: np.sin(6 * u) > 0,
+    'checks': lambda u, v: np.sin(5 * u) * np.sin(5 * v) > 0,
+    'dots': lambda u, v: np.cos(7 * u) + np.cos(7 * v) > 0.7,
+}
+CLASSES = tuple(SHAPES)
+
+
+def draw(n_images, seed):
+    """n_images of the ten classes, in random order: uint8 [n_images, 32, 32, 3] and labels uint8 [n_images]."""
+    rng = np.random.RandomState(seed)  # a legacy generator: its stream never changes
+    labels = rng.permutation(np.arange(n_images) % len(CLASSES)).astype(np.uint8)
+
+    def one_per_image(low, high):
+        return rng.uniform(low, high, (n_images, 1, 1))
+
+    y, x = np.mgrid[:SIDE, :SIDE]
+    x, y = x - one_per_image(11, 20), y - one_per_image(11, 20)
+    radius, tilt = one_per_image(6, 10), one_per_image(-0.4, 0.4)
+    u, v = (np.cos(tilt) * x + np.sin(tilt) * y) / radius, (np.cos(tilt) * y - np.sin(tilt) * x) / radius
+    inside = np.empty(u.shape, bool)
+    for label, shape in enumerate(SHAPES.values()):
+        inside[labels == label] = shape(u[labels == label], v[labels == label])
+
+    background, colour = rng.uniform(0, 255, (2, n_images, 1, 1, 3))
+    too_close = np.abs(colour - background).sum(-1, keepdims=True) < CONTRAST
+    colour = np.where(too_close, (background + 128) % 256, colour)
+    images = np.where(inside[..., np.newaxis], colour, background) + NOISE * rng.standard_normal((*inside.shape, 3))
+    return images.clip(0, 255).astype(np.uint8), labels
