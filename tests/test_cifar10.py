@@ -1,14 +1,15 @@
 """CIFAR-10: the binary reader on hand-made files, the archive, the generated sample, training on it."""
 import hashlib
 import io
+import json
 import tarfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_script
+from conftest import ROOT, assert_same, log, run_script, start, variables
 from sklearn.linear_model import RidgeClassifier
 
-from twta import TwtaError, UsageError, datasets, shapes
+from twta import TwtaError, UsageError, checkpoints, datasets, experiment, shapes
 
 SHARED_CIFAR10 = ROOT.parent / 'shared' / 'datasets' / 'cifar10_jpeg.npz'
 RNG = np.random.default_rng(6)
@@ -182,3 +183,95 @@ def test_a_linear_classifier_stays_below_70_percent(tmp_path):
     flat = [split.images.reshape(len(split.labels), -1) / 255 for split in (sample.train, sample.test)]
     linear = RidgeClassifier(100).fit(flat[0], sample.train.labels)
     assert linear.score(flat[1], sample.test.labels) < 0.7
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedule and validation
+
+
+def rates(schedule, epochs, epoch_steps):
+    stage = {'learning_rate': 0.1, 'epochs': epochs, 'schedule': schedule}
+    return [experiment.learning_rate(stage, step, epoch_steps) for step in range(epochs * epoch_steps)]
+
+
+def test_constant_is_the_published_protocol():
+    assert set(rates('constant', 3, 7)) == {0.1}
+
+
+@pytest.mark.parametrize('epochs, warm_up', [(2, 125), (4, 250), (100, 250)])
+def test_cosine_warms_up_and_comes_down_to_zero(epochs, warm_up):
+    found = np.array(rates('cosine', epochs, 250))
+    np.testing.assert_allclose(found[:warm_up], 0.1 * np.arange(1, warm_up + 1) / warm_up)
+    rest = found[warm_up - 1:]
+    assert (np.diff(rest[1:]) < 0).all() and rest[1] == 0.1 and 0 < rest[-1] < 1e-5
+    half_way = len(rest) // 2 + 1
+    assert rest[half_way] == pytest.approx(0.05, abs=1e-3)
+
+
+def test_a_training_of_a_single_step_has_a_rate():
+    assert rates('cosine', 1, 1) == [0.1]
+
+
+GROUPED = 'TWTA_3_3_CIFAR10_Group_V2'
+TINY = ('--validation', 2900, '--batch_size', 50, '--precision', 'float32')  # of 3,000: two steps an epoch
+
+
+def test_a_resumed_run_continues_the_cosine_and_the_distortions(tmp_path, monkeypatch):
+    """As if never stopped, bit for bit; then a stage of another learning rate counts on."""
+    flags = (*TINY, '--schedule', 'cosine', '--learning_rate', 0.005, '--epochs', 4)
+    start(tmp_path / 'whole', *flags, script=GROUPED)
+    whole = experiment.shuffled_batches
+
+    def interrupt(n_images, batch_size, seed, epoch):
+        if epoch == 3:
+            raise KeyboardInterrupt
+        return whole(n_images, batch_size, seed, epoch)
+
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(experiment, 'shuffled_batches', interrupt)
+        start(tmp_path / 'parts', *flags, script=GROUPED)
+    start(tmp_path / 'parts', '--resume', 'True', *flags, script=GROUPED)
+    assert_same(variables(tmp_path / 'parts'), variables(tmp_path / 'whole'))
+    assert [row['learning_rate'] for row in log(tmp_path / 'parts')] == [
+        str(rate) for rate in np.array([experiment.learning_rate(
+            {'learning_rate': 0.005, 'epochs': 4, 'schedule': 'cosine'}, step, 2) for step in (1, 3, 5, 7)])]
+    start(tmp_path / 'parts', '--resume', 'True', '--learning_rate', 0.0001, '--epochs', 1, '--batch_size', 50,
+          script=GROUPED)
+    assert log(tmp_path / 'parts')[4]['learning_rate'] == '0.0001'
+    assert json.loads((tmp_path / 'parts' / 'config.json').read_text())['stages'][1]['schedule'] == 'constant'
+    with pytest.raises(UsageError, match=r'--validation 0: .* was started with --validation 2900'):
+        start(tmp_path / 'parts', '--resume', 'True', '--validation', 0, script=GROUPED)
+
+
+def test_without_validation_images_best_means_last(tmp_path, capsys, monkeypatch):
+    sample = datasets.load('shapes', tmp_path, 2900)
+    monkeypatch.setitem(datasets.DATASETS, 'shapes', lambda data_dir, validation: sample._replace(
+        validation=datasets.Split(sample.validation.images[:0], sample.validation.labels[:0])))
+    start(tmp_path, *TINY[2:], '--validation', 0, '--epochs', 2, script=GROUPED)
+    lines = capsys.readouterr().out.splitlines()
+    assert '100 training, 0 validation' in lines[0]
+    assert not any('val acc' in line for line in lines)
+    assert [row['validation_accuracy'] for row in log(tmp_path)] == ['', '']
+    assert not list(tmp_path.glob('best*'))
+    start(tmp_path, '--mode', 'inference', '--checkpoint', 'best', script=GROUPED)
+    assert capsys.readouterr().out.splitlines()[-2:] == lines[-2:]
+    assert checkpoints.find(tmp_path, 'best') == checkpoints.find(tmp_path, 'last')
+
+
+def test_inference_draws_the_confusion_matrix(tmp_path, capsys):
+    start(tmp_path, *TINY, '--epochs', 1, script=GROUPED)
+    for path in (tmp_path / 'result.json', tmp_path / 'confusion.png'):
+        path.unlink()
+    start(tmp_path, '--mode', 'inference', script=GROUPED)
+    assert f'confusion matrix: {tmp_path / "confusion.png"}' in capsys.readouterr().out
+    assert (tmp_path / 'confusion.png').read_bytes().startswith(b'\x89PNG')
+    result = json.loads((tmp_path / 'result.json').read_text())
+    confusion = np.array(result['confusion'])
+    sample = datasets.load('shapes', tmp_path)
+    assert confusion.sum(axis=1).tolist() == np.bincount(sample.test.labels).tolist()  # true classes are the rows
+    assert confusion.trace() / confusion.sum() == result['test_accuracy']
+    assert result['data']['published'] is False and result['data']['origin'] == 'a generated sample, not CIFAR-10'
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training

@@ -185,7 +185,7 @@ def test_weights_that_do_not_fit_are_refused(finished_run, tmp_path):
 def test_checkpoints_that_do_not_fit_are_refused(finished_run, tmp_path):
     with pytest.raises(TwtaError, match='a checkpoint of TWTA_5_5_MNIST on digits, not of TWTA_4_4_MNIST on digits'):
         start(finished_run, '--resume', 'True', script='TWTA_4_4_MNIST')
-    with pytest.raises(UsageError, match=r'--seed 7: the run in .* was started with seed 0'):
+    with pytest.raises(UsageError, match=r'--seed 7: the run in .* was started with --seed 0'):
         start(finished_run, '--resume', 'True', '--seed', 7)
     state = checkpoints.read_state(checkpoints.find(finished_run, 'last'), 'TWTA_5_5_MNIST', 'digits')
 
