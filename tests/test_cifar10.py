@@ -157,7 +157,7 @@ def test_the_images_at_hand_are_not_the_published_ones(tmp_path):
     assert run_script(prepare, tmp_path).returncode == 0
     cifar = datasets.load('cifar10', tmp_path)
     assert 'NOT the published files' in str(cifar) and not cifar.published
-    assert [len(split.labels) for split in cifar[3:6]] == [50000, 0, 10000]
+    assert [len(split.labels) for split in cifar[4:7]] == [50000, 0, 10000]
     assert np.bincount(cifar.test.labels).tolist() == [1000] * 10
     assert np.bincount(cifar.train.labels).tolist() == [5000] * 10
 
@@ -177,9 +177,9 @@ def test_shapes_are_drawn_from_a_fixed_seed():
 
 
 def test_a_linear_classifier_stays_below_70_percent(tmp_path):
-    """Measured: 19 %, where 10 % is chance."""
+    """Measured: 58 %, where 10 % is chance."""
     sample = datasets.load('shapes', tmp_path / 'absent')
-    assert [len(split.labels) for split in sample[3:6]] == [2500, 500, 1000]
+    assert [len(split.labels) for split in sample[4:7]] == [2500, 500, 1000]
     flat = [split.images.reshape(len(split.labels), -1) / 255 for split in (sample.train, sample.test)]
     linear = RidgeClassifier(100).fit(flat[0], sample.train.labels)
     assert linear.score(flat[1], sample.test.labels) < 0.7
@@ -258,12 +258,14 @@ def test_without_validation_images_best_means_last(tmp_path, capsys, monkeypatch
     assert checkpoints.find(tmp_path, 'best') == checkpoints.find(tmp_path, 'last')
 
 
-def test_inference_draws_the_confusion_matrix(tmp_path, capsys):
+def test_inference_draws_the_confusion_matrix(tmp_path):
     start(tmp_path, *TINY, '--epochs', 1, script=GROUPED)
     for path in (tmp_path / 'result.json', tmp_path / 'confusion.png'):
         path.unlink()
-    start(tmp_path, '--mode', 'inference', script=GROUPED)
-    assert f'confusion matrix: {tmp_path / "confusion.png"}' in capsys.readouterr().out
+    finished = run_script(f'{GROUPED}.py', '--mode', 'inference', '--dataset', 'shapes', '--run_dir', tmp_path,
+                          cwd=ROOT / 'CIFAR10')
+    assert (finished.returncode, finished.stderr) == (0, '')
+    assert f'confusion matrix: {tmp_path / "confusion.png"}' in finished.stdout
     assert (tmp_path / 'confusion.png').read_bytes().startswith(b'\x89PNG')
     result = json.loads((tmp_path / 'result.json').read_text())
     confusion = np.array(result['confusion'])
@@ -275,3 +277,11 @@ def test_inference_draws_the_confusion_matrix(tmp_path, capsys):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
+
+
+@pytest.mark.parametrize('name, accuracy', [(GROUPED, 0.55), ('TWTA_3_3_CIFAR10_VGG13', 0.4),
+                                            ('FP_3_3_CIFAR10_VGG13', 0.8)])
+def test_accuracy_on_the_sample(tmp_path, name, accuracy):
+    """Of each family, after 5 epochs of 50 steps; measured: 73, 56 and 96 % (a linear classifier: 58 %)."""
+    start(tmp_path, '--schedule', 'cosine', '--learning_rate', 0.003, '--batch_size', 50, '--epochs', 5, script=name)
+    assert json.loads((tmp_path / 'result.json').read_text())['test_accuracy'] >= accuracy

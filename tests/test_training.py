@@ -210,6 +210,18 @@ def test_checkpoints_that_do_not_fit_are_refused(finished_run, tmp_path):
         start(tmp_path, '--resume', 'True')
 
 
+def test_checkpoints_from_before_schedules_and_validation_splits_are_read(finished_run, tmp_path):
+    state = checkpoints.read_state(checkpoints.find(finished_run, 'last'), 'TWTA_5_5_MNIST', 'digits')
+    old = {key: value for key, value in state.items() if key != 'validation'}
+    old.update(format=1, stages=[{key: value for key, value in stage.items() if key != 'schedule'}
+                                 for stage in state['stages']])
+    with tf.Graph().as_default(), tf.Session() as session:
+        store = checkpoints.Checkpoints(tmp_path)
+        session.run(tf.global_variables_initializer())
+        store.save(session, old, is_best=False)
+    assert checkpoints.read_state(checkpoints.find(tmp_path, 'last'), 'TWTA_5_5_MNIST', 'digits') == state
+
+
 def test_a_truncated_checkpoint_is_refused(finished_run, tmp_path):
     start(tmp_path, *QUICK[2:], '--epochs', 1)
     path, = tmp_path.glob('last-1.data*')
@@ -344,7 +356,7 @@ def test_three_commands_from_three_folders(tmp_path):
     for finished in (first, second, third):
         assert (finished.returncode, finished.stderr) == (0, '')
         words = {line.split(' ')[0] for line in finished.stdout.splitlines()}
-        assert words <= {'data:', 'device:', 'network:', 'training:', 'epoch', 'test'}
+        assert words <= {'data:', 'device:', 'network:', 'training:', 'epoch', 'confusion', 'test'}
     assert [line.split('  ')[0] for line in second.stdout.splitlines() if line.startswith('epoch')] == [
         'epoch 3/4', 'epoch 4/4']
     assert second.stdout.splitlines()[-2:] == third.stdout.splitlines()[-2:]

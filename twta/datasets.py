@@ -60,7 +60,8 @@ class Split(NamedTuple):
 
 class Dataset(NamedTuple):
     name: str
-    origin: str  # for the log: the published files, other files, an embedded sample
+    origin: str  # the published files, other files, an embedded sample
+    folder: Path | None  # where the files are
     published: bool  # whether these are, bit for bit, the published images and labels
     train: Split
     validation: Split  # perhaps empty
@@ -69,9 +70,15 @@ class Dataset(NamedTuple):
     crop: int  # how images are treated before the network sees them, see twta.preprocessing
     sha256: str  # of every image and label, in hexadecimal: equal where two runs saw the same data
 
+    @property
+    def title(self):
+        """For pictures, which go about without their record."""
+        return self.name if self.published else f'{self.name} ({self.origin})'
+
     def __str__(self):
+        origin = f'{self.origin} (in {self.folder})' if self.folder else self.origin
         counts = f'{len(self.train.labels):,} training, {len(self.validation.labels):,} validation'
-        return f'{self.name}, {self.origin}: {counts} and {len(self.test.labels):,} test images'
+        return f'{self.name}, {origin}: {counts} and {len(self.test.labels):,} test images'
 
 
 def load(name, data_dir, validation=None):
@@ -82,8 +89,11 @@ def load(name, data_dir, validation=None):
     return DATASETS[name](Path(data_dir), **({} if validation is None else {'validation': validation}))
 
 
-def assemble(name, origin, published, train, validation, test, classes, crop):
-    """The Dataset, the last `validation` images of train, a pair of images and labels, held out."""
+def assemble(name, origin, folder, published, train, validation, test, classes, crop):
+    """The Dataset, the last `validation` images of train, a pair of images and labels, held out.
+
+    origin None: files of the data set, the published ones or not.
+    """
     images, labels = train
     n = len(labels) - validation
     if n < 1:
@@ -95,11 +105,8 @@ def assemble(name, origin, published, train, validation, test, classes, crop):
     for split in splits:
         for array in split:
             digest.update(array)
-    return Dataset(name, origin, published, *splits, classes, crop, digest.hexdigest())
-
-
-def found(folder, published):
-    return f'{"the published files" if published else "NOT the published files"} (in {folder})'
+    origin = origin or ('the published files' if published else 'NOT the published files')
+    return Dataset(name, origin, folder, published, *splits, classes, crop, digest.hexdigest())
 
 
 def load_mnist(data_dir, validation=10000):
@@ -118,8 +125,8 @@ def load_mnist(data_dir, validation=10000):
         arrays.append(parse_idx(content, shape, path))
         published &= hashlib.sha256(content).hexdigest() == sha256
     images, labels, test_images, test_labels = arrays
-    return assemble('MNIST', found(data_dir / 'mnist', published), published, (images[..., np.newaxis], labels),
-                    validation, (test_images[..., np.newaxis], test_labels), DIGITS, crop=0)
+    return assemble('MNIST', None, data_dir / 'mnist', published, (images[..., np.newaxis], labels), validation,
+                    (test_images[..., np.newaxis], test_labels), DIGITS, crop=0)
 
 
 def load_cifar10(data_dir, validation=0):
@@ -139,7 +146,7 @@ def load_cifar10(data_dir, validation=0):
         images.append(batch_images)
         labels.append(batch_labels)
         published &= hashlib.sha256(content).hexdigest() == sha256
-    return assemble('CIFAR-10', found(folder, published), published,
+    return assemble('CIFAR-10', None, folder, published,
                     (np.concatenate(images[:-1]), np.concatenate(labels[:-1])), validation, (images[-1], labels[-1]),
                     CIFAR10_CLASSES, CIFAR10_CROP)
 
@@ -156,7 +163,7 @@ def load_digits(data_dir, validation=297):
     order = np.random.RandomState(0).permutation(len(digits.target))  # a legacy generator: its stream never changes
     images = zoom(digits.images[order] * (255 / 16), (1, 3.5, 3.5), order=1).round().astype(np.uint8)[..., np.newaxis]
     labels = digits.target[order]
-    return assemble('digits', "scikit-learn's sample of handwritten digits, not MNIST", False,
+    return assemble('digits', "scikit-learn's sample of handwritten digits, not MNIST", None, False,
                     (images[:1497], labels[:1497]), validation, (images[1497:], labels[1497:]), DIGITS, crop=0)
 
 
@@ -166,8 +173,8 @@ def load_shapes(data_dir, validation=500):
     Nothing is read from data_dir or the network.
     """
     images, labels = shapes.draw(4000, seed=0)
-    return assemble('shapes', 'a generated sample, not CIFAR-10', False, (images[:3000], labels[:3000]), validation,
-                    (images[3000:], labels[3000:]), shapes.CLASSES, CIFAR10_CROP)
+    return assemble('shapes', 'a generated sample, not CIFAR-10', None, False, (images[:3000], labels[:3000]),
+                    validation, (images[3000:], labels[3000:]), shapes.CLASSES, CIFAR10_CROP)
 
 
 DATASETS = {'mnist': load_mnist, 'digits': load_digits, 'cifar10': load_cifar10, 'shapes': load_shapes}

@@ -122,7 +122,7 @@ def train(script, model, args, defaults, dataset, precision, source, state):
             raise
         finally:
             if state['history']:
-                records.write_curve(args.run_dir / 'curve.png', f'{script} on {dataset.name}', state['history'])
+                records.write_curve(args.run_dir / 'curve.png', f'{script} on {dataset.title}', state['history'])
         report(script, network, session, dataset, args, state['epoch'])
 
 
@@ -282,7 +282,7 @@ def report(script, network, session, dataset, args, epoch):
     suffix = '' if kind == 'last' else f'-{kind}'
     args.run_dir.mkdir(parents=True, exist_ok=True)
     picture = args.run_dir / f'confusion{suffix}.png'
-    records.write_confusion(picture, f'{script} on {dataset.name}, {accuracy(confusion):.2%} of '
+    records.write_confusion(picture, f'{script} on {dataset.title}\n{accuracy(confusion):.2%} of '
                             f'{len(dataset.test.labels):,} test images', dataset.classes, confusion)
     records.write_json(args.run_dir / f'result{suffix}.json', {
         'script': script, 'weights': str(args.weights.resolve()) if kind == 'weights' else kind, 'epoch': epoch,
@@ -301,7 +301,7 @@ def describe_network(script, net, source, verbose):
 
 
 def describe_data(dataset):
-    return {'name': dataset.name, 'origin': dataset.origin, 'published': dataset.published,
+    return {'name': dataset.name, 'origin': dataset.origin, 'folder': dataset.folder, 'published': dataset.published,
             'sha256': dataset.sha256}
 
 

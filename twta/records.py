@@ -116,7 +116,8 @@ def write_confusion(path, title, classes, confusion):
     for (true, predicted), share in np.ndenumerate(shares):
         axes.text(predicted, true, confusion[true, predicted], ha='center', va='center', fontsize=9,
                   color='white' if share > 0.5 else 'black')
-    axes.set(xlabel='predicted class', ylabel='true class, and the accuracy on it', title=title)
+    axes.set(xlabel='predicted class', ylabel='true class, and the accuracy on it')
+    figure.suptitle(title)
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha='right')
     axes.set_yticks(range(len(classes)), [f'{name}  {share:.1%}' for name, share in
                                           zip(classes, shares.diagonal(), strict=True)])

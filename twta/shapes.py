@@ -1,12 +1,15 @@
 """A sample of ten classes of coloured shapes and textures, 32*32, to run the CIFAR-10 networks on without a network.
 
-Place, size, tilt and both colours are drawn for each image, so that no pixel by itself tells much: a linear classifier
-finds little to go by.
+Place, size and tilt are drawn for each image, and both colours, that of the shape about one of its class: no pixel by
+itself tells much, so that a linear classifier finds little to go by.
 """
 import numpy as np
 
 SIDE = 32
 NOISE = 20  # standard deviation, in grey levels of 256
+COLOURS = np.array([(220, 60, 60), (60, 60, 220), (220, 220, 60), (60, 200, 60), (230, 230, 230), (240, 150, 40),
+                    (60, 210, 210), (210, 60, 210), (40, 40, 40), (150, 100, 60)])  # red, green, blue, by class
+SPREAD = 50  # standard deviation of the colours of a class, in grey levels
 CONTRAST = 90  # between the colours of shape and background, summed over the channels, at least
 
 # where a shape is, in coordinates of its own: u to the right, v downwards, centre (0, 0), radius 1
@@ -41,8 +44,9 @@ def draw(n_images, seed):
     for label, shape in enumerate(SHAPES.values()):
         inside[labels == label] = shape(u[labels == label], v[labels == label])
 
-    background, colour = rng.uniform(0, 255, (2, n_images, 1, 1, 3))
-    too_close = np.abs(colour - background).sum(-1, keepdims=True) < CONTRAST
-    colour = np.where(too_close, (background + 128) % 256, colour)
+    colour = (COLOURS[labels] + SPREAD * rng.standard_normal((n_images, 3))).clip(0, 255)[:, np.newaxis, np.newaxis]
+    background = rng.uniform(0, 255, colour.shape)
+    too_close = np.abs(colour - background).sum(axis=-1, keepdims=True) < CONTRAST
+    background = np.where(too_close, (colour + 128) % 256, background)
     images = np.where(inside[..., np.newaxis], colour, background) + NOISE * rng.standard_normal((*inside.shape, 3))
     return images.clip(0, 255).astype(np.uint8), labels
