@@ -127,29 +127,21 @@ def train(script, model, args, defaults, dataset, precision, source, state):
 
 
 def train_epochs(network, session, store, state, stage, epochs, dataset, run_dir):
-    last = epochs[-1]
-    labels, batch_size = dataset.train.labels, stage['batch_size']
-    n_steps = len(labels) // batch_size
-    n_images = n_steps * batch_size
+    last, seed = epochs[-1], state['seed']
     training = network.training
     run_step = session.make_callable([training.loss, training.predicted, training.step],
                                      [network.images, network.labels, network.learning_rate, network.step])
     records.write_log(run_dir / 'log.csv', state['history'])
     events = records.Events(run_dir, epochs[0])
+    n_steps = len(dataset.train.labels) // stage['batch_size']
     bar = tqdm(total=len(epochs) * n_steps, unit='step', leave=False, disable=not sys.stderr.isatty())
     with bar:
         for epoch in epochs:
             bar.set_description(f'epoch {epoch}/{last}')
             start = time.perf_counter()
-            loss, correct = 0.0, 0
-            batches = shuffled_batches(len(labels), batch_size, state['seed'], epoch)
-            for step, batch in enumerate(batches, (epoch - 1) * n_steps):
-                rate = learning_rate(stage, step - (stage['first_epoch'] - 1) * n_steps, n_steps)
-                batch_loss, predicted, _ = run_step(dataset.train.images[batch], labels[batch], rate, step)
-                loss += float(batch_loss)
-                correct += int(np.sum(predicted == labels[batch]))
-                bar.update()
+            loss, train_accuracy, rate = train_epoch(run_step, dataset.train, stage, epoch, n_steps, seed, bar)
             seconds = time.perf_counter() - start
+            speed = n_steps * stage['batch_size'] / seconds
             if not np.isfinite(loss):
                 raise TwtaError(f'the loss is {loss} in epoch {epoch}; ' + (
                     f'the last good checkpoint is of epoch {state["epoch"]}, go on from it with --resume True and a '
@@ -157,9 +149,8 @@ def train_epochs(network, session, store, state, stage, epochs, dataset, run_dir
             validation = None  # without validation images no epoch is better than another: never by the test images
             if len(dataset.validation.labels):
                 validation = accuracy(evaluate(network, session, dataset.validation)[1])
-            row = dict(zip(records.FIELDS, (
-                epoch, rate, loss / n_images, correct / n_images, validation, round(n_images / seconds, 1),
-                round(seconds, 3)), strict=True))
+            row = dict(zip(records.FIELDS, (epoch, rate, loss, train_accuracy, validation, round(speed, 1),
+                                            round(seconds, 3)), strict=True))
             is_best = validation is not None and validation > state['best_validation_accuracy']
             after = {**state, 'epoch': epoch, 'history': state['history'] + [row],
                      'best_validation_accuracy': validation if is_best else state['best_validation_accuracy']}
@@ -168,8 +159,23 @@ def train_epochs(network, session, store, state, stage, epochs, dataset, run_dir
             records.write_log(run_dir / 'log.csv', state['history'])
             records.save_weights(run_dir / 'model.npz', network.net, session)
             events.add(row)
-            say(f'epoch {epoch}/{last}  loss {loss / n_images:.4f}  train acc {correct / n_images:.4f}  '
-                + ('' if validation is None else f'val acc {validation:.4f}  ') + f'{n_images / seconds:,.0f} images/s')
+            say(f'epoch {epoch}/{last}  loss {loss:.4f}  train acc {train_accuracy:.4f}  '
+                + ('' if validation is None else f'val acc {validation:.4f}  ') + f'{speed:,.0f} images/s')
+
+
+def train_epoch(run_step, split, stage, epoch, n_steps, seed, bar):
+    """Mean cross-entropy and accuracy over the epoch's images as they were trained on, and the last learning rate."""
+    loss, correct = 0.0, 0
+    batches = shuffled_batches(len(split.labels), stage['batch_size'], seed, epoch)
+    for step, batch in enumerate(batches, (epoch - 1) * n_steps):
+        labels = split.labels[batch]
+        rate = learning_rate(stage, step - (stage['first_epoch'] - 1) * n_steps, n_steps)
+        batch_loss, predicted, _ = run_step(split.images[batch], labels, rate, step)
+        loss += float(batch_loss)
+        correct += int(np.sum(predicted == labels))
+        bar.update()
+    n_images = n_steps * stage['batch_size']
+    return loss / n_images, correct / n_images, rate
 
 
 def learning_rate(stage, step, epoch_steps):
