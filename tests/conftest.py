@@ -32,8 +32,7 @@ def start(run_dir, *flags, script='TWTA_5_5_MNIST'):
     from twta import command_line, experiment
 
     module = load_script(script)
-    defaults = {'learning_rate': module.LEARNING_RATE, 'epochs': module.EPOCHS, 'batch_size': module.BATCH_SIZE,
-                'schedule': 'constant'}
+    defaults = command_line.protocol(module.LEARNING_RATE, module.EPOCHS, module.BATCH_SIZE)
     argv = ['--run_dir', run_dir, '--dataset', module.DATASETS[1], *flags]
     args = command_line.parse(SCRIPTS[script], '', module.DATASETS, defaults, list(map(str, argv)))
     experiment.run(script, module.model, args, defaults)

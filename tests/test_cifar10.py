@@ -6,10 +6,11 @@ import tarfile
 
 import numpy as np
 import pytest
-from conftest import ROOT, assert_same, log, run_script, start, variables
+from conftest import ROOT, assert_same, load_script, log, run_script, start, variables
 from sklearn.linear_model import RidgeClassifier
 
-from twta import TwtaError, UsageError, checkpoints, datasets, experiment, shapes
+from twta import TwtaError, UsageError, datasets, experiment, records, shapes
+from twta.tf1 import tf
 
 SHARED_CIFAR10 = ROOT.parent / 'shared' / 'datasets' / 'cifar10_jpeg.npz'
 RNG = np.random.default_rng(6)
@@ -17,7 +18,7 @@ N = 20  # images in each of the hand-made files
 FOLDER = datasets.CIFAR10_FOLDER
 
 
-def records(images, labels):
+def binary(images, labels):
     """The binary version of images [n, 32, 32, 3]: by hand, a byte at a time."""
     content = bytearray()
     for image, label in zip(images, labels, strict=True):
@@ -35,7 +36,7 @@ def small(tmp_path, monkeypatch):
     for name in datasets.CIFAR10_FILES:
         images.append(RNG.integers(0, 256, (N, 32, 32, 3), np.uint8))
         labels.append(RNG.integers(0, 10, N, np.uint8))
-        files[name] = records(images[-1], labels[-1])
+        files[name] = binary(images[-1], labels[-1])
     folder = tmp_path / 'cifar10' / FOLDER
     folder.mkdir(parents=True)
     for name, content in files.items():
@@ -116,7 +117,7 @@ def test_absent_files_are_unpacked_and_nothing_else(small, monkeypatch):
     (folder / 'data_batch_1.bin').unlink()
     kept = (folder / 'data_batch_2.bin').stat().st_mtime_ns
     pack(data_dir / 'cifar10' / 'cifar-10-binary.tar.gz', monkeypatch, [
-        (f'{FOLDER}/../../escaped.bin', b'no'), ('/tmp/twta-escaped.bin', b'no'), ('test_batch.bin', b'no'),
+        (f'{FOLDER}/../../escaped.bin', b'no'), (str(data_dir / 'absolute' / 'escaped.bin'), b'no'), ('test_batch.bin', b'no'),
         (f'{FOLDER}/data_batch_1.bin', '/etc/passwd'), (f'{FOLDER}/readme.html', b'no'),
         *((f'{FOLDER}/{name}', content) for name, content in files.items())])
     after = datasets.load('cifar10', data_dir)
@@ -157,7 +158,7 @@ def test_the_images_at_hand_are_not_the_published_ones(tmp_path):
     assert run_script(prepare, tmp_path).returncode == 0
     cifar = datasets.load('cifar10', tmp_path)
     assert 'NOT the published files' in str(cifar) and not cifar.published
-    assert [len(split.labels) for split in cifar[4:7]] == [50000, 0, 10000]
+    assert [len(split.labels) for split in (cifar.train, cifar.validation, cifar.test)] == [50000, 0, 10000]
     assert np.bincount(cifar.test.labels).tolist() == [1000] * 10
     assert np.bincount(cifar.train.labels).tolist() == [5000] * 10
 
@@ -170,6 +171,8 @@ def test_shapes_are_drawn_from_a_fixed_seed():
     images, labels = shapes.draw(400, seed=0)
     assert images.shape == (400, 32, 32, 3) and images.dtype == np.uint8
     assert np.bincount(labels).tolist() == [40] * 10
+    assert labels[:12].tolist() == [2, 9, 1, 6, 6, 0, 5, 1, 1, 4, 7, 4] and images[0, 0, 0].tolist() == [36, 196, 61]
+    assert images.mean() == pytest.approx(122.973, abs=0.01)  # rounding may differ between machines
     again, _ = shapes.draw(400, seed=0)
     np.testing.assert_array_equal(images, again)
     assert (images != shapes.draw(400, seed=1)[0]).any()
@@ -177,9 +180,9 @@ def test_shapes_are_drawn_from_a_fixed_seed():
 
 
 def test_a_linear_classifier_stays_below_70_percent(tmp_path):
-    """Measured: 58 %, where 10 % is chance."""
+    """Measured: ridge regression 58 %, where 10 % is chance; a tuned logistic regression 66 %."""
     sample = datasets.load('shapes', tmp_path / 'absent')
-    assert [len(split.labels) for split in sample[4:7]] == [2500, 500, 1000]
+    assert [len(split.labels) for split in (sample.train, sample.validation, sample.test)] == [2500, 500, 1000]
     flat = [split.images.reshape(len(split.labels), -1) / 255 for split in (sample.train, sample.test)]
     linear = RidgeClassifier(100).fit(flat[0], sample.train.labels)
     assert linear.score(flat[1], sample.test.labels) < 0.7
@@ -191,7 +194,7 @@ def test_a_linear_classifier_stays_below_70_percent(tmp_path):
 
 def rates(schedule, epochs, epoch_steps):
     stage = {'learning_rate': 0.1, 'epochs': epochs, 'schedule': schedule}
-    return [experiment.learning_rate(stage, step, epoch_steps) for step in range(epochs * epoch_steps)]
+    return [experiment.scheduled_rate(stage, step, epoch_steps) for step in range(epochs * epoch_steps)]
 
 
 def test_constant_is_the_published_protocol():
@@ -233,7 +236,7 @@ def test_a_resumed_run_continues_the_cosine_and_the_distortions(tmp_path, monkey
     start(tmp_path / 'parts', '--resume', 'True', *flags, script=GROUPED)
     assert_same(variables(tmp_path / 'parts'), variables(tmp_path / 'whole'))
     assert [row['learning_rate'] for row in log(tmp_path / 'parts')] == [
-        str(rate) for rate in np.array([experiment.learning_rate(
+        str(rate) for rate in np.array([experiment.scheduled_rate(
             {'learning_rate': 0.005, 'epochs': 4, 'schedule': 'cosine'}, step, 2) for step in (1, 3, 5, 7)])]
     start(tmp_path / 'parts', '--resume', 'True', '--learning_rate', 0.0001, '--epochs', 1, '--batch_size', 50,
           script=GROUPED)
@@ -254,8 +257,18 @@ def test_without_validation_images_best_means_last(tmp_path, capsys, monkeypatch
     assert [row['validation_accuracy'] for row in log(tmp_path)] == ['', '']
     assert not list(tmp_path.glob('best*'))
     start(tmp_path, '--mode', 'inference', '--checkpoint', 'best', script=GROUPED)
-    assert capsys.readouterr().out.splitlines()[-2:] == lines[-2:]
-    assert checkpoints.find(tmp_path, 'best') == checkpoints.find(tmp_path, 'last')
+    assert 'no validation images to choose the best epoch by: this is the last' in (out := capsys.readouterr().out)
+    assert out.splitlines()[-3:] == lines[-3:]
+    assert json.loads((tmp_path / 'result.json').read_text())['weights'] == 'last'
+    assert not (tmp_path / 'result-best.json').exists()
+
+
+def test_a_best_checkpoint_that_is_gone_is_not_replaced_by_the_last(tmp_path):
+    start(tmp_path, *TINY, '--epochs', 1, script=GROUPED)
+    for path in tmp_path.glob('*best*'):
+        path.unlink()
+    with pytest.raises(TwtaError, match='checkpoint_best names no checkpoint that is there'):
+        start(tmp_path, '--mode', 'inference', '--checkpoint', 'best', script=GROUPED)
 
 
 def test_inference_draws_the_confusion_matrix(tmp_path):
@@ -265,23 +278,52 @@ def test_inference_draws_the_confusion_matrix(tmp_path):
     finished = run_script(f'{GROUPED}.py', '--mode', 'inference', '--dataset', 'shapes', '--run_dir', tmp_path,
                           cwd=ROOT / 'CIFAR10')
     assert (finished.returncode, finished.stderr) == (0, '')
-    assert f'confusion matrix: {tmp_path / "confusion.png"}' in finished.stdout
+    loss, accuracy, picture = finished.stdout.splitlines()[-3:]
+    assert loss.startswith('test loss: ') and accuracy.startswith('test acc: 0.')
+    assert picture == f'confusion matrix: {tmp_path / "confusion.png"}'
     assert (tmp_path / 'confusion.png').read_bytes().startswith(b'\x89PNG')
     result = json.loads((tmp_path / 'result.json').read_text())
     confusion = np.array(result['confusion'])
     sample = datasets.load('shapes', tmp_path)
     assert confusion.sum(axis=1).tolist() == np.bincount(sample.test.labels).tolist()  # true classes are the rows
     assert confusion.trace() / confusion.sum() == result['test_accuracy']
+    assert (result['data']['training_images'], result['data']['validation_images']) == (100, 2900)
     assert result['data']['published'] is False and result['data']['origin'] == 'a generated sample, not CIFAR-10'
+
+
+def test_the_confusion_matrix_names_classes_and_their_accuracy():
+    confusion = np.array([[8, 2, 0], [1, 3, 0], [0, 0, 0]])  # of the third class there is no image
+    axes, = records.draw_confusion('title', ('cat', 'dog', 'frog'), confusion).axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == ['cat', 'dog', 'frog']
+    assert [label.get_text() for label in axes.get_yticklabels()] == ['cat  80.0%', 'dog  75.0%', 'frog  0.0%']
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {
+        (predicted, true): str(confusion[true, predicted]) for true in range(3) for predicted in range(3)}
+    assert axes.get_xlabel() == 'predicted class' and axes.get_ylabel().startswith('true class')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
 
-@pytest.mark.parametrize('name, accuracy', [(GROUPED, 0.55), ('TWTA_3_3_CIFAR10_VGG13', 0.4),
-                                            ('FP_3_3_CIFAR10_VGG13', 0.8)])
-def test_accuracy_on_the_sample(tmp_path, name, accuracy):
-    """Of each family, after 5 epochs of 50 steps; measured: 73, 56 and 96 % (a linear classifier: 58 %)."""
-    start(tmp_path, '--schedule', 'cosine', '--learning_rate', 0.003, '--batch_size', 50, '--epochs', 5, script=name)
+def test_augmentation_in_training_follows_the_step_and_evaluation_has_none(tmp_path):
+    sample = datasets.load('shapes', tmp_path)
+    network = experiment.build(load_script(GROUPED).model, sample, 0, tf.float32)
+    with network.graph.as_default(), tf.Session() as session:
+        session.run(tf.global_variables_initializer())
+
+        def loss(net, step):
+            return session.run(net.loss, {network.images: sample.train.images[:20], network.step: step,
+                                          network.labels: sample.train.labels[:20]})
+
+        assert loss(network.training, 3) == loss(network.training, 3) != loss(network.training, 4)
+        assert loss(network.evaluation, 3) == loss(network.evaluation, 4)
+
+
+@pytest.mark.parametrize('name, precision, epochs, accuracy', [
+    (GROUPED, 'bfloat16', 5, 0.6), ('TWTA_3_3_CIFAR10_VGG13', 'float32', 8, 0.6),
+    ('FP_3_3_CIFAR10_VGG13', 'float32', 4, 0.8)])
+def test_accuracy_on_the_sample(tmp_path, name, precision, epochs, accuracy):
+    """Of each family, in epochs of 50 steps; measured: 73, @@ and @@ %."""
+    start(tmp_path, '--schedule', 'cosine', '--learning_rate', 0.003, '--batch_size', 50, '--epochs', epochs,
+          '--precision', precision, script=name)
     assert json.loads((tmp_path / 'result.json').read_text())['test_accuracy'] >= accuracy

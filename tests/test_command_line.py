@@ -7,7 +7,7 @@ from conftest import ROOT, SCRIPTS, run_script
 from twta import UsageError, command_line
 
 SCRIPT = ROOT / 'MNIST' / 'TWTA_4_4_MNIST.py'
-DEFAULTS = {'learning_rate': 1e-4, 'epochs': 150, 'batch_size': 200, 'schedule': 'constant'}
+DEFAULTS = command_line.protocol(1e-4, 150, 200)
 
 
 def parse(*flags):

@@ -96,12 +96,12 @@ def test_damaged_files_are_refused_by_name(small_mnist):
 
 def test_digits_need_no_network_and_are_split_once_and_for_all(tmp_path):
     digits = datasets.load('digits', tmp_path / 'absent')
-    assert [len(split.labels) for split in digits[4:7]] == [1200, 297, 300]
+    assert [len(split.labels) for split in (digits.train, digits.validation, digits.test)] == [1200, 297, 300]
     assert digits.train.images.shape[1:] == (28, 28, 1) and digits.train.images.dtype == np.uint8
     assert digits.train.images.max() == 255 and digits.train.images.min() == 0
     assert not digits.published and 'not MNIST' in str(digits)
     assert digits.train.labels[:12].tolist() == [2, 8, 2, 6, 6, 7, 1, 9, 8, 5, 2, 8]
-    everything = np.concatenate([split.images for split in digits[4:7]])
+    everything = np.concatenate([split.images for split in (digits.train, digits.validation, digits.test)])
     assert len(np.unique(everything, axis=0)) == 1797  # no image in two splits
 
 
@@ -109,7 +109,7 @@ def test_digits_need_no_network_and_are_split_once_and_for_all(tmp_path):
 def test_the_real_files_are_the_published_ones():
     mnist = datasets.load('mnist', SHARED_MNIST.parent)
     assert mnist.published
-    assert [len(split.labels) for split in mnist[4:7]] == [50000, 10000, 10000]
+    assert [len(split.labels) for split in (mnist.train, mnist.validation, mnist.test)] == [50000, 10000, 10000]
     assert mnist.train.labels[:5].tolist() == [5, 0, 4, 1, 9] and mnist.test.labels[:5].tolist() == [7, 2, 1, 0, 4]
 
 

@@ -1,4 +1,4 @@
-"""Distortion, crops and standardisation against numpy and against TensorFlow's own operations, and by property.
+"""Augmentation, crops and standardisation against numpy and against TensorFlow's own operations, and by property.
 
 What was drawn for an image is read off the result, so that nothing here knows how it is drawn.
 """
@@ -24,11 +24,11 @@ def centred(x):
     return x - x.mean(axis=(-2, -1), keepdims=True)
 
 
-def read_off(image, distorted):
-    """(top, left, flipped, brightness, contrast) that make the distorted image of the image, found by trying all."""
+def read_off(image, augmented):
+    """(top, left, flipped, brightness, contrast) that make the augmented image of the image, found by trying all."""
     best = (-1,)
     for flipped in (False, True):
-        channel = distorted[:, ::-1, 0] if flipped else distorted[..., 0]
+        channel = augmented[:, ::-1, 0] if flipped else augmented[..., 0]
         windows = sliding_window_view(image[..., 0].astype(np.float64), (24, 24))
         likeness = (centred(windows) * centred(channel)).sum(axis=(2, 3)) / centred(windows).std(axis=(2, 3))
         top, left = np.unravel_index(likeness.argmax(), likeness.shape)
@@ -36,23 +36,23 @@ def read_off(image, distorted):
     _, top, left, flipped = best
     crop = image[top:top + 24, left:left + 24].astype(np.float64)
     crop = crop[:, ::-1] if flipped else crop
-    contrast = distorted[..., 0].std() / crop[..., 0].std()
-    brightness = distorted.mean() - crop.mean()
+    contrast = augmented[..., 0].std() / crop[..., 0].std()
+    brightness = augmented.mean() - crop.mean()
     mean = crop.mean(axis=(0, 1))
-    np.testing.assert_allclose(distorted, (crop - mean) * contrast + mean + brightness, atol=5e-3)
+    np.testing.assert_allclose(augmented, (crop - mean) * contrast + mean + brightness, atol=5e-3)
     return top, left, flipped, brightness, contrast
 
 
 @pytest.fixture(scope='module')
 def drawn():
-    distorted = run(preprocessing.distort, IMAGES, 24, 3, 7)
-    assert distorted.shape == (N, 24, 24, 3) and distorted.dtype == np.float32
-    return np.array([read_off(image, result) for image, result in zip(IMAGES, distorted, strict=True)]).T
+    augmented = run(preprocessing.augment, IMAGES, 24, 3, 7)
+    assert augmented.shape == (N, 24, 24, 3) and augmented.dtype == np.float32
+    return np.array([read_off(image, result) for image, result in zip(IMAGES, augmented, strict=True)]).T
 
 
 def test_every_image_is_cropped_flipped_brightened_and_stretched(drawn):
     """read_off has compared each with its own numpy version; here: TensorFlow's operations agree with what was read."""
-    distorted = run(preprocessing.distort, IMAGES, 24, 3, 7)
+    augmented = run(preprocessing.augment, IMAGES, 24, 3, 7)
 
     def published(image, top, left, flipped, brightness, contrast):
         x = tf.cast(image[top:top + 24, left:left + 24], tf.float32)
@@ -61,7 +61,7 @@ def test_every_image_is_cropped_flipped_brightened_and_stretched(drawn):
 
     for i in range(5):
         top, left, *rest = drawn[:, i]
-        np.testing.assert_allclose(distorted[i], run(published, IMAGES[i], int(top), int(left), *rest), atol=5e-3)
+        np.testing.assert_allclose(augmented[i], run(published, IMAGES[i], int(top), int(left), *rest), atol=5e-3)
 
 
 def test_crops_are_uniform_over_all_81_places(drawn):

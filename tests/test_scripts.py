@@ -39,6 +39,8 @@ def test_shapes_and_parameters(session, name):
         assert net.count_params() == parameters
         convolutions = [layer for layer in net.all_layers if layer.op.type == 'Conv2D']
         assert [layer.shape.as_list()[1:3] for layer in convolutions] == [[size, size] for size in maps]
+    operations = [op.type for op in tf.get_default_graph().get_operations()]
+    assert operations.count('Conv2D') == 2 * len(maps)  # one a layer, however many groups it has
     trained = [variable for variable in net.all_params if '/moving_' not in variable.name]
     assert tf.trainable_variables() == trained
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from conftest import MNIST_SCRIPTS, ROOT, assert_same, load_script, log, run_script, start, variables
 
-from twta import TwtaError, UsageError, checkpoints, datasets, experiment
+from twta import TwtaError, UsageError, checkpoints, command_line, datasets, experiment
 from twta.ternary_layers import Conv2dLayer
 from twta.tf1 import tf, tl
 
 SCRIPT = ROOT / 'MNIST' / 'TWTA_4_4_MNIST.py'
 QUICK = ('--dataset', 'digits', '--batch_size', '100', '--learning_rate', '0.001')
-DEFAULTS = {'learning_rate': 1e-4, 'epochs': 150, 'batch_size': 200, 'schedule': 'constant'}
+DEFAULTS = command_line.protocol(1e-4, 150, 200)
 
 
 def interrupt_in_epoch(monkeypatch, number):
@@ -43,7 +43,7 @@ def test_stopped_and_resumed_equals_never_stopped(finished_run, tmp_path, monkey
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
         interrupt_in_epoch(context, 3)
         start(tmp_path, *QUICK[2:], '--epochs', 4)
-    assert 'interrupted in epoch 3; epochs 1 to 2 are saved, go on with --resume True' in capsys.readouterr().out
+    assert 'interrupted in epoch 3; epochs 1 to 2 are saved, go on with --resume True and the same flags' in capsys.readouterr().out
     assert len(log(tmp_path)) == 2
     start(tmp_path, '--resume', 'True')  # no other flags: the stage's own
     assert_same(variables(tmp_path), variables(finished_run))
@@ -137,9 +137,9 @@ def test_weights_hand_a_network_on(finished_run, tmp_path, capsys):
     np.testing.assert_array_equal(weights['dense5/W:0'], variables(finished_run)['dense5/W'])
     capsys.readouterr()
     start(finished_run, '--mode', 'inference')
-    expected = capsys.readouterr().out.splitlines()[-2:]
+    expected = capsys.readouterr().out.splitlines()[-3:-1]
     start(tmp_path / 'new', '--mode', 'inference', '--weights', finished_run / 'model.npz')
-    assert capsys.readouterr().out.splitlines()[-2:] == expected
+    assert capsys.readouterr().out.splitlines()[-3:-1] == expected
     with tf.Graph().as_default(), tf.Session() as session:  # TensorLayer reads it too
         net = load_script('TWTA_5_5_MNIST').model(tf.zeros([1, 28, 28, 1]), False)
         session.run(tf.global_variables_initializer())
@@ -327,7 +327,7 @@ def test_killed_at_any_moment_and_resumed(tmp_path):
         assert process.wait() == -signal.SIGKILL
     start(tmp_path, '--resume', 'True', script='TWTA_4_4_MNIST')
     assert [int(row['epoch']) for row in log(tmp_path)] == list(range(1, 13))
-    assert not list(tmp_path.glob('*temp*')) and not list(tmp_path.glob('*.part'))
+    assert not list(tmp_path.glob('*temp*')) and not list(tmp_path.glob('.part*'))
     start(tmp_path / 'unkilled', *QUICK[2:], '--epochs', '12', script='TWTA_4_4_MNIST')
     assert_same(variables(tmp_path), variables(tmp_path / 'unkilled'))
 
@@ -343,7 +343,7 @@ def test_ctrl_c_ends_cleanly(tmp_path):
             break
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
-    assert 'interrupted in epoch' in out and 'go on with --resume True' in out and err == ''
+    assert 'interrupted in epoch' in out and 'go on with --resume True and the same flags' in out and err == ''
 
 
 def test_three_commands_from_three_folders(tmp_path):
@@ -359,8 +359,8 @@ def test_three_commands_from_three_folders(tmp_path):
         assert words <= {'data:', 'device:', 'network:', 'training:', 'epoch', 'confusion', 'test'}
     assert [line.split('  ')[0] for line in second.stdout.splitlines() if line.startswith('epoch')] == [
         'epoch 3/4', 'epoch 4/4']
-    assert second.stdout.splitlines()[-2:] == third.stdout.splitlines()[-2:]
-    loss, accuracy = third.stdout.splitlines()[-2:]
+    assert second.stdout.splitlines()[-3:] == third.stdout.splitlines()[-3:]
+    loss, accuracy, _ = third.stdout.splitlines()[-3:]
     assert loss.startswith('test loss: ') and accuracy.startswith('test acc: 0.')
 
 

@@ -1,9 +1,10 @@
 """Checkpoints: everything that resuming needs, in one tf.train.Saver file that is complete or absent.
 
 Beside the variables (latent weights, Adam slots, moving moments) a checkpoint holds the run's state as JSON text: its
-script and data set, seed, epoch, stages (learning rates in order), history and best validation accuracy. The random
-state needs no more than seed and epoch, from which each epoch's shuffle is drawn. Saver writes a new file, then the
-name of it into `checkpoint`, then removes an old one: a kill at any moment leaves the previous checkpoint usable.
+script, data set and validation split, seed, epoch, stages (learning rates and schedules in order), history and best
+validation accuracy. The random state needs no more than seed and epoch, from which each epoch's shuffle and
+augmentation are drawn. Saver writes a new file, then the name of it into `checkpoint`, then removes an old one: a kill
+at any moment leaves the previous checkpoint usable.
 """
 import json
 import shutil
@@ -14,6 +15,8 @@ from twta.records import check_shapes
 from twta.tf1 import tf
 
 FORMAT = 2  # 1 had neither --validation nor --schedule
+KEYS = {'format', 'script', 'dataset', 'data_sha256', 'seed', 'validation', 'epoch', 'stages', 'history',
+        'best_validation_accuracy'}
 INDEX = {'last': 'checkpoint', 'best': 'checkpoint_best'}  # the files that name the newest checkpoint of each kind
 
 
@@ -51,11 +54,8 @@ def listed(run_dir, which):
 
 
 def find(run_dir, which):
-    """The path of the newest checkpoint of a kind, 'last' or 'best'; TwtaError where there is none.
-
-    A run without validation images has no best one: that is the last.
-    """
-    paths = listed(run_dir, which) or listed(run_dir, 'last')
+    """The path of the newest checkpoint of a kind, 'last' or 'best'; TwtaError where there is none."""
+    paths = listed(run_dir, which)
     if not paths:
         raise TwtaError(f'{run_dir / INDEX[which]} names no checkpoint that is there; start again with --resume False')
     return paths[-1]
@@ -67,6 +67,13 @@ def read_state(path, script, dataset):
         state = json.loads(tf.train.load_checkpoint(path).get_tensor('run_state'))
         found = state['script'], state['dataset']
         is_newer = state['format'] > FORMAT
+        if state['format'] == 1:
+            state.update(format=FORMAT, validation={'mnist': 10000, 'digits': 297}[state['dataset']])
+            for stage in state['stages']:
+                stage['schedule'] = 'constant'
+        absent = KEYS - state.keys()
+        if absent and not is_newer:
+            raise KeyError(f'its state lacks {min(absent)}')
     except (ValueError, KeyError, TypeError, IndexError, RuntimeError, tf.errors.OpError) as error:
         reason = str(error).splitlines()[0]
         raise TwtaError(f'{path}: damaged, or not a checkpoint of these scripts ({reason})') from None
@@ -76,10 +83,6 @@ def read_state(path, script, dataset):
     if found != (script, dataset):
         raise TwtaError(f'{path}: a checkpoint of {found[0]} on {found[1]}, not of {script} on {dataset}; choose '
                         'another --run_dir')
-    if state['format'] == 1:
-        state.update(format=FORMAT, validation={'mnist': 10000, 'digits': 297}[dataset])
-        for stage in state['stages']:
-            stage['schedule'] = 'constant'
     return state
 
 

@@ -19,7 +19,7 @@ def run(script, description, model, datasets, learning_rate, epochs, batch_size)
     learning_rate, epochs, batch_size    the script's own protocol, the defaults of the flags
     """
     script = Path(script).resolve()
-    defaults = {'learning_rate': learning_rate, 'epochs': epochs, 'batch_size': batch_size, 'schedule': 'constant'}
+    defaults = protocol(learning_rate, epochs, batch_size)
     try:
         args = parse(script, description, datasets, defaults)
         if args.verbose:
@@ -33,6 +33,11 @@ def run(script, description, model, datasets, learning_rate, epochs, batch_size)
         sys.exit(fail(script, error, TwtaError.exit_code))
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT
+
+
+def protocol(learning_rate, epochs, batch_size):
+    """How a script trains where its flags do not say otherwise."""
+    return {'learning_rate': learning_rate, 'epochs': epochs, 'batch_size': batch_size, 'schedule': 'constant'}
 
 
 def fail(script, error, exit_code):
@@ -59,12 +64,12 @@ def parse(script, description, datasets, defaults, argv=None):
              f'Default: {defaults["schedule"]}')
     add('--batch_size', type=positive_integer, metavar='N', help=f'default: {defaults["batch_size"]}')
     add('--seed', type=natural, metavar='N',
-        help='of weights, shuffling and distortions, default: 0; a resumed run keeps its own')
+        help='of weights, shuffling and augmentation, default: 0; a resumed run keeps its own')
     add('--gpu', type=natural, default=0, metavar='INDEX', help='which GPU, default: 0; without any, the CPU is used')
     add('--dataset', choices=datasets, default=datasets[0], help=f'default: {datasets[0]}')
     add('--validation', type=natural, metavar='N',
-        help='training images, from the end, to hold out for validation; default: as published, 10000 of mnist and 0 '
-             'of cifar10; a resumed run keeps its own')
+        help='training images, from the end, to hold out for validation; default: 10000 of mnist and 0 of cifar10, as '
+             'published, 297 of digits and 500 of shapes; a resumed run keeps its own')
     add('--data_dir', type=Path, metavar='DIR',
         help='where data sets are, or are downloaded to; default: data/ beside README.md')
     add('--run_dir', type=Path, metavar='DIR',

@@ -36,6 +36,7 @@ MNIST_FILES = {
         'ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2', (10000,)),
 }
 DIGITS = tuple('0123456789')
+REMEDY = 'remove it to have it downloaded again'
 
 CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 CIFAR10_ARCHIVE = 170052171, 'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'  # bytes, SHA-256
@@ -67,8 +68,8 @@ class Dataset(NamedTuple):
     validation: Split  # perhaps empty
     test: Split
     classes: tuple  # names, by label
-    crop: int  # how images are treated before the network sees them, see twta.preprocessing
-    sha256: str  # of every image and label, in hexadecimal: equal where two runs saw the same data
+    crop: int  # 0: pixels / 256; 24: augmented crops of 24*24, standardised; see twta.preprocessing
+    sha256: str  # of every image and label, in hexadecimal: equal where two runs saw the same data, split alike
 
     @property
     def title(self):
@@ -186,7 +187,7 @@ def read_file(path, limit):
         with gzip.open(path) if path.suffix == '.gz' else open(path, 'rb') as file:
             return file.read(limit + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise TwtaError(f'{path}: cannot be read ({error}); remove it to have it downloaded again') from None
+        raise TwtaError(f'{path}: cannot be read ({error}); {REMEDY}') from None
 
 
 def parse_idx(content, shape, path):
@@ -195,10 +196,8 @@ def parse_idx(content, shape, path):
     found = content[:len(header)]
     if found != header:
         raise TwtaError(f'{path}: starts with {found.hex(" ", 4)}, not with {header.hex(" ", 4)}, the IDX header of '
-                        f'{shape} bytes; remove it to have it downloaded again')
-    if len(content) != len(header) + np.prod(shape):
-        raise TwtaError(f'{path}: {"shorter" if len(content) < len(header) + np.prod(shape) else "longer"} than the '
-                        f'{len(header) + np.prod(shape):,} bytes of {shape}; remove it to have it downloaded again')
+                        f'{shape} bytes; {REMEDY}')
+    check_length(content, len(header) + int(np.prod(shape)), path)
     array = np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape)
     if len(shape) == 1:
         check_labels(array, path)
@@ -207,18 +206,21 @@ def parse_idx(content, shape, path):
 
 def parse_cifar(content, n_images, path):
     """A file of the binary version of CIFAR-10 as images [n_images, 32, 32, 3] and labels, 0 to 9."""
-    if len(content) != n_images * 3073:
-        raise TwtaError(f'{path}: {"shorter" if len(content) < n_images * 3073 else "longer"} than the '
-                        f'{n_images * 3073:,} bytes of {n_images:,} images; remove it to have it unpacked again')
+    check_length(content, n_images * 3073, path)
     records = np.frombuffer(content, np.uint8).reshape(n_images, 3073)
     check_labels(records[:, 0], path)
     return np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), records[:, 0]
 
 
+def check_length(content, expected, path):
+    if len(content) != expected:
+        raise TwtaError(f'{path}: {"shorter" if len(content) < expected else "longer"} than the {expected:,} bytes '
+                        f'that belong there; {REMEDY}')
+
+
 def check_labels(labels, path):
     if labels.max() > 9:
-        raise TwtaError(f'{path}: image {labels.argmax()} has label {labels.max()}, labels are 0 to 9; '
-                        'remove the file to have it again as published')
+        raise TwtaError(f'{path}: image {labels.argmax()} has label {labels.max()}, labels are 0 to 9; {REMEDY}')
 
 
 def unpack_cifar10(folder, names):

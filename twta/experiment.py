@@ -1,6 +1,6 @@
 """Training and inference: build the graph, open the session, loop.
 
-One graph holds the network twice over the same variables: as it trains (distorted images, moments of the batch,
+One graph holds the network twice over the same variables: as it trains (augmented images, moments of the batch,
 --precision) and as it is evaluated (moving moments, float32). The loop feeds batches of uint8 images.
 """
 import math
@@ -21,11 +21,11 @@ EVALUATION_BATCH = 500  # images; it decides on memory and speed, not on the res
 def run(script, model, args, defaults):
     """Trains or evaluates the network of a script, as the flags say."""
     gpu = find_gpu(args.gpu)
-    source, state = open_run(script, args) if args.resume else (None, None)
-    dataset = datasets.load(args.dataset, args.data_dir, state['validation'] if state else args.validation)
-    say(f'data: {dataset}')
-    say(f'device: {describe(gpu)}')
     try:
+        source, state = open_run(script, args) if args.resume else (None, None)
+        dataset = datasets.load(args.dataset, args.data_dir, state['validation'] if state else args.validation)
+        say(f'data: {dataset}')
+        say(f'device: {describe(gpu)}')
         if args.mode == 'training':
             train(script, model, args, defaults, dataset, choose_precision(args.precision, gpu), source, state)
         else:
@@ -43,7 +43,7 @@ def build(model, dataset, seed, precision=None):
 
     images         uint8 [batch, height, width, channels]
     labels         int32 [batch]
-    step           of the run: with the seed, it decides how training images are distorted
+    step           of the run: with the seed, it decides on the augmentation of training images
     evaluation     .loss the summed cross-entropy over the batch and .predicted, the classes [batch]
     training       the same, as it trains; .step applies Adam with learning_rate to the mean cross-entropy
     net            the network as a TensorLayer layer
@@ -117,12 +117,13 @@ def train(script, model, args, defaults, dataset, precision, source, state):
             train_epochs(network, session, store, state, stage, range(first, last + 1), dataset, args.run_dir)
         except KeyboardInterrupt:
             say(f'interrupted in epoch {state["epoch"] + 1}; '
-                + (f'epochs 1 to {state["epoch"]} are saved, go on with --resume True' if state['epoch'] else
-                   'nothing was saved yet'))
+                + (f'epochs 1 to {state["epoch"]} are saved, go on with --resume True and the same flags'
+                   if state['epoch'] else 'nothing was saved yet'))
             raise
         finally:
             if state['history']:
-                records.write_curve(args.run_dir / 'curve.png', f'{script} on {dataset.title}', state['history'])
+                figure = records.draw_curve(f'{script} on {dataset.title}', state['history'])
+                records.save_figure(args.run_dir / 'curve.png', figure)
         report(script, network, session, dataset, args, state['epoch'])
 
 
@@ -169,7 +170,7 @@ def train_epoch(run_step, split, stage, epoch, n_steps, seed, bar):
     batches = shuffled_batches(len(split.labels), stage['batch_size'], seed, epoch)
     for step, batch in enumerate(batches, (epoch - 1) * n_steps):
         labels = split.labels[batch]
-        rate = learning_rate(stage, step - (stage['first_epoch'] - 1) * n_steps, n_steps)
+        rate = scheduled_rate(stage, step - (stage['first_epoch'] - 1) * n_steps, n_steps)
         batch_loss, predicted, _ = run_step(split.images[batch], labels, rate, step)
         loss += float(batch_loss)
         correct += int(np.sum(predicted == labels))
@@ -178,7 +179,7 @@ def train_epoch(run_step, split, stage, epoch, n_steps, seed, bar):
     return loss / n_images, correct / n_images, rate
 
 
-def learning_rate(stage, step, epoch_steps):
+def scheduled_rate(stage, step, epoch_steps):
     """The rate of a step, from 0 on, of a stage that has epoch_steps of them an epoch.
 
     cosine: up in a straight line for an epoch (a quarter of the stage where that is less), then half a cosine to 0.
@@ -229,6 +230,11 @@ def new_run(script, args, dataset):
 
 def open_run(script, args):
     """The checkpoint to resume from or to evaluate, and its state; UsageError where flags say otherwise than that."""
+    if args.checkpoint == 'best' and not checkpoints.listed(args.run_dir, 'best'):
+        last = checkpoints.read_state(checkpoints.find(args.run_dir, 'last'), script, args.dataset)
+        if not last['validation']:
+            say('the run has no validation images to choose the best epoch by: this is the last')
+            args.checkpoint = 'last'
     source = checkpoints.find(args.run_dir, args.checkpoint)
     state = checkpoints.read_state(source, script, args.dataset)
     for flag in ('seed', 'validation'):
@@ -287,16 +293,16 @@ def report(script, network, session, dataset, args, epoch):
     kind = 'weights' if epoch is None else args.checkpoint
     suffix = '' if kind == 'last' else f'-{kind}'
     args.run_dir.mkdir(parents=True, exist_ok=True)
-    picture = args.run_dir / f'confusion{suffix}.png'
-    records.write_confusion(picture, f'{script} on {dataset.title}\n{accuracy(confusion):.2%} of '
-                            f'{len(dataset.test.labels):,} test images', dataset.classes, confusion)
     records.write_json(args.run_dir / f'result{suffix}.json', {
         'script': script, 'weights': str(args.weights.resolve()) if kind == 'weights' else kind, 'epoch': epoch,
         'test_loss': loss, 'test_accuracy': accuracy(confusion), 'test_images': len(dataset.test.labels),
         'confusion': confusion.tolist(), 'data': describe_data(dataset), **records.environment()})
-    say(f'confusion matrix: {picture}')
     say(f'test loss: {loss:.4f}')
     say(f'test acc: {accuracy(confusion):.4f}')
+    picture = args.run_dir / f'confusion{suffix}.png'
+    title = f'{script} on {dataset.title}\n{accuracy(confusion):.2%} of {len(dataset.test.labels):,} test images'
+    records.save_figure(picture, records.draw_confusion(title, dataset.classes, confusion))
+    say(f'confusion matrix: {picture}')
 
 
 def describe_network(script, net, source, verbose):
@@ -308,7 +314,8 @@ def describe_network(script, net, source, verbose):
 
 def describe_data(dataset):
     return {'name': dataset.name, 'origin': dataset.origin, 'folder': dataset.folder, 'published': dataset.published,
-            'sha256': dataset.sha256}
+            'sha256': dataset.sha256, 'training_images': len(dataset.train.labels),
+            'validation_images': len(dataset.validation.labels)}
 
 
 def say(line):

@@ -1,8 +1,8 @@
 """What happens to images before the network sees them: in the graph, vectorised over the batch.
 
 A data set says which with `crop`. 0: whole images, pixels / 256. 24: the published treatment of CIFAR-10, that of
-TensorFlow's own tutorial: in training a random crop of 24*24, flip, brightness and contrast, in evaluation the central
-crop; then each image is standardised.
+TensorFlow's own tutorial: in training data augmentation (a random crop of 24*24, flip, brightness and contrast), in
+evaluation the central crop; then each image is standardised.
 """
 from twta.tf1 import tf
 
@@ -12,11 +12,11 @@ CONTRAST = 0.2, 1.8
 
 
 def for_training(images, crop, seed, step):
-    """Images uint8 [batch, height, width, channels] as float32, distorted where there is a crop.
+    """Images uint8 [batch, height, width, channels] as float32, augmented where there is a crop.
 
     seed and step, integers or int32 tensors, decide on every draw.
     """
-    return standardize(distort(images, crop, seed, step)) if crop else scale(images)
+    return standardize(augment(images, crop, seed, step)) if crop else scale(images)
 
 
 def for_evaluation(images, crop):
@@ -33,8 +33,8 @@ def central_crop(images, size):
     return tf.cast(images[:, top:top + size, left:left + size], tf.float32)
 
 
-def distort(images, size, seed, step):
-    """Each image cropped anywhere, flipped or not, brightened by d and stretched about each channel's mean by f.
+def augment(images, size, seed, step):
+    """Each image cropped anywhere, flipped or not, brightened by d, its contrast about each channel's mean times f.
 
     d is uniform in [-63, 63), f in [0.2, 1.8). float32 [batch, size, size, channels], not clipped to 0..255.
     """

@@ -2,6 +2,7 @@
 
 Each is written beside its name and moved into place, so that a kill leaves the previous one whole.
 """
+import contextlib
 import csv
 import json
 import os
@@ -40,14 +41,20 @@ def move_aside(run_dir):
     return earlier
 
 
-def write(path, text):
-    part = path.with_name(path.name + '.part')
-    part.write_text(text)
-    os.replace(part, path)
+@contextlib.contextmanager
+def replacing(path):
+    """A path to write to: it takes the place of `path` where the block ends well, and is removed where it does not."""
+    part = path.with_name(f'.part.{path.name}')
+    try:
+        yield part
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_json(path, record):
-    write(path, json.dumps(record, indent=2, default=str) + '\n')
+    with replacing(path) as part:
+        part.write_text(json.dumps(record, indent=2, default=str) + '\n')
 
 
 def environment():
@@ -76,21 +83,20 @@ def processor():
 
 def write_log(path, history):
     """log.csv, a row an epoch, from the state's history: rewritten whole, no epoch is missing or there twice."""
-    part = path.with_name(path.name + '.part')
-    with open(part, 'w', newline='') as file:
+    with replacing(path) as part, open(part, 'w', newline='') as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(history)
-    os.replace(part, path)
 
 
-def write_curve(path, title, history):
-    """curve.png: loss and accuracies by epoch."""
+def draw_curve(title, history):
+    """Loss and accuracies by epoch."""
+    from matplotlib.figure import Figure  # here: only some commands draw
     from matplotlib.ticker import MaxNLocator
 
-    pyplot = import_pyplot()
     epochs = [row['epoch'] for row in history]
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout='constrained')
+    figure = Figure(figsize=(10, 4), layout='constrained')
+    left, right = figure.subplots(1, 2)
     marker = '.' if len(epochs) < 40 else None
     left.plot(epochs, [row['loss'] for row in history], marker=marker)
     left.set(xlabel='epoch', ylabel='training loss (cross-entropy)', yscale='log')
@@ -104,14 +110,16 @@ def write_curve(path, title, history):
         axes.grid(alpha=0.3)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     figure.suptitle(title)
-    save_figure(figure, path)
+    return figure
 
 
-def write_confusion(path, title, classes, confusion):
-    """A picture of the confusion matrix [true class, predicted class], with the accuracy of each class."""
-    pyplot = import_pyplot()
+def draw_confusion(title, classes, confusion):
+    """The confusion matrix [true class, predicted class], with the accuracy of each class."""
+    from matplotlib.figure import Figure
+
     shares = confusion / confusion.sum(axis=1, keepdims=True).clip(1)
-    figure, axes = pyplot.subplots(figsize=(8, 7), layout='constrained')
+    figure = Figure(figsize=(8, 7), layout='constrained')
+    axes = figure.subplots()
     axes.imshow(shares, cmap='Blues', vmin=0, vmax=1)
     for (true, predicted), share in np.ndenumerate(shares):
         axes.text(predicted, true, confusion[true, predicted], ha='center', va='center', fontsize=9,
@@ -121,23 +129,12 @@ def write_confusion(path, title, classes, confusion):
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha='right')
     axes.set_yticks(range(len(classes)), [f'{name}  {share:.1%}' for name, share in
                                           zip(classes, shares.diagonal(), strict=True)])
-    save_figure(figure, path)
+    return figure
 
 
-def import_pyplot():
-    import matplotlib  # here: only some commands draw
-
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def save_figure(figure, path):
-    part = path.with_name(path.name + '.part')
-    figure.savefig(part, format='png', dpi=120)
-    import_pyplot().close(figure)
-    os.replace(part, path)
+def save_figure(path, figure):
+    with replacing(path) as part:
+        figure.savefig(part, format='png', dpi=120)
 
 
 class Events:
@@ -157,9 +154,8 @@ class Events:
 
 def save_weights(path, net, session):
     """model.npz: every parameter of the network by variable name, in TensorLayer's own form."""
-    part = path.with_name('.part.' + path.name)
-    tl.files.save_npz_dict(net.all_params, str(part), session)
-    os.replace(part, path)
+    with replacing(path) as part:
+        tl.files.save_npz_dict(net.all_params, str(part), session)
 
 
 def read_weights(path, net):
