@@ -43,7 +43,8 @@ def test_stopped_and_resumed_equals_never_stopped(finished_run, tmp_path, monkey
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
         interrupt_in_epoch(context, 3)
         start(tmp_path, *QUICK[2:], '--epochs', 4)
-    assert 'interrupted in epoch 3; epochs 1 to 2 are saved, go on with --resume True and the same flags' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert 'interrupted in epoch 3; epochs 1 to 2 are saved, go on with --resume True and the same flags' in said
     assert len(log(tmp_path)) == 2
     start(tmp_path, '--resume', 'True')  # no other flags: the stage's own
     assert_same(variables(tmp_path), variables(finished_run))
