@@ -201,7 +201,7 @@ def test_constant_is_the_published_protocol():
     assert set(rates('constant', 3, 7)) == {0.1}
 
 
-@pytest.mark.parametrize('epochs, warm_up', [(3, 375), (4, 500), (100, 500)])
+@pytest.mark.parametrize('epochs, warm_up', [(2, 125), (4, 250), (100, 250)])
 def test_cosine_warms_up_and_comes_down_to_zero(epochs, warm_up):
     found = np.array(rates('cosine', epochs, 250))
     np.testing.assert_allclose(found[:warm_up], 0.1 * np.arange(1, warm_up + 1) / warm_up)

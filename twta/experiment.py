@@ -182,12 +182,12 @@ def train_epoch(run_step, split, stage, epoch, n_steps, seed, bar):
 def scheduled_rate(stage, step, epoch_steps):
     """The rate of a step, from 0 on, of a stage that has epoch_steps of them an epoch.
 
-    cosine: up in a straight line for two epochs (half the stage where that is less), then half a cosine to 0.
+    cosine: up in a straight line for an epoch (a quarter of the stage where that is less), then half a cosine to 0.
     """
     peak, n_steps = stage['learning_rate'], stage['epochs'] * epoch_steps
     if stage['schedule'] == 'constant':
         return peak
-    warm_up = min(2 * epoch_steps, n_steps // 2)
+    warm_up = min(epoch_steps, n_steps // 4)
     if step < warm_up:
         return peak * (step + 1) / warm_up
     return peak * (1 + math.cos(math.pi * (step - warm_up) / (n_steps - warm_up))) / 2
