@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 import zipfile
@@ -53,8 +54,10 @@ def replacing(path):
 
 
 def write_json(path, record):
+    text = json.dumps(record, indent=2, default=str)
+    text = re.sub(r'\[[\d\s,]+\]', lambda numbers: ' '.join(numbers[0].split()), text)  # a row a line
     with replacing(path) as part:
-        part.write_text(json.dumps(record, indent=2, default=str) + '\n')
+        part.write_text(text + '\n')
 
 
 def environment():
