@@ -60,6 +60,8 @@ def test_resume_is_read_by_a_parser(text, value):
     (['--weights', '/absent.npz'], ['--weights', '/absent.npz', 'model.npz']),
     (['--resume', 'True', '--weights', __file__], ['--weights', '--resume True']),
     (['--checkpoint', 'best'], ['--checkpoint best', '--mode inference']),
+    (['--run_dir', ''], ['--run_dir', "''"]),
+    (['--data_dir', __file__], ['--data_dir', __file__, 'not a directory']),
     (['--run_dir', __file__], ['--run_dir', __file__, 'not a directory']),
     (['--resume', 'True', '--run_dir', '/absent/run'], ['/absent/run', '--resume False --mode training']),
 ])

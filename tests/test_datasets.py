@@ -154,7 +154,7 @@ def server():
 
 def fetch(server, path, *names, sha256=SHA256):
     urls = [f'http://127.0.0.1:{server.server_port}/{name}' for name in names]
-    download.download(urls, path, len(CONTENT), sha256)
+    download.download(urls, path, len(CONTENT), sha256, 'put it there')
 
 
 def test_download(server, tmp_path):
@@ -175,7 +175,7 @@ def test_a_broken_download_goes_on_at_the_next_mirror_and_in_the_next_call(serve
 
 
 def test_a_wrong_file_never_gets_its_name(server, tmp_path):
-    with pytest.raises(TwtaError, match=r'its SHA-256 is .*; check the network, or put the file in'):
+    with pytest.raises(TwtaError, match=r'its SHA-256 is .*; check the network, or put it there'):
         fetch(server, tmp_path / 'file', 'wrong')
     assert not list(tmp_path.iterdir())
     fetch(server, tmp_path / 'file', 'wrong', 'good')
@@ -187,7 +187,8 @@ def test_without_a_network_the_message_names_every_mirror(server, tmp_path):
     server.shutdown()
     server.server_close()
     with pytest.raises(TwtaError) as error:
-        download.download([f'http://127.0.0.1:{port}/a', f'http://127.0.0.1:{port}/b'], tmp_path / 'file', 1, '')
+        urls = [f'http://127.0.0.1:{port}/{name}' for name in 'ab']
+        download.download(urls, tmp_path / 'file', 1, '', 'put it there')
     assert f'{port}/a: ' in str(error.value) and f'{port}/b: ' in str(error.value) and '\n' not in str(error.value)
 
 

@@ -44,7 +44,7 @@ def test_stopped_and_resumed_equals_never_stopped(finished_run, tmp_path, monkey
         interrupt_in_epoch(context, 3)
         start(tmp_path, *QUICK[2:], '--epochs', 4)
     said = capsys.readouterr().out
-    assert 'interrupted in epoch 3; epochs 1 to 2 are saved, go on with --resume True and the same flags' in said
+    assert 'interrupted in epoch 3; saved up to epoch 2, go on with --resume True and the same flags' in said
     assert len(log(tmp_path)) == 2
     start(tmp_path, '--resume', 'True')  # no other flags: the stage's own
     assert_same(variables(tmp_path), variables(finished_run))
@@ -253,7 +253,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
 
 
 def test_a_batch_must_fit_into_the_training_set(tmp_path):
-    with pytest.raises(UsageError, match='--batch_size 1201: there are 1200 training images'):
+    with pytest.raises(UsageError, match='--batch_size 1201: more than the 1,200 training images'):
         start(tmp_path / 'new', '--batch_size', 1201)
     assert not (tmp_path / 'new').exists()
 

@@ -58,21 +58,23 @@ def parse(script, description, datasets, defaults, argv=None):
         help=f'of Adam, default: {defaults["learning_rate"]:g}')
     add('--epochs', type=positive_integer, metavar='N',
         help=f'to train in this command, default: {defaults["epochs"]}. After --resume True the same flags finish an '
-             'interrupted training; other flags, or a finished training, begin N more epochs')
+             'interrupted training, and flags left out are its own; other flags, or a finished training, begin N more '
+             'epochs, and flags left out are the defaults')
     add('--schedule', choices=('constant', 'cosine'),
-        help='of the learning rate over --epochs; cosine: a short linear warm-up, then half a cosine down to 0. '
-             f'Default: {defaults["schedule"]}')
+        help='of the learning rate over --epochs; cosine: up from 0 in the first epoch, then half a cosine down to '
+             f'0. Default: {defaults["schedule"]}')
     add('--batch_size', type=positive_integer, metavar='N', help=f'default: {defaults["batch_size"]}')
     add('--seed', type=natural, metavar='N',
         help='of weights, shuffling and augmentation, default: 0; a resumed run keeps its own')
     add('--gpu', type=natural, default=0, metavar='INDEX', help='which GPU, default: 0; without any, the CPU is used')
-    add('--dataset', choices=datasets, default=datasets[0], help=f'default: {datasets[0]}')
+    add('--dataset', choices=datasets, default=datasets[0],
+        help=f'default: {datasets[0]}; {datasets[1]} is a small sample that needs no network')
     add('--validation', type=natural, metavar='N',
-        help='training images, from the end, to hold out for validation; default: 10000 of mnist and 0 of cifar10, as '
-             'published, 297 of digits and 500 of shapes; a resumed run keeps its own')
-    add('--data_dir', type=Path, metavar='DIR',
+        help='training images, from the end, to hold out for validation; default: as published (10000 of MNIST, '
+             'none of CIFAR-10), or as the sample has it; a resumed run keeps its own')
+    add('--data_dir', type=folder, metavar='DIR',
         help='where data sets are, or are downloaded to; default: data/ beside README.md')
-    add('--run_dir', type=Path, metavar='DIR',
+    add('--run_dir', type=folder, metavar='DIR',
         help='checkpoints, log.csv, model.npz, ...; default: runs/SCRIPT-DATASET beside README.md')
     add('--precision', choices=('auto', 'float32', 'bfloat16'), default='auto',
         help='of training; auto, the default: bfloat16 where the hardware multiplies it. Evaluation is always float32')
@@ -107,8 +109,10 @@ def check(args, script):
             raise UsageError(f'--{flag} {getattr(args, flag)} has no meaning with --mode inference; leave it out')
     if args.checkpoint == 'best' and (not inference or args.weights):
         raise UsageError('--checkpoint best is for --mode inference without --weights; training resumes from the last')
-    if args.run_dir.exists() and not args.run_dir.is_dir():
-        raise UsageError(f'--run_dir {args.run_dir}: not a directory')
+    for flag in ('run_dir', 'data_dir'):
+        path = getattr(args, flag)
+        if path.exists() and not path.is_dir():
+            raise UsageError(f'--{flag} {path}: not a directory')
     args.resume = bool(inference and not args.weights if args.resume is None else args.resume)
     if args.resume and not (args.run_dir / 'checkpoint').is_file():
         command = f'python {shlex.quote(os.path.relpath(script))} --resume False --mode training'
@@ -128,6 +132,12 @@ def truth(text):
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f'{text!r} is neither True nor False')
     return values[text.lower()]
+
+
+def folder(text):
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not a directory")
+    return Path(text)
 
 
 def positive_number(text):

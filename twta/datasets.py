@@ -121,7 +121,8 @@ def load_mnist(data_dir, validation=10000):
         if not path.exists():
             path = path.with_name(f'{name}.gz')
         if not path.exists():
-            download([mirror + path.name for mirror in MNIST_MIRRORS], path, gz_size, gz_sha256)
+            download([mirror + path.name for mirror in MNIST_MIRRORS], path, gz_size, gz_sha256,
+                     f'put the file in {path.parent}; --dataset digits needs no network')
         content = read_file(path, limit=16 + int(np.prod(shape)))
         arrays.append(parse_idx(content, shape, path))
         published &= hashlib.sha256(content).hexdigest() == sha256
@@ -187,7 +188,7 @@ def read_file(path, limit):
         with gzip.open(path) if path.suffix == '.gz' else open(path, 'rb') as file:
             return file.read(limit + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise TwtaError(f'{path}: cannot be read ({error}); {REMEDY}') from None
+        raise TwtaError(f'{path}: cannot be read ({getattr(error, "strerror", None) or error}); {REMEDY}') from None
 
 
 def parse_idx(content, shape, path):
@@ -232,7 +233,8 @@ def unpack_cifar10(folder, names):
     archive = folder.parent / CIFAR10_URL.rpartition('/')[2]
     size, sha256 = CIFAR10_ARCHIVE
     if not archive.exists():
-        download([CIFAR10_URL], archive, size, sha256)
+        download([CIFAR10_URL], archive, size, sha256,
+                 f'put {", ".join(names)} of its binary version in {folder}; --dataset shapes needs no network')
     actual = hashlib.sha256(archive.read_bytes()).hexdigest()
     if actual != sha256:
         raise TwtaError(f'{archive}: its SHA-256 is {actual}, not {sha256}; remove it to have it downloaded again, or '

@@ -14,13 +14,12 @@ TIMEOUT = 30  # seconds without a byte
 CHUNK = 1 << 16  # bytes
 
 
-def download(urls, path, size, sha256):
+def download(urls, path, size, sha256, otherwise):
     """Puts the file that has this size (bytes) and SHA-256 at path, from the first of the urls that gives it.
 
     What has arrived is kept in path + '.part', from which a later call goes on. Raises TwtaError where no mirror
-    gives the file.
+    gives the file; its message says what to do otherwise.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + '.part')
     failures = []
     for url in urls:
@@ -37,7 +36,7 @@ def download(urls, path, size, sha256):
         part.unlink()
         failures.append(f'{url}: its SHA-256 is {found}, not {sha256}')
     raise TwtaError(f'{path.name} could not be downloaded ({"; ".join(failures)}); '
-                    f'check the network, or put the file in {path.parent}')
+                    f'check the network, or {otherwise}')
 
 
 def fetch(url, part, size):
@@ -50,6 +49,7 @@ def fetch(url, part, size):
         resumed = response.status == 206 and response.headers.get('Content-Range', '').startswith(f'bytes {have}-')
         if response.status == 206 and not resumed:
             raise OSError(f'asked for the bytes from {have} on, got {response.headers.get("Content-Range")}')
+        part.parent.mkdir(parents=True, exist_ok=True)
         bar = tqdm(total=size, initial=have if resumed else 0, unit='B', unit_scale=True, desc=part.stem, leave=False,
                    disable=not sys.stderr.isatty())
         with bar, open(part, 'ab' if resumed else 'wb') as file:

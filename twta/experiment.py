@@ -91,7 +91,8 @@ def train(script, model, args, defaults, dataset, precision, source, state):
     stage = next_stage(state, args, defaults)
     first, last = state['epoch'] + 1, stage['first_epoch'] + stage['epochs'] - 1
     if stage['batch_size'] > len(dataset.train.labels):
-        raise UsageError(f'--batch_size {stage["batch_size"]}: there are {len(dataset.train.labels)} training images')
+        raise UsageError(f'--batch_size {stage["batch_size"]}: more than the {len(dataset.train.labels):,} training '
+                         'images')
     network = build(model, dataset, state['seed'], precision)
     weights = records.read_weights(args.weights, network.net) if args.weights else {}
     earlier = None if args.resume else records.move_aside(args.run_dir)
@@ -117,7 +118,7 @@ def train(script, model, args, defaults, dataset, precision, source, state):
             train_epochs(network, session, store, state, stage, range(first, last + 1), dataset, args.run_dir)
         except KeyboardInterrupt:
             say(f'interrupted in epoch {state["epoch"] + 1}; '
-                + (f'epochs 1 to {state["epoch"]} are saved, go on with --resume True and the same flags'
+                + (f'saved up to epoch {state["epoch"]}, go on with --resume True and the same flags'
                    if state['epoch'] else 'nothing was saved yet'))
             raise
         finally:
@@ -253,8 +254,8 @@ def next_stage(state, args, defaults):
         if done < stage['epochs']:
             if flags.items() <= stage.items():
                 return stage
-            say(f'the training up to epoch {stage["first_epoch"] + stage["epochs"] - 1} ends at {state["epoch"]}: '
-                'other flags begin a new one')
+            say(f'the training of epochs {stage["first_epoch"]} to {stage["first_epoch"] + stage["epochs"] - 1} was '
+                f'stopped after {state["epoch"]} and is given up: other flags begin a new one')
             stage['epochs'] = done
     stage = {'first_epoch': state['epoch'] + 1, **defaults, **flags}
     state['stages'].append(stage)
@@ -292,15 +293,16 @@ def report(script, network, session, dataset, args, epoch):
     loss, confusion = evaluate(network, session, dataset.test)
     kind = 'weights' if epoch is None else args.checkpoint
     suffix = '' if kind == 'last' else f'-{kind}'
+    say(f'test loss: {loss:.4f}')
+    say(f'test acc: {accuracy(confusion):.4f}')
     args.run_dir.mkdir(parents=True, exist_ok=True)
     records.write_json(args.run_dir / f'result{suffix}.json', {
         'script': script, 'weights': str(args.weights.resolve()) if kind == 'weights' else kind, 'epoch': epoch,
         'test_loss': loss, 'test_accuracy': accuracy(confusion), 'test_images': len(dataset.test.labels),
         'confusion': confusion.tolist(), 'data': describe_data(dataset), **records.environment()})
-    say(f'test loss: {loss:.4f}')
-    say(f'test acc: {accuracy(confusion):.4f}')
     picture = args.run_dir / f'confusion{suffix}.png'
-    title = f'{script} on {dataset.title}\n{accuracy(confusion):.2%} of {len(dataset.test.labels):,} test images'
+    title = (f'{script} on {dataset.title}\n{accuracy(confusion):.2%} of {len(dataset.test.labels):,} test images, '
+             + (f'after epoch {epoch}' if epoch else args.weights.name))
     records.save_figure(picture, records.draw_confusion(title, dataset.classes, confusion))
     say(f'confusion matrix: {picture}')
 

@@ -101,8 +101,10 @@ def draw_curve(title, history):
     figure = Figure(figsize=(10, 4), layout='constrained')
     left, right = figure.subplots(1, 2)
     marker = '.' if len(epochs) < 40 else None
-    left.plot(epochs, [row['loss'] for row in history], marker=marker)
-    left.set(xlabel='epoch', ylabel='training loss (cross-entropy)', yscale='log')
+    losses = [row['loss'] for row in history]
+    left.plot(epochs, losses, marker=marker)
+    left.set(xlabel='epoch', ylabel='training loss (cross-entropy)',
+             yscale='log' if max(losses) > 10 * min(losses) else 'linear')
     for key, label in (('training_accuracy', 'training'), ('validation_accuracy', 'validation')):
         points = [(row['epoch'], 100 * row[key]) for row in history if row[key] is not None]
         if points:
@@ -111,7 +113,7 @@ def draw_curve(title, history):
     right.legend()
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     figure.suptitle(title)
     return figure
 
