@@ -29,48 +29,81 @@ def test_resume_is_read_by_a_parser(text, value):
     assert command_line.truth(text) is value
 
 
-@pytest.mark.parametrize('flags, words', [
-    (['--mode', 'trainin'], ['--mode', "'trainin'", 'training', 'inference']),
-    (['--mode'], ['--mode', 'expected one argument']),
-    (['--resume', 'maybe'], ['--resume', "'maybe'", 'True', 'False']),
-    (['--resume', '__import__("os")'], ['--resume', 'True']),
-    (['--learning_rate', '-1'], ['--learning_rate', "'-1'", 'above 0']),
-    (['--learning_rate', '0'], ['--learning_rate', "'0'", 'above 0']),
-    (['--learning_rate', 'nan'], ['--learning_rate', "'nan'", 'above 0']),
-    (['--learning_rate', 'inf'], ['--learning_rate', "'inf'", 'above 0']),
-    (['--learning_rate', 'fast'], ['--learning_rate', "'fast'", 'above 0']),
-    (['--epochs', '0'], ['--epochs', "'0'", 'from 1']),
-    (['--epochs', '1.5'], ['--epochs', "'1.5'", 'whole number']),
-    (['--epochs', '9' * 30], ['--epochs', 'to 2147483647']),
-    (['--batch_size', '-3'], ['--batch_size', "'-3'", 'from 1']),
-    (['--batch_size', ''], ['--batch_size', "''"]),
-    (['--seed', '-1'], ['--seed', "'-1'", 'from 0']),
-    (['--gpu', 'a'], ['--gpu', "'a'", 'from 0']),
-    (['--dataset', 'cifar10'], ['--dataset', "'cifar10'", 'mnist', 'digits']),
-    (['--schedule', 'step'], ['--schedule', "'step'", 'constant', 'cosine']),
-    (['--validation', '-1'], ['--validation', "'-1'", 'from 0']),
-    (['--validation', '10%'], ['--validation', "'10%'", 'whole number']),
-    (['--mode', 'inference', '--schedule', 'cosine'], ['--schedule cosine', '--mode inference']),
-    (['--mode', 'inference', '--validation', '0'], ['--validation 0', '--mode inference']),
-    (['--precision', 'float16'], ['--precision', "'float16'", 'bfloat16']),
-    (['--learning', '1'], ['--learning']),
-    (['extra'], ['extra']),
-    (['--mode', 'inference', '--resume', 'False'], ['--resume False', '--mode inference']),
-    (['--mode', 'inference', '--epochs', '3'], ['--epochs 3', '--mode inference']),
-    (['--weights', '/absent.npz'], ['--weights', '/absent.npz', 'model.npz']),
-    (['--resume', 'True', '--weights', __file__], ['--weights', '--resume True']),
-    (['--checkpoint', 'best'], ['--checkpoint best', '--mode inference']),
-    (['--run_dir', ''], ['--run_dir', "''"]),
-    (['--data_dir', __file__], ['--data_dir', __file__, 'not a directory']),
-    (['--run_dir', __file__], ['--run_dir', __file__, 'not a directory']),
-    (['--resume', 'True', '--run_dir', '/absent/run'], ['/absent/run', '--resume False --mode training']),
-])
-def test_a_mistake_is_one_line_with_the_flag_the_value_and_what_is_valid(flags, words):
+LONG = 'x' * 5000
+BAD_VALUES = {
+    '--mode': ['trainin', 'TRAINING', 'test', '', '1'],
+    '--resume': ['maybe', '2', '', 'None', '-1', '__import__("os")', 'True False'],
+    '--learning_rate': ['-1', '0', '-0.0', 'nan', 'inf', '-inf', 'fast', '', '0,1', '0x1', '1e400', '1e-400', '[1]'],
+    '--epochs': ['0', '-1', '1.5', 'abc', '', '1e3', '9' * 30, '2147483648', '+5', ' 5', '٣', '1_000', 'None'],
+    '--batch_size': ['0', '-3', '2.0', 'all', '', '9' * 30, '²'],
+    '--schedule': ['step', 'COSINE', 'cos', '', '0.1'],
+    '--seed': ['-1', '1.5', 'x', '', '2147483648', 'nan'],
+    '--gpu': ['-1', 'a', '0,1', '', 'cpu', '1.0'],
+    '--dataset': ['cifar10', 'MNIST', 'mnist ', '', '/etc/passwd'],
+    '--validation': ['-1', '10%', '0.1', '', '9' * 30],
+    '--precision': ['float16', 'bf16', '32', '', 'FLOAT32'],
+    '--checkpoint': ['first', 'BEST', '', '3'],
+    '--run_dir': ['', ' ', LONG, __file__],
+    '--data_dir': ['', ' ', LONG, __file__],
+    '--weights': ['', ' ', LONG, '/absent.npz', '/', 'model .npz'],
+}
+VALID = {
+    '--mode': 'training', '--resume': 'True', '--learning_rate': 'a number above 0', '--epochs': 'from 1 to 2147483647',
+    '--batch_size': 'from 1 to 2147483647', '--schedule': 'cosine', '--seed': 'from 0 to 2147483647',
+    '--gpu': 'from 0 to 2147483647', '--dataset': 'digits', '--validation': 'from 0 to 2147483647',
+    '--precision': 'bfloat16', '--checkpoint': 'best', '--run_dir': '', '--data_dir': '', '--weights': '',
+}
+
+
+def mistake(*flags):
+    """The one line that these flags are answered with."""
     with pytest.raises(UsageError) as error:
         parse(*flags)
     assert '\n' not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize('flag, value', [(flag, value) for flag, values in BAD_VALUES.items() for value in values])
+def test_a_bad_value_is_answered_with_the_flag_the_value_and_what_is_valid(flag, value):
+    line = mistake(f'{flag}={value}')
+    assert flag in line and value[:80] in line and VALID[flag] in line
+
+
+@pytest.mark.parametrize('flag', BAD_VALUES)
+def test_a_flag_without_its_value(flag):
+    line = mistake(flag)
+    assert flag in line and 'expected one argument' in line
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--learning', '1'], ['--learning']),
+    (['--lr', '1'], ['--lr']),
+    (['--Resume', 'True'], ['--Resume']),
+    (['-e', '3'], ['-e']),
+    (['extra'], ['extra']),
+    (['--verbose=1'], ['--verbose', "'1'"]),
+    (['--debug=yes'], ['--debug', "'yes'"]),
+    (['--mode', 'inference', '--resume', 'False'], ['--resume False', '--mode inference']),
+    (['--mode', 'inference', '--epochs', '3'], ['--epochs 3', '--mode inference']),
+    (['--mode', 'inference', '--learning_rate', '0.1'], ['--learning_rate 0.1', '--mode inference']),
+    (['--mode', 'inference', '--batch_size', '9'], ['--batch_size 9', '--mode inference']),
+    (['--mode', 'inference', '--seed', '0'], ['--seed 0', '--mode inference']),
+    (['--mode', 'inference', '--schedule', 'cosine'], ['--schedule cosine', '--mode inference']),
+    (['--mode', 'inference', '--validation', '0'], ['--validation 0', '--mode inference']),
+    (['--mode', 'inference', '--checkpoint', 'best', '--weights', __file__], ['--checkpoint best', '--weights']),
+    (['--resume', 'True', '--weights', __file__], ['--weights', '--resume True']),
+    (['--checkpoint', 'best'], ['--checkpoint best', '--mode inference']),
+    (['--resume', 'True', '--run_dir', '/absent/run'], ['/absent/run', '--resume False --mode training']),
+])
+def test_flags_that_are_unknown_or_contradict_each_other(flags, words):
+    line = mistake(*flags)
     for word in words:
-        assert word in str(error.value)
+        assert word in line
+
+
+def test_debug_shows_the_traceback():
+    finished = run_script(SCRIPT, '--epochs', '0', '--debug')
+    assert finished.returncode != 0 and 'Traceback' in finished.stderr and "--epochs: '0'" in finished.stderr
 
 
 def test_learning_rates():

@@ -27,10 +27,11 @@ def run(script, description, model, datasets, learning_rate, epochs, batch_size)
         from twta import experiment  # imports TensorFlow
 
         experiment.run(script.stem, model, args, defaults)
-    except TwtaError as error:
-        sys.exit(fail(script, error, error.exit_code))
-    except OSError as error:
-        sys.exit(fail(script, error, TwtaError.exit_code))
+    except (TwtaError, OSError) as error:
+        if '--debug' in sys.argv:
+            raise
+        print(f'{script.name}: error: {error}', file=sys.stderr)
+        sys.exit(getattr(error, 'exit_code', TwtaError.exit_code))
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT
 
@@ -38,11 +39,6 @@ def run(script, description, model, datasets, learning_rate, epochs, batch_size)
 def protocol(learning_rate, epochs, batch_size):
     """How a script trains where its flags do not say otherwise."""
     return {'learning_rate': learning_rate, 'epochs': epochs, 'batch_size': batch_size, 'schedule': 'constant'}
-
-
-def fail(script, error, exit_code):
-    print(f'{script.name}: error: {error}', file=sys.stderr)
-    return exit_code
 
 
 def parse(script, description, datasets, defaults, argv=None):
@@ -72,19 +68,20 @@ def parse(script, description, datasets, defaults, argv=None):
     add('--validation', type=natural, metavar='N',
         help='training images, from the end, to hold out for validation; default: as published (10000 of MNIST, '
              'none of CIFAR-10), or as the sample has it; a resumed run keeps its own')
-    add('--data_dir', type=folder, metavar='DIR',
+    add('--data_dir', type=path, metavar='DIR',
         help='where data sets are, or are downloaded to; default: data/ beside README.md')
-    add('--run_dir', type=folder, metavar='DIR',
+    add('--run_dir', type=path, metavar='DIR',
         help='checkpoints, log.csv, model.npz, ...; default: runs/SCRIPT-DATASET beside README.md')
     add('--precision', choices=('auto', 'float32', 'bfloat16'), default='auto',
         help='of training; auto, the default: bfloat16 where the hardware multiplies it. Evaluation is always float32')
     add('--checkpoint', choices=('last', 'best'), default='last',
         help='which one inference reads: after the last epoch (default), or the best on validation; without '
              'validation images that is the last')
-    add('--weights', type=Path, metavar='NPZ',
+    add('--weights', type=path, metavar='NPZ',
         help='a model.npz to start from or to evaluate, instead of a checkpoint')
     add('--verbose', action='store_true',
         help="print TensorLayer's layers and parameters, and TensorFlow's own messages")
+    add('--debug', action='store_true', help='show the traceback of an error')
     args = parser.parse_args(argv)
 
     root = script.parent.parent
@@ -109,10 +106,9 @@ def check(args, script):
             raise UsageError(f'--{flag} {getattr(args, flag)} has no meaning with --mode inference; leave it out')
     if args.checkpoint == 'best' and (not inference or args.weights):
         raise UsageError('--checkpoint best is for --mode inference without --weights; training resumes from the last')
-    for flag in ('run_dir', 'data_dir'):
-        path = getattr(args, flag)
-        if path.exists() and not path.is_dir():
-            raise UsageError(f'--{flag} {path}: not a directory')
+    for flag, folder in (('run_dir', args.run_dir), ('data_dir', args.data_dir)):
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f'--{flag} {folder}: not a directory')
     args.resume = bool(inference and not args.weights if args.resume is None else args.resume)
     if args.resume and not (args.run_dir / 'checkpoint').is_file():
         command = f'python {shlex.quote(os.path.relpath(script))} --resume False --mode training'
@@ -134,9 +130,14 @@ def truth(text):
     return values[text.lower()]
 
 
-def folder(text):
-    if not text:
-        raise argparse.ArgumentTypeError("'' is not a directory")
+def path(text):
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f'{text!r} is no path')
+    try:
+        Path(text).exists()
+    except (OSError, ValueError) as error:  # too long, or in a folder that may not be read
+        reason = getattr(error, 'strerror', None) or error
+        raise argparse.ArgumentTypeError(f'{text[:80]!r} is no path here: {reason}') from None
     return Path(text)
 
 
