@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import MNIST_SCRIPTS, ROOT, assert_same, load_script, log, run_script, start, variables
 
-from twta import TwtaError, UsageError, checkpoints, command_line, datasets, experiment
+from twta import TwtaError, UsageError, checkpoints, command_line, datasets, experiment, records
 from twta.ternary_layers import Conv2dLayer
 from twta.tf1 import tf, tl
 
@@ -247,9 +247,18 @@ def test_inference_of_the_best_does_not_replace_the_result_of_the_last(finished_
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
     start(tmp_path, *QUICK[2:], '--epochs', 1)
-    with pytest.raises(TwtaError, match=r'the loss is .* in epoch 2; the last good checkpoint is of epoch 1'):
+    with pytest.raises(TwtaError, match=r'the loss is .* at step \d+ of epoch 2; go on from epoch 1, which is'):
         start(tmp_path, '--resume', 'True', '--learning_rate', 1e38, '--batch_size', 100, '--epochs', 1)
     assert variables(tmp_path)['run_state']['epoch'] == 1 and len(log(tmp_path)) == 1
+
+
+def test_two_trainings_on_one_run_dir_are_refused(finished_run, tmp_path):
+    before = variables(finished_run)
+    for flags in ((), ('--resume', 'True')):
+        with records.locked(finished_run), pytest.raises(UsageError, match='another training is writing there'):
+            start(finished_run, *QUICK[2:], *flags)
+    assert_same(variables(finished_run), before)
+    assert not (finished_run / 'earlier-1').exists()
 
 
 def test_a_batch_must_fit_into_the_training_set(tmp_path):

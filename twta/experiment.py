@@ -95,11 +95,11 @@ def train(script, model, args, defaults, dataset, precision, source, state):
                          'images')
     network = build(model, dataset, state['seed'], precision)
     weights = records.read_weights(args.weights, network.net) if args.weights else {}
-    earlier = None if args.resume else records.move_aside(args.run_dir)
-    if earlier:
-        say(f'the earlier run in {args.run_dir} is now in {earlier}')
     args.run_dir.mkdir(parents=True, exist_ok=True)
-    with network.graph.as_default(), open_session(network.graph, args.gpu) as session:
+    with records.locked(args.run_dir), network.graph.as_default(), open_session(network.graph, args.gpu) as session:
+        earlier = None if args.resume else records.move_aside(args.run_dir)
+        if earlier:
+            say(f'the earlier run in {args.run_dir} is now in {earlier}')
         store = checkpoints.Checkpoints(args.run_dir)
         if args.resume:
             checkpoints.restore(session, source, network.net, tf.global_variables())
@@ -144,10 +144,6 @@ def train_epochs(network, session, store, state, stage, epochs, dataset, run_dir
             loss, train_accuracy, rate = train_epoch(run_step, dataset.train, stage, epoch, n_steps, seed, bar)
             seconds = time.perf_counter() - start
             speed = n_steps * stage['batch_size'] / seconds
-            if not np.isfinite(loss):
-                raise TwtaError(f'the loss is {loss} in epoch {epoch}; ' + (
-                    f'the last good checkpoint is of epoch {state["epoch"]}, go on from it with --resume True and a '
-                    'lower --learning_rate' if state['epoch'] else 'start again with a lower --learning_rate'))
             validation = None  # without validation images no epoch is better than another: never by the test images
             if len(dataset.validation.labels):
                 validation = accuracy(evaluate(network, session, dataset.validation)[1])
@@ -173,6 +169,10 @@ def train_epoch(run_step, split, stage, epoch, n_steps, seed, bar):
         labels = split.labels[batch]
         rate = scheduled_rate(stage, step - (stage['first_epoch'] - 1) * n_steps, n_steps)
         batch_loss, predicted, _ = run_step(split.images[batch], labels, rate, step)
+        if not math.isfinite(batch_loss):
+            raise TwtaError(f'the loss is {batch_loss} at step {step + 1 - (epoch - 1) * n_steps} of epoch {epoch}; '
+                            + (f'go on from epoch {epoch - 1}, which is saved, with --resume True and'
+                               if epoch > 1 else 'start again with') + ' a lower --learning_rate')
         loss += float(batch_loss)
         correct += int(np.sum(predicted == labels))
         bar.update()

@@ -16,12 +16,33 @@ from pathlib import Path
 
 import numpy as np
 
-from twta import TwtaError
+from twta import TwtaError, UsageError
 from twta.tf1 import tf, tl
+
+try:
+    import fcntl
+except ImportError:  # Windows: without the lock
+    fcntl = None
 
 FIELDS = ('epoch', 'learning_rate', 'loss', 'training_accuracy', 'validation_accuracy', 'images_per_second', 'seconds')
 OURS = ('checkpoint*', 'last-*', 'best-*', '*_temp', 'events.out.tfevents*', 'config.json', 'log.csv', 'curve.png',
         'result*.json', 'confusion*.png', 'model.npz')
+
+
+@contextlib.contextmanager
+def locked(run_dir):
+    """Holds run_dir/lock for a training; the system lets go of it when the process ends, in whatever way it does.
+
+    Raises UsageError where another process holds it.
+    """
+    with open(run_dir / 'lock', 'w') as file:
+        if fcntl:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UsageError(f'--run_dir {run_dir}: another training is writing there; wait for its end, or choose '
+                                 'another directory') from None
+        yield
 
 
 def move_aside(run_dir):
