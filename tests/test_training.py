@@ -19,14 +19,14 @@ QUICK = ('--dataset', 'digits', '--batch_size', '100', '--learning_rate', '0.001
 DEFAULTS = command_line.protocol(1e-4, 150, 200)
 
 
-def interrupt_in_epoch(monkeypatch, number):
-    """Ctrl-C in that epoch, half-way through its batches."""
+def stop_in_epoch(monkeypatch, number, signal_number):
+    """The signal in that epoch, half-way through its batches."""
     whole = experiment.shuffled_batches
 
     def batches(n_images, batch_size, seed, epoch):
         for i, batch in enumerate(whole(n_images, batch_size, seed, epoch)):
             if epoch == number and i == 5:
-                raise KeyboardInterrupt
+                signal.raise_signal(signal_number)
             yield batch
 
     monkeypatch.setattr(experiment, 'shuffled_batches', batches)
@@ -39,13 +39,18 @@ def finished_run(tmp_path_factory):
     return run_dir
 
 
-def test_stopped_and_resumed_equals_never_stopped(finished_run, tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        interrupt_in_epoch(context, 3)
+@pytest.mark.parametrize('epoch, number', [(1, signal.SIGTERM), (3, signal.SIGINT)])
+def test_stopped_and_resumed_equals_never_stopped(finished_run, tmp_path, monkeypatch, capsys, epoch, number):
+    """The signal lets the step end; the part of the epoch is saved, and the rest follows, bit for bit."""
+    before = signal.signal(number, signal.default_int_handler)  # a suite in the background has SIGINT ignored
+    with monkeypatch.context() as context, pytest.raises(SystemExit) as stopped:
+        stop_in_epoch(context, epoch, number)
         start(tmp_path, *QUICK[2:], '--epochs', 4)
-    said = capsys.readouterr().out
-    assert 'interrupted in epoch 3; saved up to epoch 2, go on with --resume True and the same flags' in said
-    assert len(log(tmp_path)) == 2
+    assert signal.signal(number, before) is signal.default_int_handler  # put back as it was
+    assert stopped.value.code == 128 + number
+    said = capsys.readouterr().out.splitlines()
+    assert said[-2:] == [f'stopped after 6 steps of epoch {epoch}', 'go on with --resume True and the same flags']
+    assert len(log(tmp_path)) == epoch - 1
     start(tmp_path, '--resume', 'True')  # no other flags: the stage's own
     assert_same(variables(tmp_path), variables(finished_run))
     assert [row['epoch'] for row in log(tmp_path)] == ['1', '2', '3', '4']
@@ -83,6 +88,10 @@ def test_stages():
     state['epoch'] = 190  # finished
     assert experiment.next_stage(state, args, DEFAULTS)['first_epoch'] == 191
     assert len(state['stages']) == 3
+    state['part'] = {'steps': 7}  # of epoch 191, and then other flags: it begins anew, and its stage never was
+    args.learning_rate = 1e-6
+    assert experiment.next_stage(state, args, DEFAULTS) == {**stage, 'first_epoch': 191, 'learning_rate': 1e-6}
+    assert len(state['stages']) == 3 and state['part'] is None
 
 
 def test_batches_depend_on_seed_and_epoch_and_hold_each_image_at_most_once():
@@ -353,7 +362,7 @@ def test_ctrl_c_ends_cleanly(tmp_path):
             break
     out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
-    assert 'interrupted in epoch' in out and 'go on with --resume True and the same flags' in out and err == ''
+    assert 'stopped after' in out and out.endswith('go on with --resume True and the same flags\n') and err == ''
 
 
 def test_three_commands_from_three_folders(tmp_path):

@@ -1,10 +1,10 @@
 """Checkpoints: everything that resuming needs, in one tf.train.Saver file that is complete or absent.
 
 Beside the variables (latent weights, Adam slots, moving moments) a checkpoint holds the run's state as JSON text: its
-script, data set and validation split, seed, epoch, stages (learning rates and schedules in order), history and best
-validation accuracy. The random state needs no more than seed and epoch, from which each epoch's shuffle and
-augmentation are drawn. Saver writes a new file, then the name of it into `checkpoint`, then removes an old one: a kill
-at any moment leaves the previous checkpoint usable.
+script, data set and validation split, seed, epoch, what a part of the next one has come to, stages (learning rates and
+schedules in order), history and best validation accuracy. The random state needs no more than seed and epoch, from
+which each epoch's shuffle and augmentation are drawn. Saver writes a new file, then the name of it into `checkpoint`,
+then removes an old one: a kill at any moment leaves the previous checkpoint usable.
 """
 import json
 import shutil
@@ -14,8 +14,8 @@ from twta import TwtaError
 from twta.records import check_shapes
 from twta.tf1 import tf
 
-FORMAT = 2  # 1 had neither --validation nor --schedule
-KEYS = {'format', 'script', 'dataset', 'data_sha256', 'seed', 'validation', 'epoch', 'stages', 'history',
+FORMAT = 2  # 1 knew no --validation, no --schedule and no part of an epoch
+KEYS = {'format', 'script', 'dataset', 'data_sha256', 'seed', 'validation', 'epoch', 'part', 'stages', 'history',
         'best_validation_accuracy'}
 INDEX = {'last': 'checkpoint', 'best': 'checkpoint_best'}  # the files that name the newest checkpoint of each kind
 
@@ -38,9 +38,10 @@ class Checkpoints:
 
     def save(self, session, state, is_best):
         session.run(self.set_state, {self.text: json.dumps(state)})
+        name = f'{state["epoch"]}.{state["part"]["steps"]}' if state['part'] else state['epoch']
         for which in ('best', 'last') if is_best else ('last',):  # after a kill in between, the epoch is run again
-            self.savers[which].save(session, str(self.run_dir / which), global_step=state['epoch'],
-                                    latest_filename=INDEX[which], write_meta_graph=False)
+            self.savers[which].save(session, str(self.run_dir / f'{which}-{name}'), latest_filename=INDEX[which],
+                                    write_meta_graph=False)
 
 
 def listed(run_dir, which):
@@ -68,7 +69,7 @@ def read_state(path, script, dataset):
         found = state['script'], state['dataset']
         is_newer = state['format'] > FORMAT
         if state['format'] == 1:
-            state.update(format=FORMAT, validation={'mnist': 10000, 'digits': 297}[state['dataset']])
+            state.update(format=FORMAT, part=None, validation={'mnist': 10000, 'digits': 297}[state['dataset']])
             for stage in state['stages']:
                 stage['schedule'] = 'constant'
         absent = KEYS - state.keys()

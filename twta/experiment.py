@@ -3,6 +3,7 @@
 One graph holds the network twice over the same variables: as it trains (augmented images, moments of the batch,
 --precision) and as it is evaluated (moving moments, float32). The loop feeds batches of uint8 images.
 """
+import itertools
 import math
 import sys
 import time
@@ -12,10 +13,11 @@ import numpy as np
 from tqdm import tqdm
 
 from twta import TwtaError, UsageError, checkpoints, datasets, preprocessing, records
-from twta.session import choose_precision, describe, find_gpu, open_session
+from twta.session import choose_precision, describe, find_gpu, open_session, stop_signals
 from twta.tf1 import tf
 
 EVALUATION_BATCH = 500  # images; it decides on memory and speed, not on the result
+NOTHING = {'steps': 0, 'loss': 0.0, 'correct': 0, 'seconds': 0.0}  # of an epoch is done
 
 
 def run(script, model, args, defaults):
@@ -115,12 +117,13 @@ def train(script, model, args, defaults, dataset, precision, source, state):
                   **records.environment()}
         records.write_json(args.run_dir / 'config.json', record)
         try:
-            train_epochs(network, session, store, state, stage, range(first, last + 1), dataset, args.run_dir)
-        except KeyboardInterrupt:
-            say(f'interrupted in epoch {state["epoch"] + 1}; '
-                + (f'saved up to epoch {state["epoch"]}, go on with --resume True and the same flags'
-                   if state['epoch'] else 'nothing was saved yet'))
-            raise
+            with stop_signals() as stop:
+                train_epochs(network, session, store, state, stage, range(first, last + 1), dataset, args.run_dir, stop)
+                if stop and state['epoch'] < last:
+                    say(f'stopped after {state["part"]["steps"]} steps of epoch {state["epoch"] + 1}' if state['part']
+                        else f'stopped after epoch {state["epoch"]}')
+                    say('go on with --resume True and the same flags')
+                    sys.exit(128 + stop[0])
         finally:
             if state['history']:
                 figure = records.draw_curve(f'{script} on {dataset.title}', state['history'])
@@ -128,29 +131,37 @@ def train(script, model, args, defaults, dataset, precision, source, state):
         report(script, network, session, dataset, args, state['epoch'])
 
 
-def train_epochs(network, session, store, state, stage, epochs, dataset, run_dir):
-    last, seed = epochs[-1], state['seed']
+def train_epochs(network, session, store, state, stage, epochs, dataset, run_dir, stop):
+    """Trains until the last epoch or, where stop gets an item, the next step has ended; saved, either way."""
+    last, seed, batch_size = epochs[-1], state['seed'], stage['batch_size']
     training = network.training
     run_step = session.make_callable([training.loss, training.predicted, training.step],
                                      [network.images, network.labels, network.learning_rate, network.step])
     records.write_log(run_dir / 'log.csv', state['history'])
     events = records.Events(run_dir, epochs[0])
-    n_steps = len(dataset.train.labels) // stage['batch_size']
-    bar = tqdm(total=len(epochs) * n_steps, unit='step', leave=False, disable=not sys.stderr.isatty())
+    n_steps = len(dataset.train.labels) // batch_size
+    n_images = n_steps * batch_size
+    part = state['part'] or NOTHING
+    bar = tqdm(total=len(epochs) * n_steps, initial=part['steps'], unit='step', leave=False,
+               disable=not sys.stderr.isatty())
     with bar:
         for epoch in epochs:
             bar.set_description(f'epoch {epoch}/{last}')
-            start = time.perf_counter()
-            loss, train_accuracy, rate = train_epoch(run_step, dataset.train, stage, epoch, n_steps, seed, bar)
-            seconds = time.perf_counter() - start
-            speed = n_steps * stage['batch_size'] / seconds
+            part = train_epoch(run_step, dataset.train, stage, epoch, part, seed, bar, stop)
+            if part['steps'] < n_steps:
+                state['part'] = part
+                store.save(session, state, is_best=False)
+                return
+            loss, train_accuracy, speed = (part['loss'] / n_images, part['correct'] / n_images,
+                                           n_images / part['seconds'])
+            rate = scheduled_rate(stage, (epoch - stage['first_epoch'] + 1) * n_steps - 1, n_steps)
             validation = None  # without validation images no epoch is better than another: never by the test images
             if len(dataset.validation.labels):
                 validation = accuracy(evaluate(network, session, dataset.validation)[1])
             row = dict(zip(records.FIELDS, (epoch, rate, loss, train_accuracy, validation, round(speed, 1),
-                                            round(seconds, 3)), strict=True))
+                                            round(part['seconds'], 3)), strict=True))
             is_best = validation is not None and validation > state['best_validation_accuracy']
-            after = {**state, 'epoch': epoch, 'history': state['history'] + [row],
+            after = {**state, 'epoch': epoch, 'part': None, 'history': state['history'] + [row],
                      'best_validation_accuracy': validation if is_best else state['best_validation_accuracy']}
             store.save(session, after, is_best)
             state.update(after)
@@ -159,25 +170,35 @@ def train_epochs(network, session, store, state, stage, epochs, dataset, run_dir
             events.add(row)
             say(f'epoch {epoch}/{last}  loss {loss:.4f}  train acc {train_accuracy:.4f}  '
                 + ('' if validation is None else f'val acc {validation:.4f}  ') + f'{speed:,.0f} images/s')
+            part = NOTHING
+            if stop:
+                return
 
 
-def train_epoch(run_step, split, stage, epoch, n_steps, seed, bar):
-    """Mean cross-entropy and accuracy over the epoch's images as they were trained on, and the last learning rate."""
-    loss, correct = 0.0, 0
+def train_epoch(run_step, split, stage, epoch, part, seed, bar, stop):
+    """The steps of an epoch after those of `part`, or only the next one where stop has an item; returns the sum.
+
+    That is steps, cross-entropy (loss) and right predictions (correct) of the images as they were trained on, seconds.
+    """
+    start = time.perf_counter()
+    steps, loss, correct = part['steps'], part['loss'], part['correct']
+    n_steps = len(split.labels) // stage['batch_size']
     batches = shuffled_batches(len(split.labels), stage['batch_size'], seed, epoch)
-    for step, batch in enumerate(batches, (epoch - 1) * n_steps):
+    for batch in itertools.islice(batches, steps, None):
         labels = split.labels[batch]
-        rate = scheduled_rate(stage, step - (stage['first_epoch'] - 1) * n_steps, n_steps)
-        batch_loss, predicted, _ = run_step(split.images[batch], labels, rate, step)
+        rate = scheduled_rate(stage, (epoch - stage['first_epoch']) * n_steps + steps, n_steps)
+        batch_loss, predicted, _ = run_step(split.images[batch], labels, rate, (epoch - 1) * n_steps + steps)
+        steps += 1
         if not math.isfinite(batch_loss):
-            raise TwtaError(f'the loss is {batch_loss} at step {step + 1 - (epoch - 1) * n_steps} of epoch {epoch}; '
+            raise TwtaError(f'the loss is {batch_loss} at step {steps} of epoch {epoch}; '
                             + (f'go on from epoch {epoch - 1}, which is saved, with --resume True and'
                                if epoch > 1 else 'start again with') + ' a lower --learning_rate')
         loss += float(batch_loss)
         correct += int(np.sum(predicted == labels))
         bar.update()
-    n_images = n_steps * stage['batch_size']
-    return loss / n_images, correct / n_images, rate
+        if stop:
+            break
+    return {'steps': steps, 'loss': loss, 'correct': correct, 'seconds': part['seconds'] + time.perf_counter() - start}
 
 
 def scheduled_rate(stage, step, epoch_steps):
@@ -225,8 +246,8 @@ def accuracy(confusion):
 
 def new_run(script, args, dataset):
     return {'format': checkpoints.FORMAT, 'script': script, 'dataset': args.dataset, 'data_sha256': dataset.sha256,
-            'seed': args.seed or 0, 'validation': len(dataset.validation.labels), 'epoch': 0, 'stages': [],
-            'history': [], 'best_validation_accuracy': -1.0}
+            'seed': args.seed or 0, 'validation': len(dataset.validation.labels), 'epoch': 0, 'part': None,
+            'stages': [], 'history': [], 'best_validation_accuracy': -1.0}
 
 
 def open_run(script, args):
@@ -256,7 +277,9 @@ def next_stage(state, args, defaults):
                 return stage
             say(f'the training of epochs {stage["first_epoch"]} to {stage["first_epoch"] + stage["epochs"] - 1} was '
                 f'stopped after {state["epoch"]} and is given up: other flags begin a new one')
-            stage['epochs'] = done
+            stage['epochs'], state['part'] = done, None
+            if not done:
+                state['stages'].pop()
     stage = {'first_epoch': state['epoch'] + 1, **defaults, **flags}
     state['stages'].append(stage)
     return stage
@@ -302,7 +325,7 @@ def report(script, network, session, dataset, args, epoch):
         'confusion': confusion.tolist(), 'data': describe_data(dataset), **records.environment()})
     picture = args.run_dir / f'confusion{suffix}.png'
     title = (f'{script} on {dataset.title}\n{accuracy(confusion):.2%} of {len(dataset.test.labels):,} test images, '
-             + (f'after epoch {epoch}' if epoch else args.weights.name))
+             + (args.weights.name if epoch is None else f'after epoch {epoch}'))
     records.save_figure(picture, records.draw_confusion(title, dataset.classes, confusion))
     say(f'confusion matrix: {picture}')
 

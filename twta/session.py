@@ -1,5 +1,7 @@
-"""Where a network runs: the device, the precision that it multiplies natively, and the session on it."""
+"""Where a network runs: the device, the precision that it multiplies natively, the session on it, and what stops it."""
+import contextlib
 import os
+import signal
 from pathlib import Path
 
 from twta import UsageError
@@ -43,3 +45,23 @@ def open_session(graph, gpu_index):
     options = tf.GPUOptions(allow_growth=True, visible_device_list=str(gpu_index))
     with native_chatter_hidden():
         return tf.Session(graph=graph, config=tf.ConfigProto(gpu_options=options))
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that gets the number of a SIGINT (Ctrl-C) or SIGTERM; a second one of the kind has its usual effect."""
+    caught = []
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(number, usual[number])
+
+    for number, handler in usual.items():
+        if handler is not signal.SIG_IGN:  # a shell starts background jobs so
+            signal.signal(number, catch)
+    try:
+        yield caught
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
