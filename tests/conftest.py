@@ -79,3 +79,14 @@ def session():
 
     with tf.Graph().as_default(), tf.Session() as session:
         yield session
+
+
+QUICK = ('--dataset', 'digits', '--batch_size', '100', '--learning_rate', '0.001')
+
+
+@pytest.fixture(scope='session')
+def finished_run(tmp_path_factory):
+    """A run of four epochs of TWTA_5_5_MNIST on the digits; not to be changed."""
+    run_dir = tmp_path_factory.mktemp('finished')
+    start(run_dir, *QUICK[2:], '--epochs', 4)
+    return run_dir

@@ -1,60 +1,16 @@
 """Runs on the embedded sample: training, stopping, resuming, checkpoints, weights, the records a run leaves."""
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
-from conftest import MNIST_SCRIPTS, ROOT, assert_same, load_script, log, run_script, start, variables
+from conftest import MNIST_SCRIPTS, QUICK, ROOT, load_script, log, run_script, start, variables
 
-from twta import TwtaError, UsageError, checkpoints, command_line, datasets, experiment, records
+from twta import checkpoints, command_line, datasets, experiment
 from twta.ternary_layers import Conv2dLayer
 from twta.tf1 import tf, tl
 
 SCRIPT = ROOT / 'MNIST' / 'TWTA_4_4_MNIST.py'
-QUICK = ('--dataset', 'digits', '--batch_size', '100', '--learning_rate', '0.001')
 DEFAULTS = command_line.protocol(1e-4, 150, 200)
-
-
-def stop_in_epoch(monkeypatch, number, signal_number):
-    """The signal in that epoch, half-way through its batches."""
-    whole = experiment.shuffled_batches
-
-    def batches(n_images, batch_size, seed, epoch):
-        for i, batch in enumerate(whole(n_images, batch_size, seed, epoch)):
-            if epoch == number and i == 5:
-                signal.raise_signal(signal_number)
-            yield batch
-
-    monkeypatch.setattr(experiment, 'shuffled_batches', batches)
-
-
-@pytest.fixture(scope='module')
-def finished_run(tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp('finished')
-    start(run_dir, *QUICK[2:], '--epochs', 4)
-    return run_dir
-
-
-@pytest.mark.parametrize('epoch, number', [(1, signal.SIGTERM), (3, signal.SIGINT)])
-def test_stopped_and_resumed_equals_never_stopped(finished_run, tmp_path, monkeypatch, capsys, epoch, number):
-    """The signal lets the step end; the part of the epoch is saved, and the rest follows, bit for bit."""
-    before = signal.signal(number, signal.default_int_handler)  # a suite in the background has SIGINT ignored
-    with monkeypatch.context() as context, pytest.raises(SystemExit) as stopped:
-        stop_in_epoch(context, epoch, number)
-        start(tmp_path, *QUICK[2:], '--epochs', 4)
-    assert signal.signal(number, before) is signal.default_int_handler  # put back as it was
-    assert stopped.value.code == 128 + number
-    said = capsys.readouterr().out.splitlines()
-    assert said[-2:] == [f'stopped after 6 steps of epoch {epoch}', 'go on with --resume True and the same flags']
-    assert len(log(tmp_path)) == epoch - 1
-    start(tmp_path, '--resume', 'True')  # no other flags: the stage's own
-    assert_same(variables(tmp_path), variables(finished_run))
-    assert [row['epoch'] for row in log(tmp_path)] == ['1', '2', '3', '4']
-    assert (tmp_path / 'model.npz').read_bytes() == (finished_run / 'model.npz').read_bytes()
 
 
 def test_resuming_a_finished_run_counts_on_with_the_new_learning_rate(finished_run, tmp_path, capsys):
@@ -159,88 +115,6 @@ def test_weights_hand_a_network_on(finished_run, tmp_path, capsys):
     assert float(log(tmp_path / 'tuned')[0]['training_accuracy']) > 0.9
 
 
-class Malicious:
-    def __reduce__(self):
-        return os.mkdir, ('/tmp/twta-malicious-npz-ran',)
-
-
-def test_weights_that_do_not_fit_are_refused(finished_run, tmp_path):
-    with np.load(finished_run / 'model.npz') as file:
-        weights = dict(file)
-    path = tmp_path / 'weights.npz'
-
-    def refused(reason, **changed):
-        np.savez(path, **{name: value for name, value in {**weights, **changed}.items() if value is not None})
-        with pytest.raises(TwtaError, match=reason) as error:
-            start(tmp_path / 'new', '--mode', 'inference', '--weights', path)
-        assert str(path) in str(error.value) and '\n' not in str(error.value)
-        assert not (tmp_path / 'new').exists()
-
-    refused('conv1/W:0 is absent there', **{'conv1/W:0': None})
-    refused('more is .* there and absent here', more=np.zeros(1, np.float32))
-    refused(r'conv1/W:0 is \[1\] there and \[5, 5, 1, 32\] here', **{'conv1/W:0': np.zeros(1, np.float32)})
-    refused('conv1/W:0 holds NaN', **{'conv1/W:0': np.full((5, 5, 1, 32), np.nan, np.float32)})
-    refused('conv1/W:0 is int64, weights are float32', **{'conv1/W:0': np.zeros((5, 5, 1, 32), np.int64)})
-    refused('not an npz file', **{'conv1/W:0': np.array([Malicious()], object)})
-    assert not os.path.exists('/tmp/twta-malicious-npz-ran')
-    for content in (b'', b'PK\x03\x04', b'\x80\x04', (finished_run / 'model.npz').read_bytes()[:-99]):
-        path.write_bytes(content)
-        with pytest.raises(TwtaError, match='not an npz file'):
-            start(tmp_path / 'new', '--mode', 'inference', '--weights', path)
-    np.save(tmp_path / 'array.npy', weights['conv1/W:0'])
-    with pytest.raises(TwtaError, match='not an npz file'):
-        start(tmp_path / 'new', '--mode', 'inference', '--weights', tmp_path / 'array.npy')
-
-
-def test_checkpoints_that_do_not_fit_are_refused(finished_run, tmp_path):
-    with pytest.raises(TwtaError, match='a checkpoint of TWTA_5_5_MNIST on digits, not of TWTA_4_4_MNIST on digits'):
-        start(finished_run, '--resume', 'True', script='TWTA_4_4_MNIST')
-    with pytest.raises(UsageError, match=r'--seed 7: the run in .* was started with --seed 0'):
-        start(finished_run, '--resume', 'True', '--seed', 7)
-    state = checkpoints.read_state(checkpoints.find(finished_run, 'last'), 'TWTA_5_5_MNIST', 'digits')
-
-    def save(state):
-        with tf.Graph().as_default(), tf.Session() as session:
-            store = checkpoints.Checkpoints(tmp_path)
-            session.run(tf.global_variables_initializer())
-            store.save(session, state, is_best=False)
-
-    save(state)  # the right script, but without its weights: as if model() had been edited
-    with pytest.raises(TwtaError, match='of another network: classify/W:0 is absent there'):
-        start(tmp_path, '--resume', 'True')
-    save({**state, 'format': 99})
-    with pytest.raises(TwtaError, match='written by a newer version'):
-        start(tmp_path, '--resume', 'True')
-    for path in tmp_path.glob('last-4.index'):
-        path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(TwtaError, match='damaged, or not a checkpoint of these scripts'):
-        start(tmp_path, '--resume', 'True')
-    (tmp_path / 'checkpoint').write_text('')
-    with pytest.raises(TwtaError, match='names no checkpoint'):
-        start(tmp_path, '--resume', 'True')
-
-
-def test_checkpoints_from_before_schedules_and_validation_splits_are_read(finished_run, tmp_path):
-    state = checkpoints.read_state(checkpoints.find(finished_run, 'last'), 'TWTA_5_5_MNIST', 'digits')
-    old = {key: value for key, value in state.items() if key != 'validation'}
-    old.update(format=1, stages=[{key: value for key, value in stage.items() if key != 'schedule'}
-                                 for stage in state['stages']])
-    with tf.Graph().as_default(), tf.Session() as session:
-        store = checkpoints.Checkpoints(tmp_path)
-        session.run(tf.global_variables_initializer())
-        store.save(session, old, is_best=False)
-    assert checkpoints.read_state(checkpoints.find(tmp_path, 'last'), 'TWTA_5_5_MNIST', 'digits') == state
-
-
-def test_a_truncated_checkpoint_is_refused(finished_run, tmp_path):
-    start(tmp_path, *QUICK[2:], '--epochs', 1)
-    path, = tmp_path.glob('last-1.data*')
-    path.write_bytes(path.read_bytes()[:1000])
-    for flags in (('--resume', 'True'), ('--mode', 'inference')):
-        with pytest.raises(TwtaError, match='damaged'):
-            start(tmp_path, *flags)
-
-
 def test_weights_of_the_run_that_is_moved_aside(tmp_path):
     start(tmp_path, *QUICK[2:], '--epochs', 2)
     start(tmp_path, *QUICK[2:], '--epochs', 1, '--weights', tmp_path / 'model.npz')
@@ -252,28 +126,6 @@ def test_inference_of_the_best_does_not_replace_the_result_of_the_last(finished_
     start(finished_run, '--mode', 'inference', '--checkpoint', 'best')
     assert (finished_run / 'result.json').read_text() == before
     assert json.loads((finished_run / 'result-best.json').read_text())['weights'] == 'best'
-
-
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
-    start(tmp_path, *QUICK[2:], '--epochs', 1)
-    with pytest.raises(TwtaError, match=r'the loss is .* at step \d+ of epoch 2; go on from epoch 1, which is'):
-        start(tmp_path, '--resume', 'True', '--learning_rate', 1e38, '--batch_size', 100, '--epochs', 1)
-    assert variables(tmp_path)['run_state']['epoch'] == 1 and len(log(tmp_path)) == 1
-
-
-def test_two_trainings_on_one_run_dir_are_refused(finished_run, tmp_path):
-    before = variables(finished_run)
-    for flags in ((), ('--resume', 'True')):
-        with records.locked(finished_run), pytest.raises(UsageError, match='another training is writing there'):
-            start(finished_run, *QUICK[2:], *flags)
-    assert_same(variables(finished_run), before)
-    assert not (finished_run / 'earlier-1').exists()
-
-
-def test_a_batch_must_fit_into_the_training_set(tmp_path):
-    with pytest.raises(UsageError, match='--batch_size 1201: more than the 1,200 training images'):
-        start(tmp_path / 'new', '--batch_size', 1201)
-    assert not (tmp_path / 'new').exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -329,40 +181,6 @@ def test_ternary_sums_are_exact_in_bfloat16_up_to_256(session):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # As a user runs it
-
-
-def test_killed_at_any_moment_and_resumed(tmp_path):
-    """Three times SIGKILL, then to the end: every epoch is in the log once, with the numbers of an unkilled run."""
-    flags = ('--run_dir', tmp_path, *QUICK, '--epochs', '12')
-    for kill_after in (1, 3, 4):  # rows in the log
-        resume = (tmp_path / 'checkpoint').exists()
-        process = subprocess.Popen([sys.executable, str(SCRIPT), *map(str, flags), '--resume', str(resume)],
-                                   stdout=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline and not (
-                (tmp_path / 'log.csv').exists() and len(log(tmp_path)) >= kill_after):
-            time.sleep(0.05)
-        process.kill()
-        assert process.wait() == -signal.SIGKILL
-    start(tmp_path, '--resume', 'True', script='TWTA_4_4_MNIST')
-    assert [int(row['epoch']) for row in log(tmp_path)] == list(range(1, 13))
-    assert not list(tmp_path.glob('*temp*')) and not list(tmp_path.glob('.part*'))
-    start(tmp_path / 'unkilled', *QUICK[2:], '--epochs', '12', script='TWTA_4_4_MNIST')
-    assert_same(variables(tmp_path), variables(tmp_path / 'unkilled'))
-
-
-def test_ctrl_c_ends_cleanly(tmp_path):
-    process = subprocess.Popen([sys.executable, str(SCRIPT), '--run_dir', str(tmp_path), *QUICK],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               # a shell starts background jobs, this suite perhaps, with SIGINT ignored
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    for line in process.stdout:
-        if line.startswith('epoch 2/'):
-            process.send_signal(signal.SIGINT)
-            break
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGINT
-    assert 'stopped after' in out and out.endswith('go on with --resume True and the same flags\n') and err == ''
 
 
 def test_three_commands_from_three_folders(tmp_path):

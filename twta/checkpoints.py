@@ -17,6 +17,7 @@ from twta.tf1 import tf
 FORMAT = 2  # 1 knew no --validation, no --schedule and no part of an epoch
 KEYS = {'format', 'script', 'dataset', 'data_sha256', 'seed', 'validation', 'epoch', 'part', 'stages', 'history',
         'best_validation_accuracy'}
+UNREADABLE = ValueError, KeyError, TypeError, IndexError, RuntimeError, OSError, tf.errors.OpError  # by TensorFlow
 INDEX = {'last': 'checkpoint', 'best': 'checkpoint_best'}  # the files that name the newest checkpoint of each kind
 
 
@@ -45,21 +46,36 @@ class Checkpoints:
 
 
 def listed(run_dir, which):
-    """The checkpoints of a kind, 'last' or 'best', oldest first; only those that are in the run directory itself."""
+    """The checkpoints of a kind, 'last' or 'best', oldest first; only those of the run directory itself."""
     try:
         index = tf.train.get_checkpoint_state(str(run_dir), INDEX[which])
     except ValueError:  # the file is empty
         return []
     paths = index.all_model_checkpoint_paths if index else []
-    return [path for path in paths if Path(path).parent == run_dir and tf.train.checkpoint_exists(path)]
+    return [path for path in paths if Path(path).parent == run_dir]
 
 
 def find(run_dir, which):
-    """The path of the newest checkpoint of a kind, 'last' or 'best'; TwtaError where there is none."""
+    """The path of the newest intact checkpoint of a kind, 'last' or 'best'; TwtaError where there is none.
+
+    Every byte is read: TensorFlow keeps a checksum of each tensor and of the index.
+    """
     paths = listed(run_dir, which)
     if not paths:
-        raise TwtaError(f'{run_dir / INDEX[which]} names no checkpoint that is there; start again with --resume False')
-    return paths[-1]
+        raise TwtaError(f'{run_dir / INDEX[which]} names no checkpoint; start again with --resume False')
+    for path in reversed(paths):
+        try:
+            reader = tf.train.load_checkpoint(path)
+            for name in reader.get_variable_to_shape_map():
+                reader.get_tensor(name)
+            return path
+        except UNREADABLE as error:
+            print(f'{path}: damaged ({first_line(error)})', flush=True)
+    raise TwtaError(f'{paths[-1]}: damaged, and no older checkpoint is whole; start again with --resume False')
+
+
+def first_line(error):
+    return str(error).partition('\n')[0] or type(error).__name__
 
 
 def read_state(path, script, dataset):
@@ -75,9 +91,8 @@ def read_state(path, script, dataset):
         absent = KEYS - state.keys()
         if absent and not is_newer:
             raise KeyError(f'its state lacks {min(absent)}')
-    except (ValueError, KeyError, TypeError, IndexError, RuntimeError, tf.errors.OpError) as error:
-        reason = str(error).splitlines()[0]
-        raise TwtaError(f'{path}: damaged, or not a checkpoint of these scripts ({reason})') from None
+    except UNREADABLE as error:
+        raise TwtaError(f'{path}: not a checkpoint of these scripts ({first_line(error)})') from None
     if is_newer:
         raise TwtaError(f'{path}: written by a newer version of these scripts (format {state["format"]}, this one '
                         f'reads up to {FORMAT}); update them')
