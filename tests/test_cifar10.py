@@ -216,10 +216,22 @@ def test_a_training_of_a_single_step_has_a_rate():
 
 
 GROUPED = 'TWTA_3_3_CIFAR10_Group_V2'
-TINY = ('--validation', 2900, '--batch_size', 50, '--precision', 'float32')  # of 3,000: two steps an epoch
+TINY = ('--batch_size', 50, '--precision', 'float32')
 
 
-def test_a_resumed_run_continues_the_cosine_and_the_distortions(tmp_path, monkeypatch):
+@pytest.fixture
+def tiny(monkeypatch):
+    """The sample cut down: 150 images for training, the last 50 held out, two steps an epoch; 100 for test."""
+    images, labels = shapes.draw(250, seed=0)
+
+    def load_tiny(data_dir, validation=50):
+        return datasets.assemble('shapes', 'a few of them', None, False, (images[:150], labels[:150]), validation,
+                                 (images[150:], labels[150:]), shapes.CLASSES, 24)
+
+    monkeypatch.setitem(datasets.DATASETS, 'shapes', load_tiny)
+
+
+def test_a_resumed_run_continues_the_cosine_and_the_augmentation(tiny, tmp_path, monkeypatch):
     """As if never stopped, bit for bit; then a stage of another learning rate counts on."""
     flags = (*TINY, '--schedule', 'cosine', '--learning_rate', 0.005, '--epochs', 4)
     start(tmp_path / 'whole', *flags, script=GROUPED)
@@ -242,17 +254,14 @@ def test_a_resumed_run_continues_the_cosine_and_the_distortions(tmp_path, monkey
           script=GROUPED)
     assert log(tmp_path / 'parts')[4]['learning_rate'] == '0.0001'
     assert json.loads((tmp_path / 'parts' / 'config.json').read_text())['stages'][1]['schedule'] == 'constant'
-    with pytest.raises(UsageError, match=r'--validation 0: .* was started with --validation 2900'):
+    with pytest.raises(UsageError, match=r'--validation 0: .* was started with --validation 50'):
         start(tmp_path / 'parts', '--resume', 'True', '--validation', 0, script=GROUPED)
 
 
-def test_without_validation_images_best_means_last(tmp_path, capsys, monkeypatch):
-    sample = datasets.load('shapes', tmp_path, 2900)
-    monkeypatch.setitem(datasets.DATASETS, 'shapes', lambda data_dir, validation: sample._replace(
-        validation=datasets.Split(sample.validation.images[:0], sample.validation.labels[:0])))
-    start(tmp_path, *TINY[2:], '--validation', 0, '--epochs', 2, script=GROUPED)
+def test_without_validation_images_best_means_last(tiny, tmp_path, capsys):
+    start(tmp_path, *TINY, '--validation', 0, '--epochs', 2, script=GROUPED)
     lines = capsys.readouterr().out.splitlines()
-    assert '100 training, 0 validation' in lines[0]
+    assert '150 training, 0 validation' in lines[0]
     assert not any('val acc' in line for line in lines)
     assert [row['validation_accuracy'] for row in log(tmp_path)] == ['', '']
     assert not list(tmp_path.glob('best*'))
@@ -263,7 +272,7 @@ def test_without_validation_images_best_means_last(tmp_path, capsys, monkeypatch
     assert not (tmp_path / 'result-best.json').exists()
 
 
-def test_a_best_checkpoint_that_is_gone_is_not_replaced_by_the_last(tmp_path):
+def test_a_best_checkpoint_that_is_gone_is_not_replaced_by_the_last(tiny, tmp_path):
     start(tmp_path, *TINY, '--epochs', 1, script=GROUPED)
     for path in tmp_path.glob('*best*'):
         path.unlink()
@@ -272,7 +281,7 @@ def test_a_best_checkpoint_that_is_gone_is_not_replaced_by_the_last(tmp_path):
 
 
 def test_inference_draws_the_confusion_matrix(tmp_path):
-    start(tmp_path, *TINY, '--epochs', 1, script=GROUPED)
+    start(tmp_path, *TINY, '--validation', 2900, '--epochs', 1, script=GROUPED)
     for path in (tmp_path / 'result.json', tmp_path / 'confusion.png'):
         path.unlink()
     finished = run_script(f'{GROUPED}.py', '--mode', 'inference', '--dataset', 'shapes', '--run_dir', tmp_path,
