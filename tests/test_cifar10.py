@@ -329,10 +329,10 @@ def test_augmentation_in_training_follows_the_step_and_evaluation_has_none(tmp_p
 
 
 @pytest.mark.parametrize('name, precision, epochs, accuracy', [
-    (GROUPED, 'bfloat16', 5, 0.6), ('TWTA_3_3_CIFAR10_VGG13', 'float32', 8, 0.6),
-    ('FP_3_3_CIFAR10_VGG13', 'float32', 4, 0.8)])
+    (GROUPED, 'bfloat16', 5, 0.6), ('TWTA_3_3_CIFAR10_VGG13', 'float32', 6, 0.5),
+    ('FP_3_3_CIFAR10_VGG13', 'float32', 3, 0.8)])
 def test_accuracy_on_the_sample(tmp_path, name, precision, epochs, accuracy):
-    """Of each family, in epochs of 50 steps; measured: 73, @@ and @@ %."""
+    """Of each family, in epochs of 50 steps; measured: 73, 63 and 91 %."""
     start(tmp_path, '--schedule', 'cosine', '--learning_rate', 0.003, '--batch_size', 50, '--epochs', epochs,
           '--precision', precision, script=name)
     assert json.loads((tmp_path / 'result.json').read_text())['test_accuracy'] >= accuracy
