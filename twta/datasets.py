@@ -7,7 +7,6 @@ label, then the red, green and blue plane of 32*32 bytes, 10,000 times a file).
 """
 import gzip
 import hashlib
-import os
 import struct
 import tarfile
 import zlib
@@ -16,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from twta import TwtaError, UsageError, shapes
+from twta import TwtaError, UsageError, replacing, shapes
 from twta.download import download
 
 MNIST_MIRRORS = ('https://ossci-datasets.s3.amazonaws.com/mnist/', 'https://storage.googleapis.com/cvdf-datasets/mnist/')
@@ -50,6 +49,7 @@ CIFAR10_FILES = {  # SHA-256 of the published files
     'test_batch.bin': '8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b',
 }
 CIFAR10_IMAGES = 10000  # in each file
+CIFAR10_RECORD = 1 + 3 * 32 * 32  # bytes of an image with its label
 CIFAR10_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 CIFAR10_CROP = 24
 
@@ -143,7 +143,7 @@ def load_cifar10(data_dir, validation=0):
         unpack_cifar10(folder, absent)
     images, labels, published = [], [], True
     for name, sha256 in CIFAR10_FILES.items():
-        content = read_file(folder / name, limit=CIFAR10_IMAGES * 3073)
+        content = read_file(folder / name, limit=CIFAR10_IMAGES * CIFAR10_RECORD)
         batch_images, batch_labels = parse_cifar(content, CIFAR10_IMAGES, folder / name)
         images.append(batch_images)
         labels.append(batch_labels)
@@ -207,8 +207,8 @@ def parse_idx(content, shape, path):
 
 def parse_cifar(content, n_images, path):
     """A file of the binary version of CIFAR-10 as images [n_images, 32, 32, 3] and labels, 0 to 9."""
-    check_length(content, n_images * 3073, path)
-    records = np.frombuffer(content, np.uint8).reshape(n_images, 3073)
+    check_length(content, n_images * CIFAR10_RECORD, path)
+    records = np.frombuffer(content, np.uint8).reshape(n_images, CIFAR10_RECORD)
     check_labels(records[:, 0], path)
     return np.ascontiguousarray(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)), records[:, 0]
 
@@ -244,6 +244,5 @@ def unpack_cifar10(folder, names):
         for member in members:
             head, _, name = member.name.rpartition('/')
             if head == CIFAR10_FOLDER and name in names and member.isfile():
-                part = folder / f'{name}.part'
-                part.write_bytes(members.extractfile(member).read())
-                os.replace(part, folder / name)
+                with replacing(folder / name) as part:
+                    part.write_bytes(members.extractfile(member).read())

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from twta import TwtaError, UsageError
+from twta import TwtaError, UsageError, replacing
 from twta.tf1 import tf, tl
 
 try:
@@ -61,17 +61,6 @@ def move_aside(run_dir):
     for path in files:
         path.rename(earlier / path.name)
     return earlier
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A path to write to: it takes the place of `path` where the block ends well, and is removed where it does not."""
-    part = path.with_name(f'.part.{path.name}')
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def write_json(path, record):
