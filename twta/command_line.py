@@ -8,6 +8,8 @@ from pathlib import Path
 
 from twta import TwtaError, UsageError
 
+SUFFIXES = {'twta': '.twta', 'npz': '.npz', 'c': '.h', 'onnx': '.onnx'}  # of what export writes, by --format
+
 
 def run(script, description, model, datasets, learning_rate, epochs, batch_size):
     """Parses the flags and trains or evaluates the network; a script ends in this call.
@@ -22,6 +24,11 @@ def run(script, description, model, datasets, learning_rate, epochs, batch_size)
     defaults = protocol(learning_rate, epochs, batch_size)
     try:
         args = parse(script, description, datasets, defaults)
+        if args.engine == 'packed':
+            from twta import packed  # without TensorFlow
+
+            packed.infer(script.stem, args)
+            return
         if args.verbose:
             os.environ['TF_CPP_MIN_LOG_LEVEL'] = '0'
         from twta import experiment  # imports TensorFlow
@@ -46,10 +53,12 @@ def parse(script, description, datasets, defaults, argv=None):
     parser = Parser(prog=script.name, description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('--mode', choices=('training', 'inference'), default='training', help='default: training')
+    add('--mode', choices=('training', 'inference', 'export'), default='training',
+        help='default: training. export: writes the trained network as integers, for --engine packed or, with '
+             '--format, for other programs')
     add('--resume', type=truth, metavar='{True,False}',
         help='True: go on from the last checkpoint in --run_dir; False: start with new weights, an earlier run is '
-             'moved aside. Default: False in training; inference always reads a checkpoint or --weights')
+             'moved aside. Default: False in training; inference and export always read a checkpoint or --weights')
     add('--learning_rate', type=positive_number, metavar='RATE',
         help=f'of Adam, default: {defaults["learning_rate"]:g}')
     add('--epochs', type=positive_integer, metavar='N',
@@ -79,6 +88,17 @@ def parse(script, description, datasets, defaults, argv=None):
              'validation images that is the last')
     add('--weights', type=path, metavar='NPZ',
         help='a model.npz to start from or to evaluate, instead of a checkpoint')
+    add('--engine', choices=('tensorflow', 'packed'), default='tensorflow',
+        help='of inference; packed: reads --file and needs no TensorFlow. Default: tensorflow')
+    add('--file', type=path, metavar='FILE',
+        help='the packed network that export writes and --engine packed reads; default: SCRIPT.twta (.npz, .h, .onnx) '
+             'in the current folder')
+    add('--format', choices=tuple(SUFFIXES), default='twta',
+        help='of export: twta, the packed file (default); npz, plain arrays; c, a header; onnx')
+    add('--threads', type=positive_integer, metavar='N', help='of --engine packed; default: one a core')
+    add('--report', action='store_true',
+        help='with --engine packed: bits, sparsity, additions and estimated energy of each layer, as a table, '
+             'cost.csv and cost.png')
     add('--verbose', action='store_true',
         help="print TensorLayer's layers and parameters, and TensorFlow's own messages")
     add('--debug', action='store_true', help='show the traceback of an error')
@@ -93,23 +113,45 @@ def parse(script, description, datasets, defaults, argv=None):
 
 def check(args, script):
     """Raises UsageError where the flags contradict each other or ask for a file that is not there."""
-    inference = args.mode == 'inference'
+    evaluation = args.mode != 'training'
+    packed = args.engine == 'packed'
     if args.weights and not args.weights.is_file():
         raise UsageError(f'--weights {args.weights}: no such file; a training writes model.npz into its --run_dir')
     if args.weights and args.resume:
         raise UsageError('--weights and --resume True: weights come from a file or from a checkpoint; leave one out')
-    if inference and args.resume is False and not args.weights:
-        raise UsageError('--resume False with --mode inference: there is nothing to evaluate but random weights; use '
-                         '--resume True, or --weights model.npz')
+    if evaluation and args.resume is False and not args.weights:
+        raise UsageError(f'--resume False with --mode {args.mode}: there is nothing but random weights; use --resume True, '
+                         'or --weights model.npz')
     for flag in ('epochs', 'learning_rate', 'schedule', 'batch_size', 'seed', 'validation'):
-        if inference and getattr(args, flag) is not None:
-            raise UsageError(f'--{flag} {getattr(args, flag)} has no meaning with --mode inference; leave it out')
-    if args.checkpoint == 'best' and (not inference or args.weights):
-        raise UsageError('--checkpoint best is for --mode inference without --weights; training resumes from the last')
+        if evaluation and getattr(args, flag) is not None:
+            raise UsageError(f'--{flag} {getattr(args, flag)} has no meaning with --mode {args.mode}; leave it out')
+    if args.checkpoint == 'best' and (not evaluation or args.weights):
+        raise UsageError('--checkpoint best is for --mode inference or export without --weights; training resumes from '
+                         'the last')
+    if packed and args.mode != 'inference':
+        raise UsageError(f'--engine packed is for --mode inference, not for --mode {args.mode}; leave it out')
+    for flag in ('resume', 'weights'):
+        if packed and getattr(args, flag) is not None:
+            raise UsageError(f'--{flag} has no meaning with --engine packed, which reads --file; leave it out')
+    if packed and args.checkpoint != 'last':
+        raise UsageError('--checkpoint best has no meaning with --engine packed; export with it')
+    for flag, given in (('threads', args.threads is not None), ('report', args.report)):
+        if given and not packed:
+            raise UsageError(f'--{flag} is for --mode inference --engine packed; leave it out')
+    if args.format != 'twta' and args.mode != 'export':
+        raise UsageError(f'--format {args.format} is for --mode export; leave it out')
+    if args.file and not packed and args.mode != 'export':
+        raise UsageError('--file is for --mode export and --engine packed; leave it out')
+    args.file = (args.file or Path(script.stem + SUFFIXES[args.format])).resolve()
+    if args.file.is_dir():
+        raise UsageError(f'--file {args.file}: a directory, not a file')
+    if packed and not args.file.is_file():
+        raise UsageError(f'--file {args.file}: no such file; make it with: python '
+                         f'{shlex.quote(os.path.relpath(script))} --mode export')
     for flag, folder in (('run_dir', args.run_dir), ('data_dir', args.data_dir)):
         if folder.exists() and not folder.is_dir():
             raise UsageError(f'--{flag} {folder}: not a directory')
-    args.resume = bool(inference and not args.weights if args.resume is None else args.resume)
+    args.resume = bool(evaluation and not args.weights and not packed if args.resume is None else args.resume)
     if args.resume and not (args.run_dir / 'checkpoint').is_file():
         command = f'python {shlex.quote(os.path.relpath(script))} --resume False --mode training'
         for flag in ('dataset', 'data_dir', 'run_dir'):

@@ -1,8 +1,9 @@
-"""Training and inference: build the graph, open the session, loop.
+"""Training, inference and export: build the graph, open the session, loop.
 
 One graph holds the network twice over the same variables: as it trains (augmented images, moments of the batch,
 --precision) and as it is evaluated (moving moments, float32). The loop feeds batches of uint8 images.
 """
+import contextlib
 import itertools
 import math
 import sys
@@ -12,7 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from twta import TwtaError, UsageError, checkpoints, datasets, preprocessing, records
+from twta import TwtaError, UsageError, checkpoints, datasets, packing, preprocessing, records
+from twta.records import accuracy, say
 from twta.session import choose_precision, describe, find_gpu, open_session, stop_signals
 from twta.tf1 import tf
 
@@ -31,7 +33,7 @@ def run(script, model, args, defaults):
         if args.mode == 'training':
             train(script, model, args, defaults, dataset, choose_precision(args.precision, gpu), source, state)
         else:
-            infer(script, model, args, dataset, source, state)
+            {'inference': infer, 'export': export}[args.mode](script, model, args, dataset, source, state)
     except tf.errors.OpError as error:  # a full disk, a damaged checkpoint, too little memory, ...
         raise TwtaError(error.message.splitlines()[0]) from None
 
@@ -113,7 +115,7 @@ def train(script, model, args, defaults, dataset, precision, source, state):
             f'{" (cosine)" if stage["schedule"] == "cosine" else ""}, batches of {stage["batch_size"]}, '
             f'seed {state["seed"]}, {precision.name}')
         record = {'script': script, 'command': sys.argv, 'flags': vars(args), 'stages': state['stages'],
-                  'seed': state['seed'], 'precision': precision.name, 'data': describe_data(dataset),
+                  'seed': state['seed'], 'precision': precision.name, 'data': records.describe_data(dataset),
                   **records.environment()}
         records.write_json(args.run_dir / 'config.json', record)
         try:
@@ -232,12 +234,7 @@ def evaluate(network, session, split):
         loss += float(batch_loss)
         predicted.append(batch_predicted)
     n_classes = int(network.net.outputs.shape[-1])
-    pairs = split.labels * n_classes + np.concatenate(predicted)
-    return loss / len(split.labels), np.bincount(pairs, minlength=n_classes ** 2).reshape(n_classes, n_classes)
-
-
-def accuracy(confusion):
-    return float(np.trace(confusion) / np.sum(confusion))
+    return loss / len(split.labels), records.confuse(split.labels, np.concatenate(predicted), n_classes)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -291,6 +288,21 @@ def next_stage(state, args, defaults):
 
 def infer(script, model, args, dataset, source, state):
     """Evaluates the network of a checkpoint, source, or of --weights on the test images."""
+    with trained(script, model, args, dataset, source) as (network, session):
+        report(script, network, session, dataset, args, state['epoch'] if state else None)
+
+
+def export(script, model, args, dataset, source, state):
+    """Writes the network of a checkpoint or of --weights as integers, once it has been seen to compute the same."""
+    with trained(script, model, args, dataset, source) as (network, session):
+        packed = packing.pack(network, session, script, args.dataset, dataset, packing.describe_run(args, state))
+        packing.compare(packed, network, session, dataset)
+    packing.write(packed, dataset, args)
+
+
+@contextlib.contextmanager
+def trained(script, model, args, dataset, source):
+    """The network for evaluation and a session in which it has the weights of a checkpoint, source, or of --weights."""
     network = build(model, dataset, seed=0)
     with network.graph.as_default(), open_session(network.graph, args.gpu) as session:
         if args.weights:
@@ -298,7 +310,7 @@ def infer(script, model, args, dataset, source, state):
         else:
             checkpoints.restore(session, source, network.net, network.net.all_params)
         describe_network(script, network.net, source or args.weights, args.verbose)
-        report(script, network, session, dataset, args, state['epoch'] if state else None)
+        yield network, session
 
 
 def set_weights(net, weights, session):
@@ -308,26 +320,10 @@ def set_weights(net, weights, session):
 
 
 def report(script, network, session, dataset, args, epoch):
-    """Prints loss and accuracy on the test images; writes result.json and confusion.png.
-
-    The weights are those after an epoch, or, where that is None, of --weights. The files of other weights than the
-    last are result-best.json, confusion-weights.png, ...
-    """
+    """Evaluates the weights after an epoch, or, where that is None, of --weights, on the test images."""
     loss, confusion = evaluate(network, session, dataset.test)
-    kind = 'weights' if epoch is None else args.checkpoint
-    suffix = '' if kind == 'last' else f'-{kind}'
-    say(f'test loss: {loss:.4f}')
-    say(f'test acc: {accuracy(confusion):.4f}')
-    args.run_dir.mkdir(parents=True, exist_ok=True)
-    records.write_json(args.run_dir / f'result{suffix}.json', {
-        'script': script, 'weights': str(args.weights.resolve()) if kind == 'weights' else kind, 'epoch': epoch,
-        'test_loss': loss, 'test_accuracy': accuracy(confusion), 'test_images': len(dataset.test.labels),
-        'confusion': confusion.tolist(), 'data': describe_data(dataset), **records.environment()})
-    picture = args.run_dir / f'confusion{suffix}.png'
-    title = (f'{script} on {dataset.title}\n{accuracy(confusion):.2%} of {len(dataset.test.labels):,} test images, '
-             + (args.weights.name if epoch is None else f'after epoch {epoch}'))
-    records.save_figure(picture, records.draw_confusion(title, dataset.classes, confusion))
-    say(f'confusion matrix: {picture}')
+    kind, weights = ('weights', args.weights.resolve()) if epoch is None else (args.checkpoint, args.checkpoint)
+    records.report(script, args, dataset, kind, weights, epoch, loss, confusion)
 
 
 def describe_network(script, net, source, verbose):
@@ -335,15 +331,3 @@ def describe_network(script, net, source, verbose):
         net.print_layers()
         net.print_params(details=False)
     say(f'network: {script}, {net.count_params():,} parameters, {source}')
-
-
-def describe_data(dataset):
-    return {'name': dataset.name, 'origin': dataset.origin, 'folder': dataset.folder, 'published': dataset.published,
-            'sha256': dataset.sha256, 'training_images': len(dataset.train.labels),
-            'validation_images': len(dataset.validation.labels)}
-
-
-def say(line):
-    """A line on stdout, above the progress bar if there is one."""
-    tqdm.write(line)
-    sys.stdout.flush()

@@ -9,15 +9,17 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
 import zipfile
 import zlib
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from twta import TwtaError, UsageError, replacing
-from twta.tf1 import tf, tl
 
 try:
     import fcntl
@@ -25,6 +27,7 @@ except ImportError:  # Windows: without the lock
     fcntl = None
 
 FIELDS = ('epoch', 'learning_rate', 'loss', 'training_accuracy', 'validation_accuracy', 'images_per_second', 'seconds')
+PACKAGES = 'tensorflow', 'tensorflow-cpu', 'tensorlayer', 'numpy', 'numba'
 OURS = ('checkpoint*', 'last-*', 'best-*', '*_temp', 'events.out.tfevents*', 'config.json', 'log.csv', 'curve.png',
         'result*.json', 'confusion*.png', 'model.npz')
 
@@ -63,6 +66,50 @@ def move_aside(run_dir):
     return earlier
 
 
+def report(script, args, dataset, kind, weights, epoch, loss, confusion):
+    """Prints loss and accuracy on the test images; writes result.json and confusion.png.
+
+    kind      which network: 'last', 'best', 'weights' or 'packed'; the files are result-best.json, ... but for the last
+    weights   the same in words, a path where it is a file; epoch: after which, or None
+    """
+    share = accuracy(confusion)
+    say(f'test loss: {loss:.4f}')
+    say(f'test acc: {share:.4f}')
+    args.run_dir.mkdir(parents=True, exist_ok=True)
+    suffix = '' if kind == 'last' else f'-{kind}'
+    write_json(args.run_dir / f'result{suffix}.json', {
+        'script': script, 'weights': str(weights), 'epoch': epoch, 'test_loss': loss, 'test_accuracy': share,
+        'test_images': len(dataset.test.labels), 'confusion': confusion.tolist(), 'data': describe_data(dataset),
+        **environment()})
+    picture = args.run_dir / f'confusion{suffix}.png'
+    title = (f'{script} on {dataset.title}\n{share:.2%} of {len(dataset.test.labels):,} test images, '
+             + (Path(weights).name if epoch is None else f'after epoch {epoch}'))
+    save_figure(picture, draw_confusion(title, dataset.classes, confusion))
+    say(f'confusion matrix: {picture}')
+
+
+def describe_data(dataset):
+    return {'name': dataset.name, 'origin': dataset.origin, 'folder': dataset.folder, 'published': dataset.published,
+            'sha256': dataset.sha256, 'training_images': len(dataset.train.labels),
+            'validation_images': len(dataset.validation.labels)}
+
+
+def confuse(labels, predicted, n_classes):
+    """The confusion matrix [true class, predicted class]."""
+    pairs = labels.astype(np.int64) * n_classes + predicted
+    return np.bincount(pairs, minlength=n_classes ** 2).reshape(n_classes, n_classes)
+
+
+def accuracy(confusion):
+    return float(np.trace(confusion) / np.sum(confusion))
+
+
+def say(line):
+    """A line on stdout, above the progress bar if there is one."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
 def write_json(path, record):
     text = json.dumps(record, indent=2, default=str)
     text = re.sub(r'\[[\d\s,]+\]', lambda numbers: ' '.join(numbers[0].split()), text)  # a row a line
@@ -79,12 +126,18 @@ def environment():
     except (OSError, subprocess.CalledProcessError):
         code = 'unknown'
     return {
-        'versions': {'python': platform.python_version(), 'tensorflow': tf.__version__, 'tensorlayer': tl.__version__,
-                     'numpy': np.__version__},
+        'versions': {'python': platform.python_version(), **dict(installed(PACKAGES))},
         'code': code,
         'machine': {'processor': processor(), 'cores': os.cpu_count(), 'system': platform.platform()},
         'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
     }
+
+
+def installed(packages):
+    """Those of the packages that are there, each with its version; importing none."""
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            yield package, version(package)
 
 
 def processor():
@@ -156,19 +209,24 @@ class Events:
     """TensorBoard events in the run directory, a point an epoch."""
 
     def __init__(self, run_dir, first_epoch):
+        from twta.tf1 import tf  # here: packed inference records its result without TensorFlow
+
+        self.tf = tf
         self.writer = tf.summary.FileWriter(str(run_dir))
         start = tf.SessionLog(status=tf.SessionLog.START)  # TensorBoard drops what a killed run wrote beyond
         self.writer.add_session_log(start, first_epoch)
 
     def add(self, row):
-        values = [tf.Summary.Value(tag=field, simple_value=row[field]) for field in FIELDS[1:]
+        values = [self.tf.Summary.Value(tag=field, simple_value=row[field]) for field in FIELDS[1:]
                   if row[field] is not None]
-        self.writer.add_summary(tf.Summary(value=values), row['epoch'])
+        self.writer.add_summary(self.tf.Summary(value=values), row['epoch'])
         self.writer.flush()
 
 
 def save_weights(path, net, session):
     """model.npz: every parameter of the network by variable name, in TensorLayer's own form."""
+    from twta.tf1 import tl
+
     with replacing(path) as part:
         tl.files.save_npz_dict(net.all_params, str(part), session)
 

@@ -2,7 +2,8 @@
 
 A quantiser is a function with its forward and its backward rule side by side. A layer takes the quantiser it uses and
 computes in the type of its input: float32, or bfloat16, in which -1, 0 and +1 are exact. The variables (latent
-weights, batch normalisation) are float32 in either case, and `all_params` holds them. Images are NHWC.
+weights, batch normalisation) are float32 in either case, and `all_params` holds them. Images are NHWC. Each layer
+keeps the one before it as `prev_layer`, and what it was built with: twta.export reads a network so.
 
 Sources: the published TWTA scripts (github.com/edwardzcl/TWTA); thresholds of the weights from "Ternary Weight
 Networks" (arXiv:1605.04711), section 2.2, without its scale factor; straight-through gradients from
@@ -75,14 +76,17 @@ class Conv2dLayer(tl.layers.Layer):
     groups      G > 1: group g reads the interleaved input channels g, g + G, g + 2G, ... and the outputs of the
                 groups follow each other in order, so that the layer also shuffles channels
     W           [filter_size, filter_size, channels / groups, n_filter], truncated normal, stddev 0.02
+    exact       sum in float64: real-valued products then have the same sum, once rounded to float32, in any order,
+                so on any machine and in any engine (ternary ones have it anyway)
     outputs     [batch, height', width', n_filter]
 
     Raises ValueError where channels or n_filter is not a multiple of groups.
     """
 
     def __init__(self, prev_layer, n_filter, filter_size, stride=1, padding='SAME', groups=1,
-                 quantizer=ternarize_weights, name='conv'):
+                 quantizer=ternarize_weights, exact=False, name='conv'):
         super().__init__(prev_layer=prev_layer, name=name)
+        self.prev_layer, self.stride, self.padding, self.groups = prev_layer, stride, padding, groups
         x = self.inputs = prev_layer.outputs
         channels = int(x.shape[-1])
         if channels % groups or n_filter % groups:
@@ -93,8 +97,10 @@ class Conv2dLayer(tl.layers.Layer):
             if groups > 1:  # TensorFlow's groups are blocks of neighbours: bring each group's channels together
                 x = tf.reshape(x, [-1, *x.shape[1:3], channels // groups, groups])
                 x = tf.reshape(tf.transpose(x, [0, 1, 2, 4, 3]), [-1, *x.shape[1:3], channels])
-            quantized = tf.cast(quantizer(weights.value(), groups), x.dtype)
-            self.outputs = tf.nn.conv2d(x, quantized, strides=[1, stride, stride, 1], padding=padding)
+            self.quantized = quantizer(weights.value(), groups)
+            dtype = tf.float64 if exact else x.dtype
+            sums = tf.nn.conv2d(tf.cast(x, dtype), tf.cast(self.quantized, dtype), [1, stride, stride, 1], padding)
+            self.outputs = tf.cast(sums, x.dtype)
         self.all_layers.append(self.outputs)
         self.all_params.append(weights)
 
@@ -109,10 +115,12 @@ class DenseLayer(tl.layers.Layer):
 
     def __init__(self, prev_layer, n_units, quantizer=ternarize_weights, name='dense'):
         super().__init__(prev_layer=prev_layer, name=name)
+        self.prev_layer = prev_layer
         x = self.inputs = prev_layer.outputs
         with tf.variable_scope(name):
             weights = get_variable('W', [int(x.shape[-1]), n_units], tf.truncated_normal_initializer, stddev=0.1)
-            self.outputs = tf.matmul(x, tf.cast(quantizer(weights.value()), x.dtype))
+            self.quantized = quantizer(weights.value())
+            self.outputs = tf.matmul(x, tf.cast(self.quantized, x.dtype))
         self.all_layers.append(self.outputs)
         self.all_params.append(weights)
 
@@ -128,6 +136,7 @@ class BatchNormLayer(tl.layers.Layer):
 
     def __init__(self, prev_layer, is_train, name='bn'):
         super().__init__(prev_layer=prev_layer, name=name)
+        self.prev_layer = prev_layer
         x = self.inputs = prev_layer.outputs
         channels = int(x.shape[-1])
         with tf.variable_scope(name):
@@ -155,6 +164,7 @@ class ActivationLayer(tl.layers.Layer):
 
     def __init__(self, prev_layer, activation=ternarize_activations, name='activation'):
         super().__init__(prev_layer=prev_layer, name=name)
+        self.prev_layer, self.activation = prev_layer, activation
         self.inputs = prev_layer.outputs
         with tf.name_scope(name):
             self.outputs = activation(self.inputs)
@@ -181,13 +191,13 @@ class Network:
 
     def encode(self, n_filter, filter_size, padding='SAME'):
         """The first convolution, e.g. 32C4, with full-precision weights: it turns images into activations."""
-        self.conv(n_filter, filter_size, padding, weights=full_precision)
+        self.conv(n_filter, filter_size, padding, weights=full_precision, exact=not self.is_train)
 
-    def conv(self, n_filter, filter_size, padding='SAME', stride=1, groups=1, kind='conv', weights=None):
+    def conv(self, n_filter, filter_size, padding='SAME', stride=1, groups=1, kind='conv', weights=None, exact=False):
         """A convolution, e.g. 64C4 (64 filters of 4*4), or 512C3/16 in 16 groups."""
         name = self.next_name(kind)
         self.activate(Conv2dLayer(self.net, n_filter, filter_size, stride, padding, groups,
-                                  weights or self.weights, name), name)
+                                  weights or self.weights, exact, name), name)
 
     def pool(self, n_filter, filter_size, padding='VALID', groups=1):
         """Learned pooling, e.g. 2P2: a convolution 2*2 with stride 2."""
@@ -212,5 +222,8 @@ class Network:
         self.net = ActivationLayer(layer, self.activation, f'{name}/activation')
 
     def flat(self):
-        is_map = self.net.outputs.shape.rank == 4
-        return tl.layers.FlattenLayer(self.net, name='flatten') if is_map else self.net
+        if self.net.outputs.shape.rank == 2:
+            return self.net
+        layer = tl.layers.FlattenLayer(self.net, name='flatten')
+        layer.prev_layer = self.net
+        return layer

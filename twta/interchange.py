@@ -1,0 +1,3 @@
+"""A packed network for other programs."""
+VECTORS = 4
+WRITERS = {}

@@ -1,0 +1,180 @@
+"""Packed networks: python -m twta.packed FILE.twta IMAGES.npy prints a class an image. No TensorFlow.
+
+Two engines give the same bits. `numba`: bit planes, compiled (twta.bitplanes). `numpy`: the same integers as arrays,
+slower, no compiler: the fall-back, and the plain statement of what a packed network computes.
+"""
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from twta import TwtaError, UsageError, packed_file
+
+
+def prepare(images, crop):
+    """uint8 [n, height, width, channels] as the float32 that the encoder sees: twta.preprocessing.for_evaluation."""
+    if not crop:
+        return images / np.float32(256)
+    top, left = ((side - crop) // 2 for side in images.shape[1:3])
+    x = images[:, top:top + crop, left:left + crop].astype(np.float64)
+    values = x[0].size
+    mean = x.sum((1, 2, 3), keepdims=True) / values
+    variance = (x * x).sum((1, 2, 3), keepdims=True) / values - mean * mean
+    return ((x - mean) / np.maximum(np.sqrt(variance), values ** -0.5)).astype(np.float32)
+
+
+def convolve(x, layer):
+    """Sums [n, height', width', filters] of a layer on maps [n, height, width, channels], in the type of x."""
+    n, channels = len(x), x.shape[3]
+    (top, left), (rows, columns, filters) = packed_file.geometry(x.shape[1:], layer)
+    height, width = layer.weights.shape[:2]
+    bottom, right = (max((out - 1) * layer.stride + kernel - size - before, 0) for out, kernel, size, before in zip(
+        (rows, columns), (height, width), x.shape[1:3], (top, left), strict=True))
+    x = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    x = x.reshape(*x.shape[:3], channels // layer.groups, layer.groups)
+    weights = layer.weights.reshape(height, width, channels // layer.groups, layer.groups, -1).astype(x.dtype)
+    y = np.zeros((n, rows, columns, layer.groups, filters // layer.groups), x.dtype)
+    for i in range(height):
+        for j in range(width):
+            part = x[:, i:i + rows * layer.stride:layer.stride, j:j + columns * layer.stride:layer.stride][:, :rows, :columns]
+            for group in range(layer.groups):
+                y[..., group, :] += part[..., group] @ weights[i, j, :, group]
+    return y.reshape(n, rows, columns, filters)
+
+
+def fire(sums, layer):
+    """Activations int8: +1 where a sum >= upper, -1 where <= lower, else 0."""
+    return (sums >= layer.upper).astype(np.int8) - (sums <= layer.lower)
+
+
+class NumpyEngine:
+    """Runs a packed network with numpy: ternary sums in float32, exact up to 2 ** 24."""
+
+    name, batch = 'numpy', 64
+
+    def __init__(self, packed):
+        self.packed = packed
+
+    def run(self, images):
+        """Logits float32 [n, classes] of at most `batch` images, and the activations of each layer, int8 NHWC."""
+        encoder, *layers = self.packed.layers
+        x = prepare(images, self.packed.crop).astype(np.float64)
+        maps = [fire(convolve(x, encoder).astype(np.float32), encoder)]
+        for layer in layers:
+            maps.append(fire(convolve(maps[-1].astype(np.float32), layer), layer))
+        features = maps[-1].reshape(len(images), -1).astype(np.float64)
+        return finish(features @ self.packed.weights, self.packed), maps
+
+    def logits(self, images):
+        return self.run(images)[0]
+
+    def activations(self, images):
+        return self.run(images)[1]
+
+
+def finish(sums, packed):
+    """Logits from the classifier's float64 sums."""
+    return sums.astype(np.float32) * packed.scale + packed.shift
+
+
+def open_engine(packed, engine='auto', threads=None):
+    """The engine of that name for a packed network; 'auto' is numba where it is installed, else numpy.
+
+    It has name, batch (the most images that logits and activations take at once), logits(images) and
+    activations(images). UsageError where numba is asked for and cannot be had.
+    """
+    if engine != 'numpy':
+        try:
+            from twta.bitplanes import NumbaEngine  # here: it compiles
+
+            return NumbaEngine(packed, threads)
+        except (ImportError, RuntimeError) as error:  # RuntimeError: numba finds nowhere to keep compiled code
+            if engine == 'numba':
+                raise UsageError(f'--engine numba: {error}; use --engine numpy') from None
+    return NumpyEngine(packed)
+
+
+def logits(engine, images):
+    """Logits float32 [n, classes] of any number of images, uint8 [n, height, width, channels]."""
+    parts = [engine.logits(images[start:start + engine.batch]) for start in range(0, len(images), engine.batch)]
+    return np.concatenate(parts)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From the shell
+
+
+def infer(script, args):
+    """--mode inference --engine packed: evaluates the network of --file on the test images of its data set."""
+    from twta import datasets, packed_report, records  # here: the stand-alone command needs none of them
+
+    packed = packed_file.read(args.file)
+    if (packed.network, packed.dataset) != (script, args.dataset):
+        raise TwtaError(f'{args.file}: {packed.network} on {packed.dataset}, not {script} on {args.dataset}; choose another '
+                        '--file')
+    dataset = datasets.load(args.dataset, args.data_dir, None)
+    records.say(f'data: {dataset}')
+    engine = started(packed, args)
+    records.say(f'network: {script}, {args.file}, epoch {packed.record.get("epoch", "unknown")}')
+    images, labels = dataset.test.images, dataset.test.labels
+    start = time.perf_counter()
+    values = logits(engine, images)
+    records.say(f'{len(images) / (time.perf_counter() - start):,.0f} images/s')
+    values -= values.max(1, keepdims=True)
+    loss = np.log(np.exp(values).sum(1)) - values[np.arange(len(labels)), labels]
+    confusion = records.confuse(labels, values.argmax(1), len(packed.classes))
+    records.report(script, args, dataset, 'packed', args.file, None, float(loss.mean()), confusion)
+    if args.report:
+        packed_report.report(packed, images, args.run_dir)
+
+
+def started(packed, args):
+    """An engine as the flags say, warmed up; a line tells how long that took."""
+    start = time.perf_counter()
+    engine = open_engine(packed, {'packed': 'auto'}.get(args.engine, args.engine), args.threads)
+    engine.logits(np.zeros((1, *packed.image), np.uint8))
+    print(f'engine: {engine.name}, ready after {time.perf_counter() - start:.1f} s', file=sys.stderr, flush=True)
+    return engine
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(prog='python -m twta.packed', description=__doc__.partition('\n')[0],
+                                     allow_abbrev=False)
+    parser.add_argument('file', type=Path, help='a packed network, from --mode export')
+    parser.add_argument('images', type=Path, help='uint8 [n, height, width, channels] as numpy.save writes them; of '
+                                                  'images with one channel, [n, height, width] does as well')
+    parser.add_argument('--engine', choices=('auto', 'numba', 'numpy'), default='auto',
+                        help='auto, the default: numba where it is installed, else numpy; the same results')
+    parser.add_argument('--threads', type=int, metavar='N', help='default: one a core')
+    parser.add_argument('--names', action='store_true', help="print the classes' names, not their numbers")
+    args = parser.parse_args(argv)
+    try:
+        packed = packed_file.read(args.file)
+        images = read_images(args.images, packed.image)
+        predicted = logits(started(packed, args), images).argmax(1)
+        print('\n'.join(packed.classes[k] if args.names else str(k) for k in predicted))
+    except TwtaError as error:
+        print(f'twta.packed: error: {error}', file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+def read_images(path, shape):
+    try:
+        images = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
+        reason = getattr(error, 'strerror', None) or 'not an array that numpy.save wrote, or damaged'
+        raise TwtaError(f'{path}: {reason}; make one with numpy.save') from None
+    wanted = f'uint8 [n, {", ".join(map(str, shape))}]'
+    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
+        raise TwtaError(f'{path}: {getattr(images, "dtype", "an archive")}, but the network takes {wanted}')
+    if images.ndim == 3 and shape[2] == 1:
+        images = images[..., np.newaxis]
+    if images.shape[1:] != tuple(shape) or not len(images):
+        raise TwtaError(f'{path}: {list(images.shape)}, but the network takes {wanted}')
+    return images
+
+
+if __name__ == '__main__':
+    main()

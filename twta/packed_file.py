@@ -1,0 +1,259 @@
+"""The .twta file: a trained network as integers, ternary weights at 1.6 bits, read and written without TensorFlow.
+
+    bytes      holds
+    0..3       b'TWTA'
+    4..7       version of the format, 1
+    8..11      length of the header in bytes, n
+    12..       the header, n bytes of JSON in UTF-8, see KEYS and LAYER_KEYS
+    then       the arrays, one after the other: of each layer weights, upper, lower; of the classifier weights, scale,
+               shift
+    last 32    SHA-256 of everything before
+
+Numbers are little-endian. The first layer, the encoder, has float32 weights and thresholds. The others have ternary
+weights, five to a byte: t0 + 3 t1 + 9 t2 + 27 t3 + 81 t4 with t = w + 1, filter by filter, in a filter row by row, from
+left to right, channel by channel, the last byte filled up with 0; and int16 thresholds (int32 where a sum may pass
+32,766). docs/deployment.md has it field by field.
+"""
+import hashlib
+import json
+import math
+import struct
+from typing import NamedTuple
+
+import numpy as np
+
+from twta import TwtaError, replacing
+
+MAGIC = b'TWTA'
+VERSION = 1
+KEYS = {'network': str, 'dataset': str, 'image': list, 'crop': int, 'classes': list, 'layers': list, 'record': dict}
+LAYER_KEYS = {'name': str, 'kernel': list, 'filters': int, 'stride': int, 'padding': str, 'groups': int}
+LARGEST = 1 << 16  # of any size in the header
+POWERS = 3 ** np.arange(5)
+
+
+class Layer(NamedTuple):
+    """A convolution and the two thresholds of each filter: +1 where the sum >= upper, -1 where <= lower, else 0.
+
+    A dense layer is a convolution whose kernel is the whole map. Filters with a negative gamma in the batch
+    normalisation have their weights negated, so that one rule does for all.
+    """
+    name: str
+    weights: np.ndarray  # [height, width, channels / groups, filters], int8 in {-1, 0, +1}; of the encoder float32
+    upper: np.ndarray  # [filters], int32; of the encoder float32
+    lower: np.ndarray
+    stride: int
+    padding: str  # 'SAME' or 'VALID', as in TensorFlow
+    groups: int  # group g of G reads the channels g, g + G, g + 2G, ...; the filters stand group by group
+
+
+class Packed(NamedTuple):
+    network: str  # the name of its script
+    dataset: str
+    image: tuple  # height, width, channels of the uint8 images
+    crop: int  # 0: pixels / 256; else the central crop, standardised
+    classes: tuple
+    layers: tuple  # of Layer, the encoder first
+    weights: np.ndarray  # float32 [features, classes], of the classifier: logits = (activations @ weights) * scale + shift
+    scale: np.ndarray  # float32 [classes]
+    shift: np.ndarray
+    record: dict  # of the training: SHA-256 of its files, epoch
+
+
+def input_shape(packed):
+    """Height, width, channels of what the encoder sees."""
+    return (packed.crop, packed.crop, packed.image[2]) if packed.crop else packed.image
+
+
+def geometry(shape, layer):
+    """Of a layer on a map (height, width, channels): rows and columns of padding before it, and its output's shape."""
+    before, out = [], []
+    for size, kernel in zip(shape, layer.weights.shape[:2], strict=False):
+        if layer.padding == 'SAME':
+            out.append(-(-size // layer.stride))
+            before.append(max((out[-1] - 1) * layer.stride + kernel - size, 0) // 2)
+        else:
+            out.append((size - kernel) // layer.stride + 1)
+            before.append(0)
+    return tuple(before), (*out, layer.weights.shape[3])
+
+
+def fan_in(weights):
+    """The most that a sum of ternary products can come to."""
+    return math.prod(weights.shape[:3])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def pack_trits(weights):
+    """Values in {-1, 0, +1}, in C order, five to a byte."""
+    trits = np.append(weights.ravel() + 1, np.zeros(-weights.size % 5, np.int8))
+    return (trits.reshape(-1, 5) @ POWERS).astype(np.uint8)
+
+
+def unpack_trits(data, count):
+    """The first count values of pack_trits as int8; ValueError where a byte or the filling is none."""
+    trits = data[:, np.newaxis] // POWERS.astype(np.uint8) % 3
+    if data.size and data.max() >= 3 ** 5 or trits.ravel()[count:].any():
+        raise ValueError
+    return trits.ravel()[:count].astype(np.int8) - 1
+
+
+def threshold_type(weights):
+    return np.dtype('<i2' if fan_in(weights) < 32767 else '<i4')
+
+
+def filter_major(weights):
+    return np.moveaxis(weights, 3, 0)
+
+
+def write(path, packed):
+    """Writes the file whole, or not at all; returns its size in bytes."""
+    header = {'network': packed.network, 'dataset': packed.dataset, 'image': packed.image, 'crop': packed.crop,
+              'classes': packed.classes, 'record': packed.record, 'layers': [
+                  {'name': layer.name, 'kernel': layer.weights.shape[:2], 'filters': layer.weights.shape[3],
+                   'stride': layer.stride, 'padding': layer.padding, 'groups': layer.groups}
+                  for layer in packed.layers]}
+    header = json.dumps(header, separators=(',', ':')).encode()
+    parts = [MAGIC, struct.pack('<II', VERSION, len(header)), header]
+    for index, layer in enumerate(packed.layers):
+        weights, kind = filter_major(layer.weights), np.dtype('<f4')
+        if index:
+            weights, kind = pack_trits(weights), threshold_type(layer.weights)
+        parts += [weights.tobytes(), layer.upper.astype(kind).tobytes(), layer.lower.astype(kind).tobytes()]
+    parts += [array.astype('<f4').tobytes() for array in (packed.weights, packed.scale, packed.shift)]
+    data = b''.join(parts)
+    with replacing(path) as part:
+        part.write_bytes(data + hashlib.sha256(data).digest())
+    return len(data) + 32
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+class Bad(Exception):
+    """What is wrong with a file."""
+
+
+def read(path):
+    """A .twta file as Packed; TwtaError where it is none, damaged, of a newer version, or contradicts itself."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise TwtaError(f'{path}: {error.strerror}; --mode export writes such a file') from None
+    try:
+        return parse(data)
+    except Bad as error:
+        raise TwtaError(f'{path}: {error}; write it again with --mode export') from None
+
+
+def parse(data):
+    """Packed from the bytes of a file; raises Bad."""
+    if data[:4] != MAGIC or len(data) < 44:
+        raise Bad('not a .twta file')
+    version, length = struct.unpack('<II', data[4:12])
+    if version > VERSION:
+        raise Bad(f'written by a newer version of these scripts (format {version}, this one reads {VERSION})')
+    if version != VERSION or hashlib.sha256(data[:-32]).digest() != data[-32:]:
+        raise Bad('damaged (its checksum is wrong)')
+    body = memoryview(data)[12:-32]
+    try:
+        header = json.loads(bytes(body[:length]).decode())
+    except (ValueError, RecursionError):
+        raise Bad('its header is not JSON') from None
+    check_keys('header', header, KEYS)
+    take = Taker(body[length:])
+    *image, channels = sizes('image', header['image'], 3)
+    crop, classes = size('crop', header['crop'], least=0), header['classes']
+    if crop > min(image):
+        raise Bad(f'crop {crop} of images {image}')
+    if not classes or len(classes) > LARGEST or not all(isinstance(name, str) for name in classes):
+        raise Bad('its classes are not names')
+    if not header['layers']:
+        raise Bad('it has no layers')
+    shape, layers = (*((crop, crop) if crop else image), channels), []
+    for index, entry in enumerate(header['layers']):
+        layers.append(read_layer(entry, shape, take, is_encoder=not index))
+        shape = geometry(shape, layers[-1])[1]
+    n_classes = len(classes)
+    weights = take('<f4', math.prod(shape) * n_classes).reshape(-1, n_classes)
+    scale, shift = take('<f4', n_classes), take('<f4', n_classes)
+    if not all(np.isfinite(array).all() for array in (weights, scale, shift)):
+        raise Bad('its classifier holds NaN or infinity')
+    if len(take.rest):
+        raise Bad(f'{len(take.rest)} bytes too many')
+    return Packed(header['network'], header['dataset'], (*image, channels), crop, tuple(classes), tuple(layers),
+                  weights, scale, shift, header['record'])
+
+
+def read_layer(entry, shape, take, is_encoder):
+    """A layer on a map of that shape; raises Bad."""
+    check_keys('layer', entry, LAYER_KEYS)
+    name = entry['name'][:80]
+    kernel = sizes(f'kernel of {name}', entry['kernel'], 2)
+    filters, stride, groups = (size(f'{key} of {name}', entry[key]) for key in ('filters', 'stride', 'groups'))
+    if entry['padding'] not in ('SAME', 'VALID') or entry['padding'] == 'VALID' and (
+            kernel[0] > shape[0] or kernel[1] > shape[1]):
+        raise Bad(f'padding of {name} is {entry["padding"][:80]!r}, on a map {list(shape)}')
+    if shape[2] % groups or filters % groups or is_encoder and groups > 1:
+        raise Bad(f'{shape[2]} channels and {filters} filters of {name} do not divide into {groups} groups')
+    count = math.prod(kernel) * (shape[2] // groups) * filters
+    packed_shape = filters, *kernel, shape[2] // groups
+    if is_encoder:
+        weights = take('<f4', count).reshape(packed_shape)
+        kind, is_good = '<f4', np.isfinite(weights).all()
+    else:
+        try:
+            weights = unpack_trits(take('u1', -(-count // 5)), count).reshape(packed_shape)
+        except ValueError:
+            raise Bad(f'the weights of {name} are not ternary') from None
+        kind, is_good = threshold_type(np.moveaxis(weights, 0, 3)), True
+    upper, lower = take(kind, filters), take(kind, filters)
+    if is_encoder:
+        is_good = is_good and not np.isnan(upper).any() and not np.isnan(lower).any()
+    else:
+        most = count // filters
+        upper, lower = upper.astype(np.int32), lower.astype(np.int32)
+        is_good = (lower < upper).all() and upper.max() <= most + 1 and upper.min() >= -most \
+            and lower.max() <= most and lower.min() >= -most - 1
+    if not is_good:
+        raise Bad(f'weights or thresholds of {name} are out of range')
+    return Layer(name, np.ascontiguousarray(np.moveaxis(weights, 0, 3)), upper, lower, stride, entry['padding'], groups)
+
+
+class Taker:
+    """Takes arrays off the front of some bytes."""
+
+    def __init__(self, rest):
+        self.rest = rest
+
+    def __call__(self, kind, count):
+        n_bytes = count * np.dtype(kind).itemsize
+        if n_bytes > len(self.rest):
+            raise Bad('its arrays are shorter than its header says')
+        array = np.frombuffer(self.rest[:n_bytes], kind)
+        self.rest = self.rest[n_bytes:]
+        return array
+
+
+def check_keys(what, entry, keys):
+    if not isinstance(entry, dict):
+        raise Bad(f'its {what} is no JSON object')
+    for key, kind in keys.items():
+        if type(entry.get(key)) is not kind:
+            raise Bad(f'{key} of its {what} is missing or no {kind.__name__}')
+
+
+def sizes(what, values, count):
+    if len(values) != count:
+        raise Bad(f'{what} is not {count} sizes')
+    return [size(what, value) for value in values]
+
+
+def size(what, value, least=1):
+    if type(value) is not int or not least <= value <= LARGEST:
+        raise Bad(f'{what}: {str(value)[:80]} is not a whole number from {least} to {LARGEST}')
+    return value
