@@ -90,3 +90,29 @@ def finished_run(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp('finished')
     start(run_dir, *QUICK[2:], '--epochs', 4)
     return run_dir
+
+
+def random_packed(image, crop, specification, n_classes=3):
+    """A packed network with random weights and thresholds that let a third of the activations be 0, or so.
+
+    specification    of each layer: filters, kernel (0: the whole map), stride, padding, groups
+    """
+    from twta.packed_file import Layer, Packed, fan_in, geometry
+
+    rng = np.random.default_rng(0)
+    shape, layers = (crop, crop, image[2]) if crop else image, []
+    for index, (filters, kernel, stride, padding, groups) in enumerate(specification):
+        kernel = (kernel, kernel) if kernel else shape[:2]
+        weights = rng.integers(-1, 2, (*kernel, shape[2] // groups, filters)).astype(np.int8)
+        spread = max(1, int(fan_in(weights) ** 0.5 / 2))
+        upper = rng.integers(-spread // 2, spread + 1, filters).astype(np.int32)
+        lower = upper - rng.integers(1, spread + 1, filters).astype(np.int32)
+        lower = np.maximum(lower, -fan_in(weights) - 1)
+        if not index:
+            weights = rng.standard_normal(weights.shape).astype(np.float32)
+            upper, lower = (upper / 2).astype(np.float32), (lower / 2).astype(np.float32)
+        layers.append(Layer(f'layer{index}', weights, upper, lower, stride, padding, groups))
+        shape = geometry(shape, layers[-1])[1]
+    weights = rng.standard_normal((np.prod(shape), n_classes)).astype(np.float32)
+    return Packed('network', 'data', image, crop, tuple(f'class{k}' for k in range(n_classes)), tuple(layers), weights,
+                  np.ones(n_classes, np.float32), np.zeros(n_classes, np.float32), {'epoch': 3})

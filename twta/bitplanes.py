@@ -15,7 +15,7 @@ import numpy as np
 from twta import kernels, packed_file
 from twta.packed import finish
 
-CACHE = 1 << 15  # bytes of input that a chunk of images should not exceed
+CHUNK = 32  # images that go through all layers together: activations stay in the cache, weights serve them all
 LOCK = threading.Lock()  # numba's own thread pool may serve one caller at a time
 
 
@@ -82,32 +82,33 @@ class NumbaEngine:
         if source is None:
             kind, sources = 0, np.zeros((len(filters), 1), np.int64)
             x, image, plane, row, cell = self.x, self.x[0].nbytes, 0, self.x[0, 0].nbytes, self.x[0, 0, 0].nbytes
-            words = width * self.x.shape[3]
+            offsets = np.arange(height)[:, np.newaxis] * row + 8 * np.arange(width * self.x.shape[3])
             weights = real_weights(layer, filters)
         else:
             sources = groups_read(filters, out[2] // layer.groups)
             kind = sources.shape[1]
             sources = sources * source.group
             x, image, plane, row, cell = source.data, source.image, source.plane, source.row, source.cell
-            words = -(-width * cell // 8)
-            weights = ternary_words(layer, filters, cell, words)
+            offsets = np.arange(height)[:, np.newaxis] * row + 8 * np.arange(-(-width * cell // 8))
+            weights = ternary_words(layer, filters, cell, offsets.shape[1])
         span = 8 // math.gcd(8, math.prod(out[:2]))
         x_at = positions(span, image, out, layer.stride * row, layer.stride * cell)
         y_at = positions(span, target.image, out, target.row, target.cell)
         y_at += target.before[0] * target.row + target.before[1] * target.cell
         blocks = describe_blocks(layer, filters, sources, target)
-        self.kept += [weights, x_at, y_at, blocks]
+        offsets = offsets.ravel().astype(np.int64)
+        self.kept += [weights, offsets, x_at, y_at, blocks]
         values = {'kind': kind, 'x': address(x), 'x_image': image, 'x_plane': plane, 'x_at': address(x_at),
-                  'w': address(weights), 'w_block': weights[0].nbytes, 'rows': height, 'row_bytes': row, 'words': words,
+                  'w': address(weights), 'w_block': weights[0].nbytes, 'words': len(offsets), 'words_at': address(offsets),
                   'blocks': address(blocks), 'n_blocks': len(filters), 'y': address(target.data),
                   'y_image': target.image, 'y_plane': target.plane, 'y_at': address(y_at),
-                  'positions': math.prod(out[:2]), 'span': span, 'chunk': max(span, CACHE // image)}
+                  'positions': math.prod(out[:2]), 'span': span}
         return [values[column] for column in kernels.COLUMNS]
 
     def run(self, images):
         numba.set_num_threads(self.threads)
         kernels.prepare(np.ascontiguousarray(images), self.packed.crop, self.x, self.before)
-        kernels.run_layers(self.table, len(images), self.threads)
+        kernels.run_layers(self.table, len(images), self.threads, CHUNK)
 
     def logits(self, images):
         """Logits float32 [n, classes] of at most `batch` images, uint8 [n, height, width, channels]."""

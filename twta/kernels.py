@@ -24,8 +24,6 @@ STRIP = 8  # positions at once
 
 BYTE, INT, LONG = (ir.IntType(bits) for bits in (8, 32, 64))
 DOUBLE = ir.DoubleType()
-LONGS, DOUBLES = ir.VectorType(LONG, LANES), ir.VectorType(DOUBLE, LANES)
-FLOATS = ir.VectorType(ir.FloatType(), LANES)
 
 # What is known of a block of eight filters, in bytes from its address
 UPPER, LOWER = 0, 64  # thresholds, eight int64 (float32 in the encoder)
@@ -38,11 +36,11 @@ COLUMNS = (
     'kind',  # how many groups of channels eight filters read, 1, 2, 4 or 8; 0: the encoder
     'x', 'x_image', 'x_plane', 'x_at',  # input: address, bytes an image, a plane; address of the positions' offsets
     'w', 'w_block',  # weights: address, bytes a block
-    'rows', 'row_bytes', 'words',  # the kernel's rows, bytes from one to the next in the input, words to read in each
+    'words', 'words_at',  # words under the kernel; address of their offsets from a position in the input
     'blocks', 'n_blocks',  # address of what is known of each block of eight filters, and their number
     'y', 'y_image', 'y_plane', 'y_at',  # output, as the input
-    'positions', 'span',  # positions of an image; images that x_at and y_at cover
-    'chunk')  # images at a time, so that they stay in the cache
+    'positions', 'span')  # positions of an image; images that x_at and y_at cover
+N_BLOCKS = COLUMNS.index('n_blocks')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -60,70 +58,75 @@ def moved(builder, base, table, index):
     return builder.add(base, load(builder, builder.add(table, LONG(8 * index)), LONG, 8))
 
 
-def spread(builder, scalars, kind):
-    """A vector of LANES values with the scalars in its lanes, LANES / len(scalars) lanes each."""
-    vector = ir.Constant(ir.VectorType(kind, LANES), ir.Undefined)
-    filled = vector
-    for index, scalar in enumerate(scalars):
-        filled = builder.insert_element(filled, scalar, INT(index))
-    lanes = [lane * len(scalars) // LANES for lane in range(LANES)]
-    return builder.shuffle_vector(filled, vector, ir.Constant(ir.VectorType(INT, LANES), lanes))
+def vector(kind, lanes):
+    return ir.VectorType(kind, lanes)
 
 
-def variable(builder, initial):
-    """A cell that LLVM keeps in a register, set to the initial value here."""
-    cell = cgutils.alloca_once(builder, initial.type)
-    builder.store(initial, cell)
+def everywhere(builder, scalar, lanes):
+    """A vector with the scalar in every lane."""
+    undefined = ir.Constant(vector(scalar.type, lanes), ir.Undefined)
+    first = builder.insert_element(undefined, scalar, INT(0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(vector(INT, lanes), [0] * lanes))
+
+
+def zeros(builder, kind):
+    """A cell that LLVM keeps in a register, zero here."""
+    cell = cgutils.alloca_once(builder, kind)
+    builder.store(ir.Constant(kind, [0] * kind.count), cell)
     return cell
 
 
-def add_to(builder, cell, value):
-    builder.store(builder.add(builder.load(cell), value), cell)
+def join(builder, vectors):
+    """One vector of a power of two of them."""
+    while len(vectors) > 1:
+        order = ir.Constant(vector(INT, 2 * vectors[0].type.count), list(range(2 * vectors[0].type.count)))
+        vectors = [builder.shuffle_vector(*pair, order) for pair in zip(vectors[::2], vectors[1::2], strict=True)]
+    return vectors[0]
 
 
-def sum_ternary(builder, at, x_plane, w, rows, row_bytes, words):
-    """Sums int64 at positions; at[position][source] are addresses."""
-    popcount = cgutils.get_or_insert_function(builder.module, ir.FunctionType(LONGS, [LONGS]), 'llvm.ctpop.v8i64')
-    zero, one = (ir.Constant(LONGS, [value] * LANES) for value in (0, 1))
-    counts = [(variable(builder, zero), variable(builder, zero)) for _ in at]
-    weights, row = variable(builder, w), variable(builder, LONG(0))
-    with cgutils.for_range(builder, rows):
-        with cgutils.for_range(builder, words) as loop:
-            here = builder.load(weights)
-            w_nonzero, w_negative = load(builder, here, LONGS, 8), load(builder, builder.add(here, LONG(64)), LONGS, 8)
-            word = builder.add(builder.load(row), builder.shl(loop.index, LONG(3)))
-            for starts, (products, negatives) in zip(at, counts, strict=True):
-                words_at = [builder.add(start, word) for start in starts]
-                nonzero, negative = (
-                    spread(builder, [load(builder, builder.add(address, plane), LONG, 1) for address in words_at], LONG)
-                    for plane in (LONG(0), x_plane))
+def intrinsic_function(builder, name, kind, count):
+    """LLVM's function llvm.NAME of so many vectors."""
+    letter = 'f' if kind.element == DOUBLE else 'i'
+    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * count),
+                                          f'llvm.{name}.v{kind.count}{letter}64')
+
+
+def sum_ternary(builder, at, x_plane, w, words, words_at):
+    """Sums int64 of eight filters at positions; at[position][source] are addresses."""
+    lanes = LANES // len(at[0])
+    kind = vector(LONG, lanes)
+    popcount = intrinsic_function(builder, 'ctpop', kind, 1)
+    counts = [[(zeros(builder, kind), zeros(builder, kind)) for _ in starts] for starts in at]
+    with cgutils.for_range(builder, words) as loop:
+        word = load(builder, builder.add(words_at, builder.shl(loop.index, LONG(3))), LONG, 8)
+        for source in range(len(at[0])):
+            here = builder.add(builder.add(w, builder.shl(loop.index, LONG(7))), LONG(8 * lanes * source))
+            w_nonzero, w_negative = load(builder, here, kind, 8), load(builder, builder.add(here, LONG(64)), kind, 8)
+            for starts, cells in zip(at, counts, strict=True):
+                address = builder.add(starts[source], word)
+                nonzero, negative = (everywhere(builder, load(builder, builder.add(address, plane), LONG, 1), lanes)
+                                     for plane in (LONG(0), x_plane))
                 m = builder.and_(nonzero, w_nonzero)
-                add_to(builder, products, builder.call(popcount, [m]))
                 n = builder.and_(m, builder.xor(negative, w_negative))
-                add_to(builder, negatives, builder.call(popcount, [n]))
-            add_to(builder, weights, LONG(128))
-        add_to(builder, row, row_bytes)
-    return [builder.sub(builder.load(products), builder.shl(builder.load(negatives), one))
-            for products, negatives in counts]
+                for cell, bits in zip(cells[source], (m, n), strict=True):
+                    builder.store(builder.add(builder.load(cell), builder.call(popcount, [bits])), cell)
+    one = ir.Constant(kind, [1] * lanes)
+    return [join(builder, [builder.sub(builder.load(products), builder.shl(builder.load(negatives), one))
+                           for products, negatives in cells]) for cells in counts]
 
 
-def sum_real(builder, at, w, rows, row_bytes, columns):
-    """The encoder's sums at positions: of float64 products in float64, rounded to float32 once."""
-    fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(DOUBLES, [DOUBLES] * 3), 'llvm.fma.v8f64')
-    sums = [variable(builder, ir.Constant(DOUBLES, [0.0] * LANES)) for _ in at]
-    weights, row = variable(builder, w), variable(builder, LONG(0))
-    with cgutils.for_range(builder, rows):
-        with cgutils.for_range(builder, columns) as loop:
-            here = builder.load(weights)
-            w_values = load(builder, here, DOUBLES, 8)
-            column = builder.add(builder.load(row), builder.shl(loop.index, LONG(3)))
-            for (start,), cell in zip(at, sums, strict=True):
-                value = load(builder, builder.add(start, column), DOUBLE, 8)
-                values = spread(builder, [value], DOUBLE)
-                builder.store(builder.call(fma, [values, w_values, builder.load(cell)]), cell)
-            add_to(builder, weights, LONG(64))
-        add_to(builder, row, row_bytes)
-    return [builder.fptrunc(builder.load(cell), FLOATS) for cell in sums]
+def sum_real(builder, at, w, words, words_at):
+    """The encoder's sums of eight filters at positions: of float64 products in float64, rounded to float32 once."""
+    kind = vector(DOUBLE, LANES)
+    fma = intrinsic_function(builder, 'fma', kind, 3)
+    sums = [zeros(builder, kind) for _ in at]
+    with cgutils.for_range(builder, words) as loop:
+        weights = load(builder, builder.add(w, builder.shl(loop.index, LONG(6))), kind, 8)
+        word = load(builder, builder.add(words_at, builder.shl(loop.index, LONG(3))), LONG, 8)
+        for (start,), cell in zip(at, sums, strict=True):
+            values = everywhere(builder, load(builder, builder.add(start, word), DOUBLE, 8), LANES)
+            builder.store(builder.call(fma, [values, weights, builder.load(cell)]), cell)
+    return [builder.fptrunc(builder.load(cell), vector(ir.FloatType(), LANES)) for cell in sums]
 
 
 def strip(positions, kind):
@@ -131,49 +134,50 @@ def strip(positions, kind):
 
     Non-zero where a sum >= upper or <= lower, negative where <= lower. kind as in COLUMNS.
     """
-
     @intrinsic
-    def strip(context, x, x_plane, x_at, w, rows, row_bytes, words, block, y, y_plane, y_at):
+    def strip(context, x, x_plane, x_at, w, words, words_at, block, y, y_plane, y_at):
         def emit(context, builder, signature, arguments):
-            x, x_plane, x_at, w, rows, row_bytes, words, block, y, y_plane, y_at = arguments
+            x, x_plane, x_at, w, words, words_at, block, y, y_plane, y_at = arguments
             sources = builder.add(block, LONG(SOURCES))
             at = [[moved(builder, moved(builder, x, x_at, position), sources, source) for source in range(max(kind, 1))]
                   for position in range(positions)]
             if kind:
-                sums = sum_ternary(builder, at, x_plane, w, rows, row_bytes, words)
+                sums = sum_ternary(builder, at, x_plane, w, words, words_at)
                 compare = builder.icmp_signed
             else:
-                sums = sum_real(builder, at, w, rows, row_bytes, words)
+                sums = sum_real(builder, at, w, words, words_at)
                 compare = builder.fcmp_ordered
             upper, lower = (load(builder, builder.add(block, LONG(where)), sums[0].type, 4) for where in (UPPER, LOWER))
             y = moved(builder, y, builder.add(block, LONG(OUTPUT)), 0)
             for position, total in enumerate(sums):
-                positive, negative = compare('>=', total, upper), compare('<=', total, lower)
-                byte = moved(builder, y, y_at, position)
-                for plane, bits in ((byte, builder.or_(positive, negative)), (builder.add(byte, y_plane), negative)):
+                negative = compare('<=', total, lower)
+                nonzero = builder.or_(compare('>=', total, upper), negative)
+                place = moved(builder, y, y_at, position)
+                for plane, bits in ((place, nonzero), (builder.add(place, y_plane), negative)):
                     builder.store(builder.bitcast(bits, BYTE), builder.inttoptr(plane, BYTE.as_pointer()))
             return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 11), emit
+        return types.void(*[types.intp] * 10), emit
 
     return strip
 
 
 def block_of(kind):
     """A function: the bits of a block of eight filters at n positions."""
-    wide, narrow = strip(STRIP, kind), strip(1, kind)
+    width = STRIP // max(kind, 1)  # more would not find room in the registers
+    wide, narrow = strip(width, kind), strip(1, kind)
 
     @njit
-    def block_at(n, x, x_plane, x_at, w, rows, row_bytes, words, block, y, y_plane, y_at):
-        whole = n // STRIP * STRIP
-        for p in range(0, whole, STRIP):
-            wide(x, x_plane, x_at + 8 * p, w, rows, row_bytes, words, block, y, y_plane, y_at + 8 * p)
-        if whole and n - whole > 2:  # some positions twice are less work than one at a time
-            p = n - STRIP
-            wide(x, x_plane, x_at + 8 * p, w, rows, row_bytes, words, block, y, y_plane, y_at + 8 * p)
+    def block_at(n, x, x_plane, x_at, w, words, words_at, block, y, y_plane, y_at):
+        whole = n // width * width
+        for p in range(0, whole, width):
+            wide(x, x_plane, x_at + 8 * p, w, words, words_at, block, y, y_plane, y_at + 8 * p)
+        if whole and n - whole > width // 4:  # some positions twice are less work than one at a time
+            p = n - width
+            wide(x, x_plane, x_at + 8 * p, w, words, words_at, block, y, y_plane, y_at + 8 * p)
         else:
             for p in range(whole, n):
-                narrow(x, x_plane, x_at + 8 * p, w, rows, row_bytes, words, block, y, y_plane, y_at + 8 * p)
+                narrow(x, x_plane, x_at + 8 * p, w, words, words_at, block, y, y_plane, y_at + 8 * p)
 
     return block_at
 
@@ -185,34 +189,40 @@ real_block, block_1, block_2, block_4, block_8 = (block_of(kind) for kind in (0,
 # Kernels
 
 
+@njit
+def run_layer(row, first, last, first_block, last_block):
+    """A layer on the images from first to last - 1, for so many of its blocks of filters; row of the table of layers."""
+    kind, x, x_image, x_plane, x_at, w, w_block, words, words_at, blocks, _, y, y_image, y_plane, y_at, positions, span = row
+    for b in range(first_block, last_block):
+        for image in range(first, last, span):
+            n = min(span, last - image) * positions
+            x_here, w_here, block, y_here = x + image * x_image, w + b * w_block, blocks + b * BLOCK, y + image * y_image
+            if kind == 0:
+                real_block(n, x_here, x_plane, x_at, w_here, words, words_at, block, y_here, y_plane, y_at)
+            elif kind == 1:
+                block_1(n, x_here, x_plane, x_at, w_here, words, words_at, block, y_here, y_plane, y_at)
+            elif kind == 2:
+                block_2(n, x_here, x_plane, x_at, w_here, words, words_at, block, y_here, y_plane, y_at)
+            elif kind == 4:
+                block_4(n, x_here, x_plane, x_at, w_here, words, words_at, block, y_here, y_plane, y_at)
+            else:
+                block_8(n, x_here, x_plane, x_at, w_here, words, words_at, block, y_here, y_plane, y_at)
+
+
 @njit(parallel=True, cache=True)
-def run_layers(table, images, threads):
-    """The layers, one after the other, on so many images; table int64 [layers, COLUMNS]."""
-    for layer in range(table.shape[0]):
-        (kind, x, x_image, x_plane, x_at, w, w_block, rows, row_bytes, words, blocks, n_blocks, y, y_image, y_plane, y_at,
-         positions, span, chunk) = table[layer]
+def run_layers(table, images, threads, chunk):
+    """The layers, one after the other, on so many images, at most `chunk` at a time; table int64 [layers, COLUMNS]."""
+    if images < threads:  # the threads share the filters of each layer
+        for layer in range(table.shape[0]):
+            blocks = table[layer, N_BLOCKS]
+            for part in prange(threads):
+                run_layer(table[layer], 0, images, part * blocks // threads, (part + 1) * blocks // threads)
+    else:  # they share the images
         share = -(-images // threads)
         chunk = -(-share // -(-share // chunk))  # as many chunks for each thread, as equal as can be
-        chunks = -(-images // chunk)
-        parts = min(n_blocks, -(-threads // chunks))  # of the filters, where there are fewer images than threads
-        for task in prange(chunks * parts):
-            first, part = task // parts * chunk, task % parts
-            last = min(images, first + chunk)
-            for b in range(part * n_blocks // parts, (part + 1) * n_blocks // parts):
-                for image in range(first, last, span):
-                    n = min(span, last - image) * positions
-                    x_here, w_here, block = x + image * x_image, w + b * w_block, blocks + b * BLOCK
-                    y_here = y + image * y_image
-                    if kind == 0:
-                        real_block(n, x_here, x_plane, x_at, w_here, rows, row_bytes, words, block, y_here, y_plane, y_at)
-                    elif kind == 1:
-                        block_1(n, x_here, x_plane, x_at, w_here, rows, row_bytes, words, block, y_here, y_plane, y_at)
-                    elif kind == 2:
-                        block_2(n, x_here, x_plane, x_at, w_here, rows, row_bytes, words, block, y_here, y_plane, y_at)
-                    elif kind == 4:
-                        block_4(n, x_here, x_plane, x_at, w_here, rows, row_bytes, words, block, y_here, y_plane, y_at)
-                    else:
-                        block_8(n, x_here, x_plane, x_at, w_here, rows, row_bytes, words, block, y_here, y_plane, y_at)
+        for task in prange(-(-images // chunk)):
+            for layer in range(table.shape[0]):
+                run_layer(table[layer], task * chunk, min(images, (task + 1) * chunk), 0, table[layer, N_BLOCKS])
 
 
 @njit(parallel=True, cache=True)

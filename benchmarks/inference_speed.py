@@ -1,0 +1,339 @@
+#!/usr/bin/env python3
+"""Images per second of the packed engine and of others, on the same networks, interleaved in one run.
+
+    pip install -r requirements.txt onnxruntime ai-edge-litert
+    python benchmarks/inference_speed.py
+
+    packed             twta.packed, the numba engine; from uint8 images, preprocessing included
+    TensorFlow         the float32 graph, frozen; from preprocessed float32 images, as all that follow
+    ONNX Runtime       the same network in float32: batch normalisation folded into the convolutions
+    ONNX Runtime int8  the same convolutions, weights and activations in int8 (QDQ, a scale a channel)
+    LiteRT int8        the same
+
+The int8 engines have no ternary activations: theirs are the 8-bit values of the clip to [-1, 1], so they do a little
+less than the network asks for (no ternarisation, no shuffling of channels between groups) and predict otherwise. An
+engine that is not installed is left out. Weights are the scripts' initial ones; the time does not depend on them.
+"""
+import argparse
+import importlib.util
+import json
+import logging
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+import numpy as np
+
+from twta import packed as engines
+from twta import packed_file
+from twta.packed_file import geometry, input_shape
+
+ROOT = Path(__file__).resolve().parent.parent
+SHORT = ('TWTA_4_4_MNIST', 'TWTA_3_3_CIFAR10_VGG13', 'TWTA_3_3_CIFAR10_Group_V2')
+SCRIPTS = {path.stem: path for folder in ('MNIST', 'CIFAR10') for path in sorted((ROOT / folder).glob('TWTA*.py'))}
+IMAGE = {'MNIST': ((28, 28, 1), 0), 'CIFAR10': ((32, 32, 3), 24)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Networks
+
+
+def build(name):
+    """The network of a script with its initial weights: Packed, and its frozen graph in TensorFlow as bytes."""
+    from twta import packing, preprocessing, ternary_layers
+    from twta.session import open_session
+    from twta.tf1 import tf
+
+    class Conv2dLayer(ternary_layers.Conv2dLayer):
+        """Without the float64 sums of the encoder, which no other float32 engine has either."""
+
+        def __init__(self, *arguments):
+            super().__init__(*arguments[:7], False, *arguments[8:])
+
+    image, crop = IMAGE[SCRIPTS[name].parent.name]
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS[name])
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    usual = ternary_layers.Conv2dLayer
+    ternary_layers.Conv2dLayer = Conv2dLayer
+    try:
+        with tf.Graph().as_default() as graph:
+            tf.set_random_seed(0)
+            images = tf.placeholder(tf.uint8, [None, *image])
+            prepared = tf.identity(preprocessing.for_evaluation(images, crop), 'x')
+            net = script.model(prepared, False)
+            tf.identity(net.outputs, 'logits')
+            with open_session(graph, 0) as session:
+                session.run(tf.global_variables_initializer())
+                settle(net, session, {images: sample(image, 100)}, packing.read_blocks(net))
+                data = type('Data', (), {'test': type('Split', (), {'images': np.empty((0, *image))}), 'crop': crop,
+                                         'classes': tuple('0123456789')})
+                packed = packing.pack(net_holder(net), session, name, 'benchmark', data, {})
+                frozen = tf.graph_util.extract_sub_graph(tf.graph_util.convert_variables_to_constants(
+                    session, graph.as_graph_def(), ['logits']), ['logits'])
+    finally:
+        ternary_layers.Conv2dLayer = usual
+    return packed, frozen.SerializeToString()
+
+
+def net_holder(net):
+    return type('Network', (), {'net': net})
+
+
+def settle(net, session, feed, blocks):
+    """Moving moments as after some training, so that activations are not all +1 or -1."""
+    for _, batch_norm, _ in blocks:
+        if batch_norm:
+            sums = session.run(batch_norm.inputs, feed)
+            axes = tuple(range(sums.ndim - 1))
+            mean, variance = batch_norm.all_params[-2:]
+            mean.load(sums.mean(axes), session)
+            variance.load(sums.var(axes), session)
+
+
+def sample(image, count):
+    return np.random.default_rng(0).integers(0, 256, (count, *image)).astype(np.uint8)
+
+
+def affine(layer):
+    """Scale and shift of a layer's batch normalisation, that is of one with the same thresholds."""
+    upper, lower = layer.upper.astype(np.float64), layer.lower.astype(np.float64)
+    width = upper - lower - (0 if layer.upper.dtype == np.float32 else 0.5)  # beside the whole numbers
+    return 1 / width, -(upper + lower) / 2 / width
+
+
+def folded(packed):
+    """Each layer with float32 weights [height, width, channels / groups, filters] and bias [filters]."""
+    for layer in packed.layers:
+        scale, shift = affine(layer)
+        yield layer, (layer.weights * scale).astype(np.float32), shift.astype(np.float32)
+
+
+def onnx_model(packed, is_ternary):
+    """The network in float32, x NHWC to logits; is_ternary False: activations clipped but not ternarised or shuffled."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes, constants, shape = [], [], input_shape(packed)
+
+    def constant(array):
+        constants.append(numpy_helper.from_array(np.ascontiguousarray(array), f'c{len(constants)}'))
+        return constants[-1].name
+
+    def node(kind, *inputs, **attributes):
+        nodes.append(helper.make_node(kind, inputs, [f'n{len(nodes)}'], **attributes))
+        return nodes[-1].output[0]
+
+    limits = constant(np.array(-1, np.float32)), constant(np.array(1, np.float32))
+    x = node('Transpose', 'x', perm=[0, 3, 1, 2])
+    for layer, weights, bias in folded(packed):
+        before, out = geometry(shape, layer)
+        kernel = weights.shape[:2]
+        after = [max((out[i] - 1) * layer.stride + kernel[i] - shape[i] - before[i], 0) for i in (0, 1)]
+        if layer.groups > 1 and is_ternary:
+            x = node('Gather', x, constant(np.arange(shape[2]).reshape(-1, layer.groups).T.ravel()), axis=1)
+        x = node('Conv', x, constant(weights.transpose(3, 2, 0, 1)), constant(bias), group=layer.groups,
+                 kernel_shape=kernel, strides=[layer.stride] * 2, pads=[*before, *after])
+        x = node('Clip', node('Round', x) if is_ternary else x, *limits)
+        shape = out
+    x = node('Reshape', node('Transpose', x, perm=[0, 2, 3, 1]), constant(np.array([-1, len(packed.weights)])))
+    x = node('Gemm', x, constant(packed.weights * packed.scale), constant(packed.shift))
+    graph = helper.make_graph(
+        nodes, packed.network, [helper.make_tensor_value_info('x', TensorProto.FLOAT, ['n', *input_shape(packed)])],
+        [helper.make_tensor_value_info(x, TensorProto.FLOAT, ['n', len(packed.classes)])], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid('', 17)], ir_version=8)
+
+
+def write_int8_onnx(packed, path):
+    import onnx
+    from onnxruntime import quantization
+
+    logging.disable(logging.WARNING)  # advice on preprocessing, which the model does not need
+
+    class Reader(quantization.CalibrationDataReader):
+        batches = iter([{'x': engines.prepare(sample(packed.image, 64), packed.crop)}])
+
+        def get_next(self):
+            return next(self.batches, None)
+
+    with tempfile.NamedTemporaryFile(suffix='.onnx') as file:
+        onnx.save(onnx_model(packed, is_ternary=False), file.name)
+        quantization.quantize_static(file.name, str(path), Reader(), per_channel=True,
+                                     quant_format=quantization.QuantFormat.QDQ)
+
+
+def write_tflite(packed, path):
+    """In a process of its own: the converter wants TensorFlow 2."""
+    import tensorflow as tf
+
+    @tf.function(input_signature=[tf.TensorSpec([1, *input_shape(packed)], tf.float32)])
+    def network(x):
+        for layer, weights, bias in folded(packed):
+            x = tf.nn.conv2d(x, tf.constant(weights), layer.stride, layer.padding) + tf.constant(bias)
+            x = tf.clip_by_value(x, -1.0, 1.0)
+        x = tf.reshape(x, [1, len(packed.weights)])
+        return tf.matmul(x, tf.constant(packed.weights * packed.scale)) + tf.constant(packed.shift)
+
+    converter = tf.lite.TFLiteConverter.from_concrete_functions([network.get_concrete_function()])
+    converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    x = engines.prepare(sample(packed.image, 16), packed.crop)
+    converter.representative_dataset = lambda: ([image[np.newaxis]] for image in x)
+    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    converter.inference_input_type = converter.inference_output_type = tf.int8
+    path.write_bytes(converter.convert())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Engines: each a function of (folder, packed, images, threads) that returns a function to time, which returns logits
+
+
+def run_packed(folder, packed, images, threads):
+    engine = engines.open_engine(packed, 'numba', threads)
+    return lambda: engine.logits(images)
+
+
+def run_tensorflow(folder, packed, images, threads):
+    from twta.tf1 import native_chatter_hidden, tf
+
+    with native_chatter_hidden(), tf.Graph().as_default() as graph:
+        definition = tf.GraphDef.FromString((folder / 'frozen.pb').read_bytes())
+        tf.import_graph_def(definition, name='')
+        session = tf.Session(graph=graph, config=tf.ConfigProto(intra_op_parallelism_threads=threads,
+                                                                inter_op_parallelism_threads=threads))
+    run = session.make_callable('logits:0', ['x:0'])
+    x = engines.prepare(images, packed.crop)
+    return lambda: run(x)
+
+
+def run_onnx(file):
+    def start(folder, packed, images, threads):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(str(folder / file), options, ['CPUExecutionProvider'])
+        x = engines.prepare(images, packed.crop)
+        return lambda: session.run(None, {'x': x})[0]
+
+    return start
+
+
+def run_litert(folder, packed, images, threads):
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(model_path=str(folder / 'int8.tflite'), num_threads=threads)
+    entry = interpreter.get_input_details()[0]
+    interpreter.resize_tensor_input(entry['index'], [len(images), *input_shape(packed)])
+    interpreter.allocate_tensors()
+    scale, zero = entry['quantization']
+    x = np.clip(np.round(engines.prepare(images, packed.crop) / scale + zero), -128, 127).astype(np.int8)
+    output = interpreter.get_output_details()[0]['index']
+
+    def run():
+        interpreter.set_tensor(entry['index'], x)
+        interpreter.invoke()
+        return interpreter.get_tensor(output)
+
+    return run
+
+
+ENGINES = {'packed': (run_packed, 'network.twta'), 'TensorFlow': (run_tensorflow, 'frozen.pb'),
+           'ONNX Runtime': (run_onnx('float32.onnx'), 'float32.onnx'),
+           'ONNX Runtime int8': (run_onnx('int8.onnx'), 'int8.onnx'), 'LiteRT int8': (run_litert, 'int8.tflite')}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+def write_models(name, folder):
+    """The files of every engine for a network; those of engines that are not installed are left out."""
+    packed, frozen = build(name)
+    packed_file.write(folder / 'network.twta', packed)
+    (folder / 'frozen.pb').write_bytes(frozen)
+    if importlib.util.find_spec('onnxruntime'):
+        import onnx
+
+        onnx.save(onnx_model(packed, is_ternary=True), folder / 'float32.onnx')
+        write_int8_onnx(packed, folder / 'int8.onnx')
+    if importlib.util.find_spec('ai_edge_litert'):
+        subprocess.run([sys.executable, __file__, '--tflite', folder], check=True, capture_output=True)
+    return packed
+
+
+def measure(name, batches, threads, repetitions):
+    """A row for each engine, batch and number of threads."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        packed = write_models(name, folder)
+        found = {engine: start for engine, (start, file) in ENGINES.items() if (folder / file).exists()}
+        memory = {engine: peak_memory(engine, folder) for engine in found}
+        for n_threads in threads:
+            for batch in batches:
+                images = sample(packed.image, batch)
+                runs = {engine: start(folder, packed, images, n_threads) for engine, start in found.items()}
+                predicted = {engine: run().argmax(1) for engine, run in runs.items()}
+                times = {engine: [] for engine in runs}
+                for _ in range(repetitions):
+                    for engine, run in runs.items():
+                        loops = 1 if batch > 1 else 10
+                        run()
+                        start = time.perf_counter()
+                        for _ in range(loops):
+                            run()
+                        times[engine].append((time.perf_counter() - start) / loops)
+                ours = statistics.median(times['packed'])
+                for engine, seconds in times.items():
+                    row = {'network': name, 'engine': engine, 'batch': batch, 'threads': n_threads,
+                           'images_per_second': batch / statistics.median(seconds),
+                           'packed_is_faster': statistics.median(seconds) / ours,
+                           'bytes': (folder / ENGINES[engine][1]).stat().st_size, 'peak_memory': memory[engine],
+                           'agrees': float(np.mean(predicted[engine] == predicted['packed']))}
+                    rows.append(row)
+                    print(f'{name:26} {engine:18} {batch:5} {n_threads:7} {row["images_per_second"]:9,.0f} '
+                          f'{row["packed_is_faster"]:6.1f} {row["bytes"]:11,} {memory[engine] / 2 ** 20:8,.0f} '
+                          f'{row["agrees"]:7.1%}', flush=True)
+    return rows
+
+
+def peak_memory(engine, folder):
+    """Of a process that does nothing but run the engine on batches of 200, in bytes."""
+    done = subprocess.run([sys.executable, __file__, '--memory', engine, folder], check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--all', action='store_true', help=f'every network, not only {", ".join(SHORT)}')
+    parser.add_argument('--repetitions', type=int, default=9, metavar='N', help='of which the median is taken')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='write the rows there as well')
+    parser.add_argument('--tflite', type=Path, help=argparse.SUPPRESS)
+    parser.add_argument('--memory', nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.tflite:
+        return write_tflite(packed_file.read(args.tflite / 'network.twta'), args.tflite / 'int8.tflite')
+    if args.memory:
+        engine, folder = args.memory
+        packed = packed_file.read(Path(folder) / 'network.twta')
+        run = ENGINES[engine][0](Path(folder), packed, sample(packed.image, 200), os.cpu_count())
+        for _ in range(3):
+            run()
+        status = Path('/proc/self/status').read_text()  # getrusage would count the process that started this one
+        return print(1024 * int(status.split('VmHWM:')[1].split()[0]))
+    print(f'{"network":26} {"engine":18} batch threads  images/s packed/  file bytes mem MiB predicts as packed')
+    rows = []
+    for name in SCRIPTS if args.all else SHORT:
+        rows += measure(name, (1, 200), sorted({1, os.cpu_count()}), args.repetitions)
+    if args.json:
+        args.json.write_text(json.dumps({'machine': platform.processor() or platform.machine(), 'rows': rows}, indent=1))
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,97 @@
+/* Runs the network of a header from --mode export --format c on its test vectors; exit status 0 where all agree.
+
+   Plain C99, nothing but the header and sqrt. Sums of ternary products are counted bit by bit, to be read and ported
+   rather than to be fast:
+
+       cc -O2 -DHEADER='"TWTA_4_4_MNIST.h"' docs/reference.c -lm -o reference && ./reference
+*/
+#include <math.h>
+#include <stdio.h>
+#include HEADER
+
+static int8_t maps[2][TWTA_LARGEST_MAP];
+static float input[TWTA_LARGEST_MAP];
+
+/* Whole images: pixels / 256. With a crop: its pixels with mean 0 and standard deviation 1. */
+static void prepare(const uint8_t *image)
+{
+    const int height = TWTA_CROP ? TWTA_CROP : TWTA_HEIGHT, width = TWTA_CROP ? TWTA_CROP : TWTA_WIDTH;
+    const int top = (TWTA_HEIGHT - height) / 2, left = (TWTA_WIDTH - width) / 2;
+    const double values = (double)height * width * TWTA_CHANNELS;
+    double sum = 0, squares = 0, mean = 0, deviation = 256;
+    for (int pass = 0; pass < 2; pass++) {
+        int k = 0;
+        for (int y = 0; y < height; y++)
+            for (int x = 0; x < width; x++)
+                for (int c = 0; c < TWTA_CHANNELS; c++) {
+                    double value = image[((top + y) * TWTA_WIDTH + left + x) * TWTA_CHANNELS + c];
+                    sum += value;
+                    squares += value * value;
+                    input[k++] = (float)((value - mean) / deviation);
+                }
+        if (!TWTA_CROP)
+            return;
+        if (!pass) {
+            mean = sum / values;
+            deviation = fmax(sqrt(squares / values - mean * mean), 1 / sqrt(values));
+        }
+    }
+}
+
+/* One layer: sums of real products in double for the encoder, of ternary ones in whole numbers for the others. */
+static void run(const struct twta_layer *l, const int8_t *in, int8_t *out)
+{
+    const int per_group = l->channels / l->groups, filters = l->filters / l->groups;
+    const int weights = l->kernel_height * l->kernel_width * per_group, words = (weights + 31) / 32;
+    for (int y = 0; y < l->out_height; y++)
+        for (int x = 0; x < l->out_width; x++)
+            for (int f = 0; f < l->filters; f++) {
+                double real = 0;
+                int32_t sum = 0;
+                for (int k = 0; k < weights; k++) {
+                    const int row = y * l->stride - l->top + k / per_group / l->kernel_width;
+                    const int column = x * l->stride - l->left + k / per_group % l->kernel_width;
+                    const int channel = k % per_group * l->groups + f / filters;
+                    const int at = (row * l->width + column) * l->channels + channel;
+                    if (row < 0 || row >= l->height || column < 0 || column >= l->width)
+                        continue;
+                    if (l->real)
+                        real += (double)input[at] * l->real[f * weights + k];
+                    else if (l->nonzero[f * words + k / 32] >> k % 32 & 1)
+                        sum += l->negative[f * words + k / 32] >> k % 32 & 1 ? -in[at] : in[at];
+                }
+                *out++ = l->real ? ((float)real >= l->real_upper[f]) - ((float)real <= l->real_lower[f])
+                                 : (sum >= l->upper[f]) - (sum <= l->lower[f]);
+            }
+}
+
+int main(void)
+{
+    int wrong = 0;
+    for (int n = 0; n < TWTA_VECTORS; n++) {
+        prepare(twta_images + (size_t)n * TWTA_HEIGHT * TWTA_WIDTH * TWTA_CHANNELS);
+        for (int i = 0; i < TWTA_LAYERS; i++) {
+            const struct twta_layer *l = &twta_layers[i];
+            const size_t size = (size_t)l->out_height * l->out_width * l->filters;
+            run(l, maps[i % 2], maps[(i + 1) % 2]);
+            for (size_t k = 0; k < size; k++)
+                wrong += maps[(i + 1) % 2][k] != twta_vectors[i][n * size + k];
+        }
+        int best = 0, expected = 0;
+        float logits[TWTA_CLASSES];
+        for (int c = 0; c < TWTA_CLASSES; c++) {
+            double sum = 0;
+            for (int k = 0; k < TWTA_FEATURES; k++)
+                sum += maps[TWTA_LAYERS % 2][k] * (double)twta_weights[k * TWTA_CLASSES + c];
+            logits[c] = (float)sum * twta_scale[c] + twta_shift[c];
+            if (logits[c] > logits[best])
+                best = c;
+            if (twta_logits[n * TWTA_CLASSES + c] > twta_logits[n * TWTA_CLASSES + expected])
+                expected = c;
+        }
+        wrong += best != expected;
+        printf("image %d: %s\n", n, twta_classes[best]);
+    }
+    printf("%s: %d activations or predictions differ\n", TWTA_NETWORK, wrong);
+    return wrong != 0;
+}

@@ -1,0 +1,306 @@
+"""Packed networks: the file, the engines, the stand-alone command. No TensorFlow here but for the convolutions' yardstick."""
+import hashlib
+import json
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, random_packed
+
+from twta import TwtaError, bitplanes, kernels, packed_file
+from twta import packed as engines
+from twta.packed_file import Layer
+
+NETWORKS = {  # image, crop, layers: filters, kernel (0: the whole map), stride, padding, groups
+    'dense': ((9, 8, 1), 0, [(5, 3, 1, 'SAME', 1), (33, 0, 1, 'VALID', 1), (7, 0, 1, 'VALID', 1)]),
+    'odd': ((13, 11, 2), 0, [(20, 3, 1, 'SAME', 1), (12, 2, 1, 'SAME', 4), (18, 3, 2, 'SAME', 3), (30, 2, 1, 'VALID', 6)]),
+    'strides': ((17, 17, 3), 16, [(24, 5, 2, 'SAME', 1), (64, 4, 2, 'SAME', 1), (40, 2, 2, 'VALID', 2)]),
+    'wide strides': ((20, 20, 1), 0, [(8, 3, 3, 'VALID', 1), (16, 1, 2, 'VALID', 1), (16, 2, 3, 'SAME', 1)]),
+    'pieces': ((12, 12, 3), 8, [(64, 1, 1, 'SAME', 1), (256, 4, 2, 'SAME', 4), (64, 3, 1, 'SAME', 16),
+                                (128, 2, 2, 'VALID', 8), (256, 1, 1, 'SAME', 32), (16, 2, 1, 'VALID', 1)]),
+    'one bit': ((6, 6, 1), 0, [(16, 1, 1, 'SAME', 1), (16, 3, 1, 'SAME', 16), (1, 1, 1, 'SAME', 1)]),
+    'many words': ((4, 4, 1), 0, [(512, 2, 1, 'SAME', 1), (520, 3, 1, 'SAME', 1)]),
+}
+
+
+@pytest.fixture(params=NETWORKS)
+def packed(request):
+    return random_packed(*NETWORKS[request.param])
+
+
+def images(packed, count, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (count, *packed.image)).astype(np.uint8)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Engines
+
+
+@pytest.mark.parametrize('count', [1, 2, 21])
+@pytest.mark.parametrize('threads', [1, 2])
+def test_engines_have_the_same_activations_and_logits(packed, count, threads):
+    fast, plain = engines.open_engine(packed, 'numba', threads), engines.NumpyEngine(packed)
+    x = images(packed, count)
+    logits, maps = plain.run(x)
+    for layer, found, expected in zip(packed.layers, fast.activations(x), maps, strict=True):
+        np.testing.assert_array_equal(found, expected, err_msg=layer.name)
+    assert any((values != 0).any() and (values == 0).any() for values in maps)
+    np.testing.assert_allclose(fast.logits(x), logits, rtol=1e-5, atol=1e-5)
+
+
+def test_an_engine_does_not_remember_earlier_images(packed):
+    engine = engines.open_engine(packed, 'numba')
+    first = engine.logits(images(packed, 9, seed=1))
+    engine.logits(images(packed, 30, seed=2))
+    np.testing.assert_array_equal(engine.logits(images(packed, 9, seed=1)), first)
+
+
+def test_batches_of_any_length(packed):
+    engine = engines.open_engine(packed, 'numba')
+    x = images(packed, engine.batch + 3)
+    together = engines.logits(engine, x)
+    assert together.shape == (engine.batch + 3, len(packed.classes))
+    np.testing.assert_array_equal(together[-3:], engine.logits(x[-3:]))
+
+
+@pytest.mark.parametrize('sources', [1, 2, 4, 8])
+def test_eight_filters_that_read_so_many_groups(sources):
+    """Every variant of the kernel is used: a reader in G groups takes its bytes from filters of so many groups."""
+    packed = random_packed((6, 6, 3), 0, [(64, 3, 1, 'SAME', 1), (128, 2, 1, 'SAME', 8), (64, 3, 1, 'SAME', 2 * sources)])
+    engine = engines.open_engine(packed, 'numba')
+    assert engine.table[1, kernels.COLUMNS.index('kind')] == sources
+    x = images(packed, 5)
+    for found, expected in zip(engine.activations(x), engines.NumpyEngine(packed).activations(x), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_sums_on_the_thresholds_fire():
+    """upper and lower are inclusive: with thresholds at the sums themselves, everything fires."""
+    base = random_packed((6, 6, 1), 0, [(16, 3, 1, 'SAME', 1), (8, 6, 1, 'VALID', 1)])
+    x = images(base, 1)
+    before = engines.NumpyEngine(base).activations(x)[0].astype(np.float32)
+    sums = engines.convolve(before, base.layers[1])[0, 0, 0].astype(np.int32)
+    for shift, expected in ((0, 1), (1, 0)):
+        layer = base.layers[1]._replace(upper=sums + shift, lower=sums - 100)
+        for engine in ('numba', 'numpy'):
+            found = engines.open_engine(base._replace(layers=(base.layers[0], layer)), engine).activations(x)[1]
+            assert (found == expected).all()
+        layer = base.layers[1]._replace(upper=sums + 100, lower=sums - shift)
+        found = engines.open_engine(base._replace(layers=(base.layers[0], layer)), 'numba').activations(x)[1]
+        assert (found == -expected).all()
+
+
+def test_the_fallback_where_numba_is_not_installed(monkeypatch):
+    packed = random_packed(*NETWORKS['odd'])
+    monkeypatch.setitem(sys.modules, 'twta.bitplanes', None)
+    assert engines.open_engine(packed).name == 'numpy'
+    with pytest.raises(TwtaError, match='--engine numpy'):
+        engines.open_engine(packed, 'numba')
+
+
+def test_a_word_of_weights_is_where_its_bits_say():
+    layer = Layer('l', np.zeros((1, 2, 3, 9), np.int8), None, None, 1, 'SAME', 1)
+    layer.weights[0, 1, 2, 8] = -1
+    words = bitplanes.ternary_words(layer, np.array([[0] * 7 + [8], [-1] * 8]), cell=1, words=1)
+    assert words.shape == (2, 1, 1, 2, 8) and (words[1] == 0).all()
+    assert list(words[0, 0, 0, :, 7]) == [1 << 10] * 2 and (words[..., :7] == 0).all()  # bit 2 of the second byte
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The file
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / 'network.twta'
+    packed_file.write(path, random_packed(*NETWORKS['pieces']))
+    return path
+
+
+def assert_equal(found, expected):
+    for name, value in expected._asdict().items():
+        if name == 'layers':
+            for a, b in zip(found.layers, value, strict=True):
+                for x, y in zip(a, b, strict=True):
+                    np.testing.assert_array_equal(x, y)
+        else:
+            np.testing.assert_array_equal(getattr(found, name), value, err_msg=name)
+
+
+def test_what_is_written_is_read(packed, tmp_path):
+    size = packed_file.write(tmp_path / 'network.twta', packed)
+    assert size == (tmp_path / 'network.twta').stat().st_size
+    assert_equal(packed_file.read(tmp_path / 'network.twta'), packed)
+
+
+def test_five_trits_to_a_byte():
+    rng = np.random.default_rng(0)
+    for count in range(1, 40):
+        trits = rng.integers(-1, 2, count).astype(np.int8)
+        data = packed_file.pack_trits(trits)
+        assert len(data) == -(-count // 5) and data.dtype == np.uint8
+        np.testing.assert_array_equal(packed_file.unpack_trits(data, count), trits)
+    assert list(packed_file.pack_trits(np.array([1, -1, -1, -1, 0, -1]))) == [2 + 81, 0]
+
+
+def broken(data):
+    """The line that some bytes are refused with."""
+    with pytest.raises(packed_file.Bad) as error:
+        packed_file.parse(bytes(data))
+    assert '\n' not in str(error.value)
+    return str(error.value)
+
+
+def sealed(body):
+    return body + hashlib.sha256(body).digest()
+
+
+def with_header(data, change):
+    """A file whose header was changed by a function, its checksum right."""
+    length = struct.unpack('<I', data[8:12])[0]
+    header = json.loads(data[12:12 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    return sealed(data[:8] + struct.pack('<I', len(text)) + text + data[12 + length:-32])
+
+
+def test_every_flipped_byte_and_every_truncation_is_found(file):
+    data = file.read_bytes()
+    for position in [*range(0, 60), *range(60, len(data), 97)]:
+        damaged = bytearray(data)
+        damaged[position] ^= 1 << position % 8
+        assert broken(damaged)
+        assert broken(data[:position])
+    assert 'damaged' in broken(data + b'\0')
+
+
+def test_a_refusal_names_the_file_and_what_to_do(tmp_path, file):
+    for content, word in ((b'', 'not a .twta file'), (b'<html>' * 99, 'not a .twta file'), (file.read_bytes()[:-1], 'damaged')):
+        (tmp_path / 'bad.twta').write_bytes(content)
+        with pytest.raises(TwtaError, match=f'bad.twta: .*{word}.*--mode export'):
+            packed_file.read(tmp_path / 'bad.twta')
+    with pytest.raises(TwtaError, match=r'absent\.twta: No such file'):
+        packed_file.read(tmp_path / 'absent.twta')
+    with pytest.raises(TwtaError, match='Is a directory'):
+        packed_file.read(tmp_path)
+
+
+def test_a_newer_version_is_refused_as_such(file):
+    data = file.read_bytes()
+    assert 'newer version' in broken(sealed(data[:4] + struct.pack('<I', 2) + data[8:-32]))
+
+
+@pytest.mark.parametrize('change, word', [
+    (lambda header: header.pop('layers'), 'layers'),
+    (lambda header: header.update(image=[32, 32]), 'image'),
+    (lambda header: header.update(image=[32, 32, True]), 'whole number'),
+    (lambda header: header.update(image=[10 ** 9, 32, 3]), 'whole number'),
+    (lambda header: header.update(crop=33), 'crop'),
+    (lambda header: header.update(classes=[]), 'classes'),
+    (lambda header: header.update(classes=[1, 2]), 'classes'),
+    (lambda header: header.update(classes=['a'] * 11), 'shorter'),
+    (lambda header: header.update(layers=[]), 'no layers'),
+    (lambda header: header.update(layers=header['layers'][:-1]), 'too many|shorter|range'),
+    (lambda header: header['layers'][1].update(stride=0), 'stride'),
+    (lambda header: header['layers'][1].update(stride='1'), 'stride'),
+    (lambda header: header['layers'][1].update(padding='REFLECT'), 'padding'),
+    (lambda header: header['layers'][1].update(groups=3), 'divide'),
+    (lambda header: header['layers'][0].update(kernel=[99, 1], padding='VALID'), 'padding'),
+    (lambda header: header['layers'][2].update(filters=65536), 'shorter'),
+    (lambda header: header.update(network='x' * 10 + '\n', dataset=3), 'dataset'),
+    (lambda header: header.update(image=[4000, 4000, 3], crop=0), 'too large|range|too many|shorter'),
+])
+def test_a_header_that_contradicts_itself(file, change, word):
+    import re
+
+    assert re.search(word, broken(with_header(file.read_bytes(), change)))
+
+
+def test_arrays_out_of_range_are_refused():
+    packed = random_packed(*NETWORKS['dense'])
+    encoder, layer, last = packed.layers
+    for bad in ((encoder, layer._replace(upper=layer.lower), last), (encoder, layer, last._replace(upper=last.upper + 9999)),
+                (encoder._replace(upper=encoder.upper * np.nan), layer, last),
+                (encoder._replace(weights=encoder.weights * np.inf), layer, last)):
+        assert 'out of range' in broken(rewritten(packed._replace(layers=bad)))
+    assert 'NaN' in broken(rewritten(packed._replace(shift=packed.shift * np.nan)))
+
+
+def rewritten(packed):
+    import pathlib
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        packed_file.write(pathlib.Path(folder) / 'x', packed)
+        return (pathlib.Path(folder) / 'x').read_bytes()
+
+
+def test_noise_under_a_right_checksum_raises_nothing_but_bad(file):
+    """Fuzz: 3,000 files with bytes changed, cut or repeated, each with the checksum that belongs to it."""
+    body, rng = file.read_bytes()[:-32], np.random.default_rng(0)
+    header = 12 + struct.unpack('<I', body[8:12])[0]
+    refused = 0
+    for _ in range(3000):
+        noisy = bytearray(body)
+        for _ in range(rng.integers(1, 4)):
+            at = int(rng.integers(0, header if rng.random() < 0.8 else len(noisy)))
+            kind = rng.integers(3)
+            if kind == 0:
+                noisy[at:at + 1] = bytes([rng.integers(256)])
+            elif kind == 1:
+                del noisy[at:at + int(rng.integers(1, 50))]
+            else:
+                noisy[at:at] = noisy[at:at + int(rng.integers(1, 50))]
+        try:
+            packed_file.parse(sealed(bytes(noisy)))
+        except packed_file.Bad:
+            refused += 1
+    assert refused > 2000
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From the shell
+
+
+def standalone(*arguments, cwd):
+    """python -m twta.packed where neither TensorFlow nor TensorLayer can be imported."""
+    for package in ('tensorflow', 'tensorlayer'):
+        (cwd / f'{package}.py').write_text(f'raise SystemExit("{package} was imported")')
+    return subprocess.run([sys.executable, '-m', 'twta.packed', *map(str, arguments)], cwd=cwd, capture_output=True,
+                          text=True, timeout=300, env={'PYTHONPATH': f'{cwd}:{ROOT}', 'PATH': ''})
+
+
+@pytest.mark.parametrize('engine', ['numba', 'numpy'])
+def test_the_standalone_command(tmp_path, engine):
+    packed = random_packed(*NETWORKS['dense'])
+    packed_file.write(tmp_path / 'network.twta', packed)
+    x = images(packed, 5)
+    np.save(tmp_path / 'images.npy', x[..., 0])
+    finished = standalone('network.twta', 'images.npy', '--engine', engine, cwd=tmp_path)
+    expected = engines.NumpyEngine(packed).logits(x).argmax(1)
+    assert finished.returncode == 0 and finished.stdout.split() == list(map(str, expected))
+    assert f'engine: {engine}, ready after' in finished.stderr
+    finished = standalone('network.twta', 'images.npy', '--engine', engine, '--names', cwd=tmp_path)
+    assert finished.stdout.split() == [packed.classes[k] for k in expected]
+
+
+@pytest.mark.parametrize('array, words', [
+    (np.zeros((2, 28, 28), np.uint8), '[2, 28, 28, 1]'), (np.zeros((2, 9, 8, 1)), 'float64'),
+    (np.zeros((0, 9, 8, 1), np.uint8), '[0, 9, 8, 1]'), (np.array([{}], object), 'numpy.save'), (None, 'numpy.save')])
+def test_images_that_do_not_fit(tmp_path, array, words):
+    packed_file.write(tmp_path / 'network.twta', random_packed(*NETWORKS['dense']))
+    if array is None:
+        (tmp_path / 'images.npy').write_text('no array')
+    else:
+        np.save(tmp_path / 'images.npy', array, allow_pickle=True)
+    finished = standalone('network.twta', 'images.npy', cwd=tmp_path)
+    assert finished.returncode == 1 and finished.stdout == ''
+    assert finished.stderr.count('\n') == 1 and 'images.npy' in finished.stderr and words in finished.stderr
+
+
+@pytest.mark.parametrize('arguments', [(), ('a',), ('absent.twta', 'absent.npy'), ('--threads', '0', 'a', 'b')])
+def test_mistakes_at_the_standalone_command(tmp_path, arguments):
+    finished = standalone(*arguments, cwd=tmp_path)
+    assert finished.returncode in (1, 2) and 'Traceback' not in finished.stderr and 'error: ' in finished.stderr
