@@ -19,7 +19,6 @@ import importlib.util
 import json
 import logging
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ import numpy as np
 from twta import packed as engines
 from twta import packed_file
 from twta.packed_file import geometry, input_shape
+from twta.records import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ('TWTA_4_4_MNIST', 'TWTA_3_3_CIFAR10_VGG13', 'TWTA_3_3_CIFAR10_Group_V2')
@@ -268,45 +268,55 @@ def write_models(name, folder):
 
 
 def measure(name, batches, threads, repetitions):
-    """A row for each engine, batch and number of threads."""
+    """Prints and returns a row for each engine, batch and number of threads."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        packed = write_models(name, folder)
-        found = {engine: start for engine, (start, file) in ENGINES.items() if (folder / file).exists()}
-        memory = {engine: peak_memory(engine, folder) for engine in found}
-        for n_threads in threads:
-            for batch in batches:
-                images = sample(packed.image, batch)
-                runs = {engine: start(folder, packed, images, n_threads) for engine, start in found.items()}
-                predicted = {engine: run().argmax(1) for engine, run in runs.items()}
-                times = {engine: [] for engine in runs}
-                for _ in range(repetitions):
-                    for engine, run in runs.items():
-                        loops = 1 if batch > 1 else 10
-                        run()
-                        start = time.perf_counter()
-                        for _ in range(loops):
-                            run()
-                        times[engine].append((time.perf_counter() - start) / loops)
-                ours = statistics.median(times['packed'])
-                for engine, seconds in times.items():
-                    row = {'network': name, 'engine': engine, 'batch': batch, 'threads': n_threads,
-                           'images_per_second': batch / statistics.median(seconds),
-                           'packed_is_faster': statistics.median(seconds) / ours,
-                           'bytes': (folder / ENGINES[engine][1]).stat().st_size, 'peak_memory': memory[engine],
-                           'agrees': float(np.mean(predicted[engine] == predicted['packed']))}
-                    rows.append(row)
-                    print(f'{name:26} {engine:18} {batch:5} {n_threads:7} {row["images_per_second"]:9,.0f} '
-                          f'{row["packed_is_faster"]:6.1f} {row["bytes"]:11,} {memory[engine] / 2 ** 20:8,.0f} '
-                          f'{row["agrees"]:7.1%}', flush=True)
+        write_models(name, folder)
+        found = [engine for engine, (_, file) in ENGINES.items() if (folder / file).exists()]
+        memory = {engine: int(child('--memory', engine, folder)) for engine in found}
+        for n_threads in threads:  # a process each: TensorFlow keeps the number of threads of its first session
+            for row in json.loads(child('--rows', folder, n_threads, repetitions, *batches)):
+                row.update(network=name, threads=n_threads, peak_memory=memory[row['engine']],
+                           bytes=(folder / ENGINES[row['engine']][1]).stat().st_size)
+                rows.append(row)
+                print(f'{name:26} {row["engine"]:18} {row["batch"]:5} {n_threads:7} {row["images_per_second"]:9,.0f} '
+                      f'{row["packed_is_faster"]:7.1f} {row["bytes"]:11,} {row["peak_memory"] / 2 ** 20:8,.0f} '
+                      f'{row["agrees"]:7.1%}', flush=True)
     return rows
 
 
-def peak_memory(engine, folder):
-    """Of a process that does nothing but run the engine on batches of 200, in bytes."""
-    done = subprocess.run([sys.executable, __file__, '--memory', engine, folder], check=True, capture_output=True, text=True)
-    return int(done.stdout.split()[-1])
+def interleave(folder, threads, repetitions, batches):
+    """Rows of all engines, in turn, in this process."""
+    packed = packed_file.read(folder / 'network.twta')
+    rows = []
+    for batch in batches:
+        images = sample(packed.image, batch)
+        runs = {engine: start(folder, packed, images, threads) for engine, (start, file) in ENGINES.items()
+                if (folder / file).exists()}
+        predicted = {engine: run().argmax(1) for engine, run in runs.items()}
+        times = {engine: [] for engine in runs}
+        loops = 1 if batch > 1 else 20
+        for _ in range(repetitions):
+            for engine, run in runs.items():
+                time.sleep(0.1)  # until the threads of the one before have stopped spinning
+                run()
+                start = time.perf_counter()
+                for _ in range(loops):
+                    run()
+                times[engine].append((time.perf_counter() - start) / loops)
+        seconds = {engine: statistics.median(values) for engine, values in times.items()}
+        rows += [{'engine': engine, 'batch': batch, 'images_per_second': batch / seconds[engine],
+                  'packed_is_faster': seconds[engine] / seconds['packed'],
+                  'agrees': float(np.mean(predicted[engine] == predicted['packed']))} for engine in runs]
+    return rows
+
+
+def child(*arguments):
+    """The last line that this script prints with those arguments, in a process of its own."""
+    done = subprocess.run([sys.executable, __file__, *map(str, arguments)], check=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, text=True)
+    return done.stdout.splitlines()[-1]
 
 
 def main():
@@ -314,25 +324,28 @@ def main():
     parser.add_argument('--all', action='store_true', help=f'every network, not only {", ".join(SHORT)}')
     parser.add_argument('--repetitions', type=int, default=9, metavar='N', help='of which the median is taken')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the rows there as well')
-    parser.add_argument('--tflite', type=Path, help=argparse.SUPPRESS)
-    parser.add_argument('--memory', nargs=2, help=argparse.SUPPRESS)
+    for internal, count in (('--tflite', 1), ('--memory', 2), ('--rows', '+')):
+        parser.add_argument(internal, nargs=count, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.tflite:
-        return write_tflite(packed_file.read(args.tflite / 'network.twta'), args.tflite / 'int8.tflite')
+        folder = Path(args.tflite[0])
+        return write_tflite(packed_file.read(folder / 'network.twta'), folder / 'int8.tflite')
     if args.memory:
-        engine, folder = args.memory
-        packed = packed_file.read(Path(folder) / 'network.twta')
-        run = ENGINES[engine][0](Path(folder), packed, sample(packed.image, 200), os.cpu_count())
+        engine, folder = args.memory[0], Path(args.memory[1])
+        packed = packed_file.read(folder / 'network.twta')
+        run = ENGINES[engine][0](folder, packed, sample(packed.image, 200), os.cpu_count())
         for _ in range(3):
             run()
         status = Path('/proc/self/status').read_text()  # getrusage would count the process that started this one
         return print(1024 * int(status.split('VmHWM:')[1].split()[0]))
-    print(f'{"network":26} {"engine":18} batch threads  images/s packed/  file bytes mem MiB predicts as packed')
+    if args.rows:
+        return print(json.dumps(interleave(Path(args.rows[0]), *map(int, args.rows[1:3]), list(map(int, args.rows[3:])))))
+    print(f'{"network":26} {"engine":18} batch threads  images/s packed/x  file bytes mem MiB predicts as packed')
     rows = []
     for name in SCRIPTS if args.all else SHORT:
         rows += measure(name, (1, 200), sorted({1, os.cpu_count()}), args.repetitions)
     if args.json:
-        args.json.write_text(json.dumps({'machine': platform.processor() or platform.machine(), 'rows': rows}, indent=1))
+        args.json.write_text(json.dumps({'environment': environment(), 'rows': rows}, indent=1) + '\n')
 
 
 if __name__ == '__main__':

@@ -1,9 +1,12 @@
 """Packed networks: the file, the engines, the stand-alone command. No TensorFlow here but for the convolutions' yardstick."""
 import hashlib
 import json
+import re
 import struct
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -210,11 +213,9 @@ def test_a_newer_version_is_refused_as_such(file):
     (lambda header: header['layers'][0].update(kernel=[99, 1], padding='VALID'), 'padding'),
     (lambda header: header['layers'][2].update(filters=65536), 'shorter'),
     (lambda header: header.update(network='x' * 10 + '\n', dataset=3), 'dataset'),
-    (lambda header: header.update(image=[4000, 4000, 3], crop=0), 'too large|range|too many|shorter'),
+    (lambda header: header.update(image=[4000, 4000, 3], crop=0), 'too large'),
 ])
 def test_a_header_that_contradicts_itself(file, change, word):
-    import re
-
     assert re.search(word, broken(with_header(file.read_bytes(), change)))
 
 
@@ -229,12 +230,9 @@ def test_arrays_out_of_range_are_refused():
 
 
 def rewritten(packed):
-    import pathlib
-    import tempfile
-
     with tempfile.TemporaryDirectory() as folder:
-        packed_file.write(pathlib.Path(folder) / 'x', packed)
-        return (pathlib.Path(folder) / 'x').read_bytes()
+        packed_file.write(Path(folder) / 'x', packed)
+        return (Path(folder) / 'x').read_bytes()
 
 
 def test_noise_under_a_right_checksum_raises_nothing_but_bad(file):

@@ -147,7 +147,7 @@ def main(argv=None):
                                                   'images with one channel, [n, height, width] does as well')
     parser.add_argument('--engine', choices=('auto', 'numba', 'numpy'), default='auto',
                         help='auto, the default: numba where it is installed, else numpy; the same results')
-    parser.add_argument('--threads', type=int, metavar='N', help='default: one a core')
+    parser.add_argument('--threads', type=threads, metavar='N', help='default: one a core')
     parser.add_argument('--names', action='store_true', help="print the classes' names, not their numbers")
     args = parser.parse_args(argv)
     try:
@@ -158,6 +158,12 @@ def main(argv=None):
     except TwtaError as error:
         print(f'twta.packed: error: {error}', file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+def threads(text):
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number of threads, 1 or more')
+    return int(text)
 
 
 def read_images(path, shape):

@@ -29,6 +29,7 @@ VERSION = 1
 KEYS = {'network': str, 'dataset': str, 'image': list, 'crop': int, 'classes': list, 'layers': list, 'record': dict}
 LAYER_KEYS = {'name': str, 'kernel': list, 'filters': int, 'stride': int, 'padding': str, 'groups': int}
 LARGEST = 1 << 16  # of any size in the header
+LARGEST_MAP = 1 << 20  # values in an image or in the activations of a layer
 POWERS = 3 ** np.arange(5)
 
 
@@ -168,8 +169,10 @@ def parse(data):
     take = Taker(body[length:])
     *image, channels = sizes('image', header['image'], 3)
     crop, classes = size('crop', header['crop'], least=0), header['classes']
+    if math.prod(image) * channels > LARGEST_MAP:
+        raise Bad(f'its images are too large, {[*image, channels]}')
     if crop > min(image):
-        raise Bad(f'crop {crop} of images {image}')
+        raise Bad(f'crop {crop} of images {[*image, channels]}')
     if not classes or len(classes) > LARGEST or not all(isinstance(name, str) for name in classes):
         raise Bad('its classes are not names')
     if not header['layers']:
@@ -178,6 +181,8 @@ def parse(data):
     for index, entry in enumerate(header['layers']):
         layers.append(read_layer(entry, shape, take, is_encoder=not index))
         shape = geometry(shape, layers[-1])[1]
+        if math.prod(shape) > LARGEST_MAP:
+            raise Bad(f'the activations of {layers[-1].name} are too large, {list(shape)}')
     n_classes = len(classes)
     weights = take('<f4', math.prod(shape) * n_classes).reshape(-1, n_classes)
     scale, shift = take('<f4', n_classes), take('<f4', n_classes)
@@ -192,7 +197,7 @@ def parse(data):
 def read_layer(entry, shape, take, is_encoder):
     """A layer on a map of that shape; raises Bad."""
     check_keys('layer', entry, LAYER_KEYS)
-    name = entry['name'][:80]
+    name = ascii(entry['name'][:80])
     kernel = sizes(f'kernel of {name}', entry['kernel'], 2)
     filters, stride, groups = (size(f'{key} of {name}', entry[key]) for key in ('filters', 'stride', 'groups'))
     if entry['padding'] not in ('SAME', 'VALID') or entry['padding'] == 'VALID' and (
@@ -221,7 +226,7 @@ def read_layer(entry, shape, take, is_encoder):
             and lower.max() <= most and lower.min() >= -most - 1
     if not is_good:
         raise Bad(f'weights or thresholds of {name} are out of range')
-    return Layer(name, np.ascontiguousarray(np.moveaxis(weights, 0, 3)), upper, lower, stride, entry['padding'], groups)
+    return Layer(entry['name'], np.ascontiguousarray(np.moveaxis(weights, 0, 3)), upper, lower, stride, entry['padding'], groups)
 
 
 class Taker:

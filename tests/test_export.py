@@ -1,0 +1,367 @@
+"""From trained graphs to packed networks and other formats: exact on every reachable sum, on hostile parameters, on data."""
+import contextlib
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import MNIST_SCRIPTS, QUICK, ROOT, SCRIPTS, load_script, random_packed, run_script, start
+
+from twta import TwtaError, command_line, datasets, experiment, interchange, packed_file, packed_report, packing
+from twta import packed as engines
+from twta.session import open_session
+from twta.tf1 import tf
+
+TERNARY = [name for name in SCRIPTS if name.startswith('TWTA')]
+TRAINED = ROOT / 'results' / 'TWTA_4_4_MNIST-mnist-0' / 'model.npz'
+SHARED = ROOT.parent / 'shared' / 'datasets'
+
+
+def sample_of(name):
+    return datasets.load('digits' if name in MNIST_SCRIPTS else 'shapes', Path('/absent'), None)
+
+
+@contextlib.contextmanager
+def graph_of(name, dataset, parameters):
+    """The evaluation graph of a script, in a session where its parameters are parameters(name, initial value)."""
+    network = experiment.build(load_script(name).model, dataset, seed=0)
+    with network.graph.as_default(), open_session(network.graph, 0) as session:
+        session.run(tf.global_variables_initializer())
+        for variable in network.net.all_params:
+            variable.load(parameters(variable.name, session.run(variable)), session)
+        yield network, session
+
+
+def packed_and_graph(name, dataset, parameters, n_images):
+    """The packed network of a script with those parameters, and what the graph makes of test images of a data set."""
+    with graph_of(name, dataset, parameters) as (network, session):
+        packed = packing.pack(network, session, name, 'data', dataset, {})
+        outputs = [activation.outputs for _, _, activation in packing.read_blocks(network.net)[:-1]]
+        maps, logits = session.run([outputs, network.net.outputs], {network.images: dataset.test.images[:n_images]})
+        return packed, maps, logits
+
+
+def assert_same_maps(packed, engine, images, maps):
+    for layer, found, expected in zip(packed.layers, engine.activations(images), maps, strict=True):
+        np.testing.assert_array_equal(found.reshape(expected.shape), expected, err_msg=layer.name)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Exactness
+
+
+def hostile(name, value):
+    """Batch normalisation with negative, zero and tiny gammas, constant channels, sums on the break points, no variance."""
+    rng = np.random.default_rng(sum(name.encode()))
+    if 'gamma' in name:
+        return rng.choice(np.float32([1, -1, 0.5, -2, 0, -0.0, 1e-30, -1e-30, 1e-3, 30]), value.shape)
+    if 'beta' in name:
+        return rng.choice(np.float32([0, 0.5, -0.5, 0.6, -0.6, 0.1, 0.49999997]), value.shape)
+    if 'moving_mean' in name:
+        return np.where(rng.random(value.shape) < 0.5, rng.integers(-20, 20, value.shape),
+                        rng.normal(0, 5, value.shape)).astype(np.float32)
+    if 'moving_variance' in name:
+        return rng.choice(np.float32([0, 1, 4, 100, 400, 37.5, 1e6]), value.shape)
+    return value
+
+
+@pytest.mark.parametrize('name', TERNARY)
+def test_hostile_parameters_on_200_images(name):
+    """Each hidden activation of each script, in both engines, and the predictions."""
+    dataset = sample_of(name)
+    images = dataset.test.images[:200]
+    packed, maps, logits = packed_and_graph(name, dataset, hostile, 200)
+    fast = engines.open_engine(packed, 'numba')
+    assert_same_maps(packed, fast, images, maps)
+    few = images[:8]
+    assert_same_maps(packed, engines.NumpyEngine(packed), few, [values[:8] for values in maps])
+    np.testing.assert_allclose(fast.logits(images), logits, rtol=1e-4, atol=1e-4)
+    assert all(len(np.unique(values)) == 3 for values in maps[:2])
+    integers = sum(-(-layer.weights.size // 5) + 2 * 2 * layer.weights.shape[3] for layer in packed.layers[1:])
+    assert 4 * sum(layer.weights.size for layer in packed.layers[1:]) > 18 * integers  # weights in float32
+
+
+def trained(name, value):
+    with np.load(TRAINED) as file:
+        return file[name]
+
+
+def test_a_trained_network_on_every_reachable_sum():
+    """The thresholds against batch normalisation written out, for every channel and every sum that it can reach.
+
+    numpy rounds (u - mean) * (gamma / sigma) + beta otherwise than TensorFlow, so sums within a rounding of a break
+    point may differ; there are none in this network.
+    """
+    dataset = sample_of('TWTA_4_4_MNIST')
+    packed, _, _ = packed_and_graph('TWTA_4_4_MNIST', dataset, trained, 1)
+    with np.load(TRAINED) as file:
+        for layer in packed.layers[1:]:
+            beta, gamma, mean, variance = (file[f'{layer.name}/bn/{name}:0'].astype(np.float64) for name in (
+                'beta', 'gamma', 'moving_mean', 'moving_variance'))
+            v = np.arange(-packed_file.fan_in(layer.weights), packed_file.fan_in(layer.weights) + 1)[:, np.newaxis]
+            x = (np.where(gamma < 0, -v, v) - mean) * gamma / np.sqrt(variance + 1e-5) + beta
+            expected = (x >= 0.5).astype(int) - (x <= -0.5)
+            np.testing.assert_array_equal((v >= layer.upper).astype(int) - (v <= layer.lower), expected)
+
+
+@pytest.mark.parametrize('gamma, upper, lower, sign', [  # siblings.md, 4.3: mean 2.3, variance 25, beta 0.1
+    (1, 5, -1, 1), (-1, 0, -6, -1), (0, 19, -19, 1)])
+def test_the_worked_example(session, gamma, upper, lower, sign):
+    from twta.ternary_layers import ActivationLayer, BatchNormLayer, Conv2dLayer
+    from twta.tf1 import tl
+
+    layer = Conv2dLayer(tl.layers.InputLayer(tf.placeholder(tf.float32, [None, 4, 4, 2]), name='x'), 1, 3)
+    batch_norm = BatchNormLayer(layer, is_train=False)
+    activation = ActivationLayer(batch_norm)
+    session.run(tf.global_variables_initializer())
+    for variable, value in zip(batch_norm.all_params[-4:], (0.1, gamma, 2.3, 25), strict=True):
+        variable.load(np.float32([value]), session)
+    packed = packing.pack_layer(session, layer, batch_norm, activation, is_encoder=False)
+    assert (packed.upper, packed.lower) == (upper, lower)
+    np.testing.assert_array_equal(packed.weights, sign * session.run(layer.quantized))
+
+
+def test_thresholds_of_the_encoder_are_the_very_floats(session):
+    """Just below the threshold the graph does not fire, on it it does."""
+    sums = tf.placeholder(tf.float32, [None, 1, 1, 4])
+    scale, shift = np.float32([3, 0.1, 0, 1e-3]), np.float32([0.2, -0.3, 0.7, 0])
+    from twta.ternary_layers import ternarize_activations
+
+    activations = ternarize_activations(sums * scale + shift)
+    upper, lower = packing.real_thresholds(session, sums, activations, np.ones(4, np.int8))
+    assert upper.dtype == np.float32 and upper[2] == -np.inf and lower[2] == -np.inf  # a constant +1
+    for thresholds, value, inwards in ((upper, 1, -np.inf), (lower, -1, np.inf)):
+        on = packing.respond(session, sums, activations, thresholds[np.newaxis])[0]
+        beside = packing.respond(session, sums, activations, np.nextafter(thresholds, np.float32(inwards))[np.newaxis])[0]
+        assert (on[[0, 1, 3]] == value).all() and (beside[[0, 1, 3]] == 0).all()
+
+
+def test_standardised_images_are_the_same_bits():
+    from twta import preprocessing
+
+    images = np.random.default_rng(0).integers(0, 256, (300, 32, 32, 3)).astype(np.uint8)
+    images[0], images[1], images[2, 5, 5] = 7, 0, 255
+    images[3] = 100
+    images[3, 16, 16] = 101
+    for crop in (0, 24, 31):
+        with tf.Graph().as_default(), tf.Session() as session:
+            expected = session.run(preprocessing.for_evaluation(tf.constant(images), crop))
+        found = engines.prepare(images, crop)
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.skipif(not (SHARED / 'mnist').exists(), reason=f'needs the real MNIST in {SHARED}')
+def test_the_whole_test_set_of_mnist(tmp_path):
+    """The network of results/, 10,000 images: every prediction is the graph's, and the accuracy the recorded one."""
+    subprocess.run([sys.executable, SHARED / 'prepare.py', tmp_path], check=True, capture_output=True)
+    dataset = datasets.load('mnist', tmp_path, None)
+    with graph_of('TWTA_4_4_MNIST', dataset, trained) as (network, session):
+        packed = packing.pack(network, session, 'TWTA_4_4_MNIST', 'mnist', dataset, {})
+        predicted = np.concatenate([session.run(network.evaluation.predicted, {network.images: batch})
+                                    for batch in np.split(dataset.test.images, 20)])
+    found = engines.logits(engines.open_engine(packed), dataset.test.images).argmax(1)
+    np.testing.assert_array_equal(found, predicted)
+    assert np.mean(found == dataset.test.labels) == 0.993
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The mode
+
+
+@pytest.fixture(scope='module')
+def exported(finished_run, tmp_path_factory):
+    """The file of the finished run of TWTA_5_5_MNIST on the digits."""
+    path = tmp_path_factory.mktemp('exported') / 'TWTA_5_5_MNIST.twta'
+    start(finished_run, '--mode', 'export', '--file', path)
+    return path
+
+
+def test_export_then_inference_without_tensorflow(exported, finished_run, tmp_path, capsys):
+    """Loss and accuracy are those of --engine tensorflow, which the packed engine does not import."""
+    start(tmp_path / 'run', '--mode', 'inference', '--weights', finished_run / 'model.npz')
+    expected = [line for line in capsys.readouterr().out.splitlines() if line.startswith('test ')]
+    for package in ('tensorflow', 'tensorlayer'):
+        (tmp_path / f'{package}.py').write_text(f'raise SystemExit("{package} was imported")')
+    finished = run_script(SCRIPTS['TWTA_5_5_MNIST'], '--mode', 'inference', '--engine', 'packed', '--dataset', 'digits',
+                          '--file', exported, '--run_dir', tmp_path / 'run', '--report', PYTHONPATH=str(tmp_path))
+    assert finished.returncode == 0, finished.stderr
+    assert [line for line in finished.stdout.splitlines() if line.startswith('test ')] == expected
+    assert (tmp_path / 'run' / 'result-packed.json').exists() and (tmp_path / 'run' / 'confusion-packed.png').exists()
+    assert (tmp_path / 'run' / 'cost.png').stat().st_size > 10_000
+    assert 'in all' in finished.stdout and 'images/s' in finished.stdout
+
+
+def test_the_default_file_is_in_the_current_folder(finished_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start(finished_run, '--mode', 'export')
+    assert [path.name for path in tmp_path.iterdir()] == ['TWTA_5_5_MNIST.twta']
+    packed = packed_file.read(tmp_path / 'TWTA_5_5_MNIST.twta')
+    assert (packed.network, packed.dataset, packed.record['epoch']) == ('TWTA_5_5_MNIST', 'digits', 4)
+    assert set(packed.record['sha256']) == {'config.json', 'log.csv'}
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--engine', 'packed'], ['--engine packed', '--mode training']),
+    (['--engine', 'packed', '--mode', 'export'], ['--engine packed', '--mode export']),
+    (['--mode', 'inference', '--engine', 'packed', '--file', '/absent.twta'], ['/absent.twta', '--mode export']),
+    (['--mode', 'inference', '--engine', 'packed', '--file', '/'], ['--file /', 'directory']),
+    (['--mode', 'inference', '--engine', 'packed', '--resume', 'True'], ['--resume', '--engine packed']),
+    (['--mode', 'inference', '--engine', 'packed', '--weights', __file__], ['--weights', '--engine packed']),
+    (['--mode', 'inference', '--engine', 'packed', '--checkpoint', 'best'], ['--checkpoint best', '--engine packed']),
+    (['--mode', 'inference', '--engine', 'numpy'], ['--engine', "'numpy'", 'packed']),
+    (['--mode', 'inference', '--threads', '2'], ['--threads', '--engine packed']),
+    (['--mode', 'inference', '--report'], ['--report', '--engine packed']),
+    (['--mode', 'inference', '--file', 'x'], ['--file', '--mode export']),
+    (['--mode', 'inference', '--format', 'c'], ['--format c', '--mode export']),
+    (['--mode', 'export', '--format', 'hex'], ['--format', "'hex'", 'onnx']),
+    (['--mode', 'export', '--epochs', '3'], ['--epochs 3', '--mode export']),
+    (['--mode', 'export', '--resume', 'False'], ['--resume False', '--mode export']),
+    (['--mode', 'inference', '--engine', 'packed', '--threads', '0'], ['--threads', "'0'"]),
+])
+def test_flags_of_deployment_that_contradict_each_other(flags, words):
+    with pytest.raises(TwtaError) as error:
+        command_line.parse(SCRIPTS['TWTA_4_4_MNIST'], '', ('mnist', 'digits'), command_line.protocol(1, 1, 1), flags)
+    assert error.value.exit_code == 2
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_a_file_of_another_network_is_refused(exported):
+    finished = run_script(SCRIPTS['TWTA_4_4_MNIST'], '--mode', 'inference', '--engine', 'packed', '--dataset', 'digits',
+                          '--file', exported)
+    assert finished.returncode == 1 and finished.stderr.count('\n') == 1
+    assert 'TWTA_5_5_MNIST on digits, not TWTA_4_4_MNIST on digits' in finished.stderr
+
+
+def test_a_full_precision_network_has_nothing_to_pack(tmp_path):
+    start(tmp_path / 'run', *QUICK[2:], '--epochs', 1, script='FP_5_5_MNIST')
+    with pytest.raises(TwtaError, match='nothing to pack'):
+        start(tmp_path / 'run', '--mode', 'export', '--file', tmp_path / 'x.twta', script='FP_5_5_MNIST')
+    assert not (tmp_path / 'x.twta').exists()
+
+
+@pytest.mark.parametrize('name, value', [('gamma', np.nan), ('moving_variance', -1), ('beta', np.inf)])
+def test_parameters_that_are_no_numbers(name, value):
+    def spoil(variable, old):
+        return np.full_like(old, value) if variable == f'conv3/bn/{name}:0' else old
+
+    with pytest.raises(TwtaError, match=f'conv3/bn/{name}:0'):
+        packed_and_graph('TWTA_5_5_MNIST', sample_of('TWTA_5_5_MNIST'), spoil, 1)
+
+
+def test_an_engine_that_differs_from_the_graph_is_noticed(finished_run, tmp_path, monkeypatch):
+    """export compares before it writes: with thresholds one too high there is no file."""
+    right = packing.integer_thresholds
+    monkeypatch.setattr(packing, 'integer_thresholds', lambda *arguments: [t + 1 for t in right(*arguments)])
+    with pytest.raises(TwtaError, match='other activations than the graph; nothing was written'):
+        start(finished_run, '--mode', 'export', '--file', tmp_path / 'x.twta')
+    assert not list(tmp_path.iterdir())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other formats
+
+
+@pytest.fixture(params=['TWTA_4_4_MNIST', 'TWTA_3_3_CIFAR10_Group_V2'])
+def deployed(request):
+    """A network with hostile parameters, and images."""
+    dataset = sample_of(request.param)
+    return packed_and_graph(request.param, dataset, hostile, 1)[0], dataset.test.images[:40]
+
+
+def test_npz_holds_what_a_loop_needs(deployed, tmp_path):
+    """A network read from the arrays alone computes the vectors in the file."""
+    packed, images = deployed
+    assert interchange.write_npz(tmp_path / 'n.npz', packed, images[:2]) == (tmp_path / 'n.npz').stat().st_size
+    with np.load(tmp_path / 'n.npz', allow_pickle=False) as file:
+        x = engines.prepare(file['vectors/images'], int(file['crop'])).astype(np.float64)
+        for index, name in enumerate(file['layers']):
+            weights, stride, groups = (file[f'{name}/{field}'] for field in ('weights', 'stride', 'groups'))
+            top, left = file[f'{name}/padding']
+            expected = file[f'vectors/{name}']
+            height, width, channels, filters = weights.shape
+            sums = np.zeros(expected.shape)
+            padded = np.pad(x, ((0, 0), (top, height), (left, width), (0, 0)))
+            for f in range(filters):
+                group = padded[..., f // (filters // groups)::groups]
+                for y in range(expected.shape[1]):
+                    rows = group[:, y * stride:y * stride + height]
+                    for column in range(expected.shape[2]):
+                        sums[:, y, column, f] = (rows[:, :, column * stride:column * stride + width] * weights[..., f]).sum((1, 2, 3))
+            if not index:
+                sums = sums.astype(np.float32)
+            x = (sums >= file[f'{name}/upper']).astype(float) - (sums <= file[f'{name}/lower'])
+            np.testing.assert_array_equal(x, expected, err_msg=str(name))
+            if index == 2:
+                break  # the loop is slow
+        assert [str(text) for text in file['classes']] == list(packed.classes)
+        np.testing.assert_array_equal(file['vectors/logits'], engines.NumpyEngine(packed).logits(images[:2]))
+
+
+@pytest.mark.skipif(not shutil.which('cc'), reason='needs a C compiler')
+def test_c_header(deployed, tmp_path):
+    """The reference program computes every vector, without a warning; with one threshold changed it says so."""
+    packed, images = deployed
+    interchange.write_c(tmp_path / 'network.h', packed, images[:3])
+    assert run_c(tmp_path).returncode == 0
+    changed = packed.layers[1]._replace(upper=packed.layers[1].upper + 1)
+    text = (tmp_path / 'network.h').read_text()
+    spoilt = text.replace(interchange.c_array('int32_t', 'twta_1_upper', packed.layers[1].upper),
+                          interchange.c_array('int32_t', 'twta_1_upper', changed.upper))
+    assert spoilt != text
+    (tmp_path / 'network.h').write_text(spoilt)
+    assert run_c(tmp_path).returncode == 1
+
+
+def run_c(folder):
+    subprocess.run(['cc', '-std=c99', '-Wall', '-Wextra', '-Werror', '-O2', '-DHEADER="network.h"', f'-I{folder}',
+                    ROOT / 'docs' / 'reference.c', '-lm', '-o', folder / 'reference'], check=True)
+    return subprocess.run([folder / 'reference'], capture_output=True)
+
+
+def test_onnx(deployed, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    packed, images = deployed
+    interchange.write_onnx(tmp_path / 'n.onnx', packed, images[:2])
+    found = onnxruntime.InferenceSession(tmp_path / 'n.onnx').run(None, {'images': images})[0]
+    expected = engines.NumpyEngine(packed).logits(images)
+    np.testing.assert_array_equal(found.argmax(1), expected.argmax(1))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    with np.load(tmp_path / 'n.vectors.npz') as vectors:
+        assert set(vectors.files) == {'images', 'logits', *(layer.name for layer in packed.layers)}
+
+
+def test_names_that_a_header_could_not_bear():
+    assert interchange.c_string('cat "*/\\') == '"cat _*/_"' and interchange.c_text('a\n') == 'a_'
+    assert interchange.c_float(-np.inf) == '-INFINITY' and float.fromhex(interchange.c_float(0.1)[:-1]) == 0.1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The cost
+
+
+def test_additions_are_counted_as_a_slow_loop_does():
+    packed = random_packed((7, 6, 2), 0, [(12, 3, 1, 'SAME', 1), (10, 2, 2, 'SAME', 2), (15, 3, 1, 'SAME', 5)])
+    images = np.random.default_rng(0).integers(0, 256, (3, 7, 6, 2)).astype(np.uint8)
+    maps = engines.NumpyEngine(packed).activations(images)
+    rows = packed_report.measure(packed, images)
+    shape = packed_file.input_shape(packed)
+    for index, layer in enumerate(packed.layers):
+        (top, left), out = packed_file.geometry(shape, layer)
+        if index:
+            x, count = maps[index - 1], 0
+            height, width, channels, filters = layer.weights.shape
+            for y, column, f, i, j, c in np.ndindex(*out[:2], filters, height, width, channels):
+                row, place = y * layer.stride + i - top, column * layer.stride + j - left
+                if 0 <= row < shape[0] and 0 <= place < shape[1] and layer.weights[i, j, c, f]:
+                    count += np.count_nonzero(x[:, row, place, c * layer.groups + f // (filters // layer.groups)])
+            assert rows[index]['additions'] == pytest.approx(count / 3)
+            assert rows[index]['zero_inputs'] == pytest.approx(np.mean(x == 0))
+        assert rows[index]['multiply_adds'] == np.prod(out) * packed_file.fan_in(layer.weights)
+        shape = out
+    total = rows[-1]
+    assert total['additions'] == pytest.approx(sum(row['additions'] for row in rows[1:-2]))
+    assert total['float_nJ'] == pytest.approx(total['multiply_adds'] * 4.6e-3)
