@@ -117,7 +117,7 @@ def folded(packed):
 
 
 def onnx_model(packed, is_ternary):
-    """The network in float32, x NHWC to logits; is_ternary False: activations clipped but not ternarised or shuffled."""
+    """The network in float32, x NHWC to logits; is_ternary False: activations clipped, not ternarised, not shuffled."""
     from onnx import TensorProto, helper, numpy_helper
 
     nodes, constants, shape = [], [], input_shape(packed)
@@ -339,7 +339,8 @@ def main():
         status = Path('/proc/self/status').read_text()  # getrusage would count the process that started this one
         return print(1024 * int(status.split('VmHWM:')[1].split()[0]))
     if args.rows:
-        return print(json.dumps(interleave(Path(args.rows[0]), *map(int, args.rows[1:3]), list(map(int, args.rows[3:])))))
+        threads, repetitions, *batches = map(int, args.rows[1:])
+        return print(json.dumps(interleave(Path(args.rows[0]), threads, repetitions, batches)))
     print(f'{"network":26} {"engine":18} batch threads  images/s packed/x  file bytes mem MiB predicts as packed')
     rows = []
     for name in SCRIPTS if args.all else SHORT:

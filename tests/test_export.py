@@ -1,4 +1,4 @@
-"""From trained graphs to packed networks and other formats: exact on every reachable sum, on hostile parameters, on data."""
+"""From trained graphs to packed networks and other formats: on every reachable sum, on hostile parameters, on data."""
 import contextlib
 import shutil
 import subprocess
@@ -53,7 +53,7 @@ def assert_same_maps(packed, engine, images, maps):
 
 
 def hostile(name, value):
-    """Batch normalisation with negative, zero and tiny gammas, constant channels, sums on the break points, no variance."""
+    """Batch normalisation with negative, zero and tiny gammas, constant channels, sums on break points, no variance."""
     rng = np.random.default_rng(sum(name.encode()))
     if 'gamma' in name:
         return rng.choice(np.float32([1, -1, 0.5, -2, 0, -0.0, 1e-30, -1e-30, 1e-3, 30]), value.shape)
@@ -134,7 +134,8 @@ def test_thresholds_of_the_encoder_are_the_very_floats(session):
     assert upper.dtype == np.float32 and upper[2] == -np.inf and lower[2] == -np.inf  # a constant +1
     for thresholds, value, inwards in ((upper, 1, -np.inf), (lower, -1, np.inf)):
         on = packing.respond(session, sums, activations, thresholds[np.newaxis])[0]
-        beside = packing.respond(session, sums, activations, np.nextafter(thresholds, np.float32(inwards))[np.newaxis])[0]
+        within = np.nextafter(thresholds, np.float32(inwards))
+        beside = packing.respond(session, sums, activations, within[np.newaxis])[0]
         assert (on[[0, 1, 3]] == value).all() and (beside[[0, 1, 3]] == 0).all()
 
 
@@ -282,7 +283,7 @@ def test_npz_holds_what_a_loop_needs(deployed, tmp_path):
             weights, stride, groups = (file[f'{name}/{field}'] for field in ('weights', 'stride', 'groups'))
             top, left = file[f'{name}/padding']
             expected = file[f'vectors/{name}']
-            height, width, channels, filters = weights.shape
+            height, width, _, filters = weights.shape
             sums = np.zeros(expected.shape)
             padded = np.pad(x, ((0, 0), (top, height), (left, width), (0, 0)))
             for f in range(filters):
@@ -290,7 +291,8 @@ def test_npz_holds_what_a_loop_needs(deployed, tmp_path):
                 for y in range(expected.shape[1]):
                     rows = group[:, y * stride:y * stride + height]
                     for column in range(expected.shape[2]):
-                        sums[:, y, column, f] = (rows[:, :, column * stride:column * stride + width] * weights[..., f]).sum((1, 2, 3))
+                        under = rows[:, :, column * stride:column * stride + width]
+                        sums[:, y, column, f] = (under * weights[..., f]).sum((1, 2, 3))
             if not index:
                 sums = sums.astype(np.float32)
             x = (sums >= file[f'{name}/upper']).astype(float) - (sums <= file[f'{name}/lower'])

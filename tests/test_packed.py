@@ -1,4 +1,4 @@
-"""Packed networks: the file, the engines, the stand-alone command. No TensorFlow here but for the convolutions' yardstick."""
+"""Packed networks without TensorFlow: the file, the engines, the stand-alone command."""
 import hashlib
 import json
 import re
@@ -18,7 +18,8 @@ from twta.packed_file import Layer
 
 NETWORKS = {  # image, crop, layers: filters, kernel (0: the whole map), stride, padding, groups
     'dense': ((9, 8, 1), 0, [(5, 3, 1, 'SAME', 1), (33, 0, 1, 'VALID', 1), (7, 0, 1, 'VALID', 1)]),
-    'odd': ((13, 11, 2), 0, [(20, 3, 1, 'SAME', 1), (12, 2, 1, 'SAME', 4), (18, 3, 2, 'SAME', 3), (30, 2, 1, 'VALID', 6)]),
+    'odd': ((13, 11, 2), 0, [(20, 3, 1, 'SAME', 1), (12, 2, 1, 'SAME', 4), (18, 3, 2, 'SAME', 3),
+                             (30, 2, 1, 'VALID', 6)]),
     'strides': ((17, 17, 3), 16, [(24, 5, 2, 'SAME', 1), (64, 4, 2, 'SAME', 1), (40, 2, 2, 'VALID', 2)]),
     'wide strides': ((20, 20, 1), 0, [(8, 3, 3, 'VALID', 1), (16, 1, 2, 'VALID', 1), (16, 2, 3, 'SAME', 1)]),
     'pieces': ((12, 12, 3), 8, [(64, 1, 1, 'SAME', 1), (256, 4, 2, 'SAME', 4), (64, 3, 1, 'SAME', 16),
@@ -71,7 +72,8 @@ def test_batches_of_any_length(packed):
 @pytest.mark.parametrize('sources', [1, 2, 4, 8])
 def test_eight_filters_that_read_so_many_groups(sources):
     """Every variant of the kernel is used: a reader in G groups takes its bytes from filters of so many groups."""
-    packed = random_packed((6, 6, 3), 0, [(64, 3, 1, 'SAME', 1), (128, 2, 1, 'SAME', 8), (64, 3, 1, 'SAME', 2 * sources)])
+    packed = random_packed((6, 6, 3), 0, [(64, 3, 1, 'SAME', 1), (128, 2, 1, 'SAME', 8),
+                                          (64, 3, 1, 'SAME', 2 * sources)])
     engine = engines.open_engine(packed, 'numba')
     assert engine.table[1, kernels.COLUMNS.index('kind')] == sources
     x = images(packed, 5)
@@ -171,7 +173,7 @@ def with_header(data, change):
 
 def test_every_flipped_byte_and_every_truncation_is_found(file):
     data = file.read_bytes()
-    for position in [*range(0, 60), *range(60, len(data), 97)]:
+    for position in [*range(60), *range(60, len(data), 97)]:
         damaged = bytearray(data)
         damaged[position] ^= 1 << position % 8
         assert broken(damaged)
@@ -180,7 +182,8 @@ def test_every_flipped_byte_and_every_truncation_is_found(file):
 
 
 def test_a_refusal_names_the_file_and_what_to_do(tmp_path, file):
-    for content, word in ((b'', 'not a .twta file'), (b'<html>' * 99, 'not a .twta file'), (file.read_bytes()[:-1], 'damaged')):
+    for content, word in ((b'', 'not a .twta file'), (b'<html>' * 99, 'not a .twta file'),
+                          (file.read_bytes()[:-1], 'damaged')):
         (tmp_path / 'bad.twta').write_bytes(content)
         with pytest.raises(TwtaError, match=f'bad.twta: .*{word}.*--mode export'):
             packed_file.read(tmp_path / 'bad.twta')
@@ -222,7 +225,8 @@ def test_a_header_that_contradicts_itself(file, change, word):
 def test_arrays_out_of_range_are_refused():
     packed = random_packed(*NETWORKS['dense'])
     encoder, layer, last = packed.layers
-    for bad in ((encoder, layer._replace(upper=layer.lower), last), (encoder, layer, last._replace(upper=last.upper + 9999)),
+    for bad in ((encoder, layer._replace(upper=layer.lower), last),
+                (encoder, layer, last._replace(upper=last.upper + 9999)),
                 (encoder._replace(upper=encoder.upper * np.nan), layer, last),
                 (encoder._replace(weights=encoder.weights * np.inf), layer, last)):
         assert 'out of range' in broken(rewritten(packed._replace(layers=bad)))

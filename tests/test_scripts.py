@@ -37,7 +37,8 @@ def test_shapes_and_parameters(session, name):
             net = script.model(tf.zeros([2, *image_shape(name)]), is_train)
         assert net.outputs.shape.as_list() == [2, 10]
         assert net.count_params() == parameters
-        convolutions = [layer for layer in net.all_layers if layer.op.type == 'Conv2D']
+        convolutions = [layer for layer in net.all_layers if layer.op.type == 'Conv2D'
+                        or (layer.op.type == 'Cast' and layer.op.inputs[0].op.type == 'Conv2D')]  # exact sums, rounded
         assert [layer.shape.as_list()[1:3] for layer in convolutions] == [[size, size] for size in maps]
     operations = [op.type for op in tf.get_default_graph().get_operations()]
     assert operations.count('Conv2D') == 2 * len(maps)  # one a layer, however many groups it has

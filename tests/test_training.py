@@ -204,5 +204,5 @@ def test_three_commands_from_three_folders(tmp_path):
 def test_verbose_prints_layers_and_parameters(tmp_path):
     finished = run_script(SCRIPT, '--run_dir', tmp_path, *QUICK, '--epochs', '1', '--verbose')
     assert finished.returncode == 0
-    for line in ('conv1/Conv2D', 'conv1/W:0', 'num of params: 651816'):
+    for line in ('conv3/Conv2D', 'conv1/W:0', 'num of params: 651816'):
         assert line in finished.stderr

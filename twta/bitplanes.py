@@ -61,7 +61,7 @@ class NumbaEngine:
         self.x = np.zeros((self.batch, *padded, shape[2]))
         self.kept, self.planes, rows = [], [], []  # kept: arrays that the table has the addresses of
         for index, layer in enumerate(packed.layers):
-            before, out = packed_file.geometry(shape, layer)
+            _, out = packed_file.geometry(shape, layer)
             if index + 1 < len(packed.layers):
                 reader = packed.layers[index + 1]
                 planes = Planes(self.batch, out, reader.groups, *border(out, reader))
@@ -99,24 +99,24 @@ class NumbaEngine:
         offsets = offsets.ravel().astype(np.int64)
         self.kept += [weights, offsets, x_at, y_at, blocks]
         values = {'kind': kind, 'x': address(x), 'x_image': image, 'x_plane': plane, 'x_at': address(x_at),
-                  'w': address(weights), 'w_block': weights[0].nbytes, 'words': len(offsets), 'words_at': address(offsets),
-                  'blocks': address(blocks), 'n_blocks': len(filters), 'y': address(target.data),
+                  'w': address(weights), 'w_block': weights[0].nbytes, 'words': len(offsets),
+                  'words_at': address(offsets), 'blocks': address(blocks), 'n_blocks': len(filters), 'y': address(target.data),
                   'y_image': target.image, 'y_plane': target.plane, 'y_at': address(y_at),
                   'positions': math.prod(out[:2]), 'span': span}
         return [values[column] for column in kernels.COLUMNS]
 
     def run(self, images):
         numba.set_num_threads(self.threads)
-        kernels.prepare(np.ascontiguousarray(images), self.packed.crop, self.x, self.before)
-        kernels.run_layers(self.table, len(images), self.threads, CHUNK)
+        sums = np.zeros((len(images), len(self.packed.classes)))
+        last = self.planes[-1]
+        kernels.run(np.ascontiguousarray(images), self.packed.crop, self.x, self.before, self.table, self.threads,
+                    CHUNK, last.data, last.image, self.weights, sums)
+        return finish(sums, self.packed)
 
     def logits(self, images):
         """Logits float32 [n, classes] of at most `batch` images, uint8 [n, height, width, channels]."""
         with LOCK:
-            self.run(images)
-            sums = np.zeros((len(images), len(self.packed.classes)))
-            kernels.classify(self.planes[-1].data, self.planes[-1].image, self.weights, sums)
-        return finish(sums, self.packed)
+            return self.run(images)
 
     def activations(self, images):
         """The activations of each layer on at most `batch` images, int8 [n, height, width, channels]."""
@@ -184,7 +184,8 @@ def describe_blocks(layer, filters, sources, target):
     blocks = np.zeros((len(filters), kernels.BLOCK), np.uint8)
     kind = np.float32 if layer.upper.dtype == np.float32 else np.int64
     limits = np.finfo(np.float32) if kind is np.float32 else np.iinfo(np.int64)
-    for where, thresholds, never in ((kernels.UPPER, layer.upper, limits.max), (kernels.LOWER, layer.lower, limits.min)):
+    for where, thresholds, never in ((kernels.UPPER, layer.upper, limits.max),
+                                     (kernels.LOWER, layer.lower, limits.min)):
         values = np.append(thresholds.astype(kind), kind(never))[filters]
         blocks[:, where:where + values[0].nbytes] = values.view(np.uint8)
     index = np.arange(len(filters))

@@ -120,8 +120,8 @@ def check(args, script):
     if args.weights and args.resume:
         raise UsageError('--weights and --resume True: weights come from a file or from a checkpoint; leave one out')
     if evaluation and args.resume is False and not args.weights:
-        raise UsageError(f'--resume False with --mode {args.mode}: there is nothing but random weights; use --resume True, '
-                         'or --weights model.npz')
+        raise UsageError(f'--resume False with --mode {args.mode}: there is nothing but random weights; use --resume '
+                         'True, or --weights model.npz')
     for flag in ('epochs', 'learning_rate', 'schedule', 'batch_size', 'seed', 'validation'):
         if evaluation and getattr(args, flag) is not None:
             raise UsageError(f'--{flag} {getattr(args, flag)} has no meaning with --mode {args.mode}; leave it out')
@@ -142,8 +142,9 @@ def check(args, script):
         raise UsageError(f'--format {args.format} is for --mode export; leave it out')
     if args.file and not packed and args.mode != 'export':
         raise UsageError('--file is for --mode export and --engine packed; leave it out')
-    args.file = (args.file or Path(script.stem + SUFFIXES[args.format])).resolve()
-    if args.file.is_dir():
+    if packed or args.mode == 'export':
+        args.file = (args.file or Path(script.stem + SUFFIXES[args.format])).resolve()
+    if args.file and args.file.is_dir():
         raise UsageError(f'--file {args.file}: a directory, not a file')
     if packed and not args.file.is_file():
         raise UsageError(f'--file {args.file}: no such file; make it with: python '

@@ -1,4 +1,4 @@
-"""A packed network for other programs: plain arrays (npz), a C header, ONNX. docs/deployment.md has each field by field.
+"""A packed network for other programs: plain arrays (npz), a C header, ONNX; docs/deployment.md has them by field.
 
 Each comes with test vectors: a few images, every layer's activations and the logits as the numpy engine has them.
 """
@@ -23,7 +23,7 @@ def vectors(packed, images):
 
 
 def shapes(packed):
-    """Each layer with the shape of its input, the rows and columns of padding before it, and the shape of its output."""
+    """Each layer with the shape of its input, rows and columns of padding before it, and the shape of its output."""
     shape = input_shape(packed)
     for layer in packed.layers:
         before, out = geometry(shape, layer)
@@ -74,9 +74,9 @@ def write_c(path, packed, images):
         '    int out_height, out_width, filters;       /* of its output */',
         '    int kernel_height, kernel_width, stride, top, left, groups;  /* top, left: zeros before the map */',
         '    const float *real;                        /* the encoder: weights [filter][row][column][channel] */',
-        '    const uint32_t *nonzero, *negative;       /* the others: bits in that order, a filter from a new word on */',
-        '    const float *real_upper, *real_lower;     /* thresholds of the encoder, and of the others */',
-        '    const int32_t *upper, *lower;', '};', '']
+        '    const uint32_t *nonzero, *negative;       /* the others: bits in that order, filters from a new word on */',
+        '    const float *real_upper, *real_lower;     /* thresholds of the encoder */',
+        '    const int32_t *upper, *lower;             /* and of the others */', '};', '']
     rows = []
     for index, (layer, shape, before, out) in enumerate(shapes(packed)):
         name, weights = f'twta_{index}', filter_major(layer.weights)
@@ -88,7 +88,8 @@ def write_c(path, packed, images):
         else:
             for plane, bits in (('nonzero', weights != 0), ('negative', weights < 0)):
                 lines.append(c_array('uint32_t', f'{name}_{plane}', words(bits)))
-            lines += [c_array('int32_t', f'{name}_upper', layer.upper), c_array('int32_t', f'{name}_lower', layer.lower)]
+            for which in ('upper', 'lower'):
+                lines.append(c_array('int32_t', f'{name}_{which}', getattr(layer, which)))
             row += [0, f'{name}_nonzero', f'{name}_negative', 0, 0, f'{name}_upper', f'{name}_lower']
         rows.append('    {' + ', '.join(map(str, row)) + '},')
     lines += ['static const struct twta_layer twta_layers[TWTA_LAYERS] = {', *rows, '};', '',

@@ -191,12 +191,14 @@ real_block, block_1, block_2, block_4, block_8 = (block_of(kind) for kind in (0,
 
 @njit
 def run_layer(row, first, last, first_block, last_block):
-    """A layer on the images from first to last - 1, for so many of its blocks of filters; row of the table of layers."""
-    kind, x, x_image, x_plane, x_at, w, w_block, words, words_at, blocks, _, y, y_image, y_plane, y_at, positions, span = row
+    """A layer, a row of the table, on the images from first to last - 1, for the blocks of filters in that range."""
+    (kind, x, x_image, x_plane, x_at, w, w_block, words, words_at, blocks, _, y, y_image, y_plane, y_at, positions,
+     span) = row
     for b in range(first_block, last_block):
         for image in range(first, last, span):
             n = min(span, last - image) * positions
-            x_here, w_here, block, y_here = x + image * x_image, w + b * w_block, blocks + b * BLOCK, y + image * y_image
+            x_here, y_here = x + image * x_image, y + image * y_image
+            w_here, block = w + b * w_block, blocks + b * BLOCK
             if kind == 0:
                 real_block(n, x_here, x_plane, x_at, w_here, words, words_at, block, y_here, y_plane, y_at)
             elif kind == 1:
@@ -227,7 +229,7 @@ def run_layers(table, images, threads, chunk):
 
 @njit(parallel=True, cache=True)
 def prepare(images, crop, x, before):
-    """What twta.packed.prepare does, for images uint8 [n, height, width, channels], into x float64, which has a border."""
+    """What twta.packed.prepare does to images uint8 [n, height, width, channels], into x float64 with its border."""
     height, width, channels = images.shape[1:]
     rows, columns = (crop, crop) if crop else (height, width)
     top, left = (height - rows) // 2, (width - columns) // 2
@@ -266,3 +268,11 @@ def classify(planes, bytes_per_image, weights, sums):
                     else:
                         for k in range(len(row)):
                             sums[n, k] += row[k]
+
+
+@njit(cache=True)
+def run(images, crop, x, before, table, threads, chunk, planes, bytes_per_image, weights, sums):
+    """All of the above, one after the other: a call from Python costs a few microseconds."""
+    prepare(images, crop, x, before)
+    run_layers(table, len(images), threads, chunk)
+    classify(planes, bytes_per_image, weights, sums)

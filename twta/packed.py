@@ -38,7 +38,7 @@ def convolve(x, layer):
     y = np.zeros((n, rows, columns, layer.groups, filters // layer.groups), x.dtype)
     for i in range(height):
         for j in range(width):
-            part = x[:, i:i + rows * layer.stride:layer.stride, j:j + columns * layer.stride:layer.stride][:, :rows, :columns]
+            part = x[:, i::layer.stride, j::layer.stride][:, :rows, :columns]
             for group in range(layer.groups):
                 y[..., group, :] += part[..., group] @ weights[i, j, :, group]
     return y.reshape(n, rows, columns, filters)
@@ -112,8 +112,8 @@ def infer(script, args):
 
     packed = packed_file.read(args.file)
     if (packed.network, packed.dataset) != (script, args.dataset):
-        raise TwtaError(f'{args.file}: {packed.network} on {packed.dataset}, not {script} on {args.dataset}; choose another '
-                        '--file')
+        raise TwtaError(f'{args.file}: {packed.network} on {packed.dataset}, not {script} on {args.dataset}; choose '
+                        'another --file')
     dataset = datasets.load(args.dataset, args.data_dir, None)
     records.say(f'data: {dataset}')
     engine = started(packed, args)

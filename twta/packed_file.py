@@ -55,7 +55,7 @@ class Packed(NamedTuple):
     crop: int  # 0: pixels / 256; else the central crop, standardised
     classes: tuple
     layers: tuple  # of Layer, the encoder first
-    weights: np.ndarray  # float32 [features, classes], of the classifier: logits = (activations @ weights) * scale + shift
+    weights: np.ndarray  # float32 [features, classes]; logits = (activations @ weights) * scale + shift
     scale: np.ndarray  # float32 [classes]
     shift: np.ndarray
     record: dict  # of the training: SHA-256 of its files, epoch
@@ -97,7 +97,7 @@ def pack_trits(weights):
 def unpack_trits(data, count):
     """The first count values of pack_trits as int8; ValueError where a byte or the filling is none."""
     trits = data[:, np.newaxis] // POWERS.astype(np.uint8) % 3
-    if data.size and data.max() >= 3 ** 5 or trits.ravel()[count:].any():
+    if (data.size and data.max() >= 3 ** 5) or trits.ravel()[count:].any():
         raise ValueError
     return trits.ravel()[:count].astype(np.int8) - 1
 
@@ -200,10 +200,10 @@ def read_layer(entry, shape, take, is_encoder):
     name = ascii(entry['name'][:80])
     kernel = sizes(f'kernel of {name}', entry['kernel'], 2)
     filters, stride, groups = (size(f'{key} of {name}', entry[key]) for key in ('filters', 'stride', 'groups'))
-    if entry['padding'] not in ('SAME', 'VALID') or entry['padding'] == 'VALID' and (
-            kernel[0] > shape[0] or kernel[1] > shape[1]):
+    does_not_fit = entry['padding'] == 'VALID' and (kernel[0] > shape[0] or kernel[1] > shape[1])
+    if entry['padding'] not in ('SAME', 'VALID') or does_not_fit:
         raise Bad(f'padding of {name} is {entry["padding"][:80]!r}, on a map {list(shape)}')
-    if shape[2] % groups or filters % groups or is_encoder and groups > 1:
+    if shape[2] % groups or filters % groups or (is_encoder and groups > 1):
         raise Bad(f'{shape[2]} channels and {filters} filters of {name} do not divide into {groups} groups')
     count = math.prod(kernel) * (shape[2] // groups) * filters
     packed_shape = filters, *kernel, shape[2] // groups
@@ -226,7 +226,8 @@ def read_layer(entry, shape, take, is_encoder):
             and lower.max() <= most and lower.min() >= -most - 1
     if not is_good:
         raise Bad(f'weights or thresholds of {name} are out of range')
-    return Layer(entry['name'], np.ascontiguousarray(np.moveaxis(weights, 0, 3)), upper, lower, stride, entry['padding'], groups)
+    return Layer(entry['name'], np.ascontiguousarray(np.moveaxis(weights, 0, 3)), upper, lower, stride,
+                 entry['padding'], groups)
 
 
 class Taker:

@@ -16,7 +16,8 @@ from twta import packed_file, records, replacing
 PICOJOULES_MULTIPLY_ADD = 3.7 + 0.9  # float32
 PICOJOULES_ADD = 0.1  # int32
 IMAGES = 1000  # that activations are counted on, at most
-FIELDS = ('layer', 'weights', 'bits', 'zero_weights', 'zero_inputs', 'multiply_adds', 'additions', 'float_nJ', 'packed_nJ')
+FIELDS = ('layer', 'weights', 'bits', 'zero_weights', 'zero_inputs', 'multiply_adds', 'additions', 'float_nJ',
+          'packed_nJ')
 
 
 def report(packed, images, run_dir):
@@ -80,8 +81,9 @@ def table(rows):
     yield 'per image       weights   kbit  zero w  zero x  multiply-adds     additions  float32 nJ  packed nJ'
     for entry in rows:
         zero_inputs, additions = entry['zero_inputs'], entry['additions']
-        yield (f'{entry["layer"][:12]:12} {entry["weights"]:10,} {entry["bits"] / 1000:6,.0f} {entry["zero_weights"]:7.1%} '
-               + ('      -' if zero_inputs is None else f'{zero_inputs:7.1%}') + f' {entry["multiply_adds"]:14,} '
+        yield (f'{entry["layer"][:12]:12} {entry["weights"]:10,} {entry["bits"] / 1000:6,.0f} '
+               f'{entry["zero_weights"]:7.1%} ' + ('      -' if zero_inputs is None else f'{zero_inputs:7.1%}')
+               + f' {entry["multiply_adds"]:14,} '
                + (f'{"-":>13}' if additions is None else f'{additions:13,.0f}')
                + f' {entry["float_nJ"]:11,.1f} {entry["packed_nJ"]:10,.1f}')
 
@@ -99,7 +101,8 @@ def draw(packed, rows):
             (left, ('multiply_adds', 'additions'), ('float32: multiply-adds', 'packed: additions'), 1e6),
             (right, ('float_nJ', 'packed_nJ'), ('float32', 'packed'), 1e3)):
         for shift, field, label, colour in zip((-0.2, 0.2), fields, labels, ('tab:grey', 'tab:blue'), strict=True):
-            axes.barh(places + shift, [(entry[field] or 0) / scale for entry in rows[:-1]], 0.4, label=label, color=colour)
+            values = [(entry[field] or 0) / scale for entry in rows[:-1]]
+            axes.barh(places + shift, values, 0.4, label=label, color=colour)
         axes.grid(alpha=0.3, axis='x')
         axes.legend()
     left.set_yticks(places, names)
@@ -107,6 +110,6 @@ def draw(packed, rows):
     left.set(xlabel='operations an image (millions)')
     right.set(xlabel='energy an image (µJ): arithmetic only, 45 nm, Horowitz 2014')
     figure.suptitle(f'{packed.network} on {packed.dataset}: {total["bits"] / 8 / 1024:,.0f} KiB, '
-                    f'{total["additions"] / 1e6:,.1f} M additions for {total["multiply_adds"] / 1e6:,.1f} M multiply-adds, '
-                    f'{total["float_nJ"] / total["packed_nJ"]:.0f} times less energy')
+                    f'{total["additions"] / 1e6:,.1f} M additions for {total["multiply_adds"] / 1e6:,.1f} M '
+                    f'multiply-adds, {total["float_nJ"] / total["packed_nJ"]:.0f} times less energy')
     return figure

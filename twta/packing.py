@@ -18,7 +18,10 @@ COMPARED = 1000, 200  # test images whose predictions, and whose activations, ex
 
 
 def pack(network, session, script, name, dataset, record):
-    """The network in the session, trained on the data set of that name, as Packed; TwtaError where it is not ternary or where a parameter is no number."""
+    """The network in the session, trained on the data set of that name, as Packed.
+
+    TwtaError where its activations are not ternary or a parameter is no number.
+    """
     *blocks, (classifier, classifier_bn, _) = read_blocks(network.net)
     ternary = ternary_layers.ternarize_activations
     if any(activation.activation is not ternary for _, _, activation in blocks):
@@ -54,7 +57,7 @@ def read_blocks(layer):
 
 def check_finite(net, session):
     for variable, value in zip(net.all_params, session.run(net.all_params), strict=True):
-        if not np.isfinite(value).all() or 'moving_variance' in variable.name and (value < 0).any():
+        if not np.isfinite(value).all() or ('moving_variance' in variable.name and (value < 0).any()):
             raise TwtaError(f'{variable.name} holds NaN, infinity or a negative variance: the training has failed; '
                             'export another checkpoint')
 
