@@ -100,23 +100,23 @@ class NumbaEngine:
         self.kept += [weights, offsets, x_at, y_at, blocks]
         values = {'kind': kind, 'x': address(x), 'x_image': image, 'x_plane': plane, 'x_at': address(x_at),
                   'w': address(weights), 'w_block': weights[0].nbytes, 'words': len(offsets),
-                  'words_at': address(offsets), 'blocks': address(blocks), 'n_blocks': len(filters), 'y': address(target.data),
-                  'y_image': target.image, 'y_plane': target.plane, 'y_at': address(y_at),
+                  'words_at': address(offsets), 'blocks': address(blocks), 'n_blocks': len(filters),
+                  'y': address(target.data), 'y_image': target.image, 'y_plane': target.plane, 'y_at': address(y_at),
                   'positions': math.prod(out[:2]), 'span': span}
         return [values[column] for column in kernels.COLUMNS]
 
     def run(self, images):
         numba.set_num_threads(self.threads)
-        sums = np.zeros((len(images), len(self.packed.classes)))
-        last = self.planes[-1]
-        kernels.run(np.ascontiguousarray(images), self.packed.crop, self.x, self.before, self.table, self.threads,
-                    CHUNK, last.data, last.image, self.weights, sums)
-        return finish(sums, self.packed)
+        kernels.prepare(np.ascontiguousarray(images), self.packed.crop, self.x, self.before)
+        kernels.run_layers(self.table, len(images), self.threads, CHUNK)
 
     def logits(self, images):
         """Logits float32 [n, classes] of at most `batch` images, uint8 [n, height, width, channels]."""
+        sums = np.zeros((len(images), len(self.packed.classes)))
         with LOCK:
-            return self.run(images)
+            self.run(images)
+            kernels.classify(self.planes[-1].data, self.planes[-1].image, self.weights, sums)
+        return finish(sums, self.packed)
 
     def activations(self, images):
         """The activations of each layer on at most `batch` images, int8 [n, height, width, channels]."""

@@ -74,7 +74,7 @@ def write_c(path, packed, images):
         '    int out_height, out_width, filters;       /* of its output */',
         '    int kernel_height, kernel_width, stride, top, left, groups;  /* top, left: zeros before the map */',
         '    const float *real;                        /* the encoder: weights [filter][row][column][channel] */',
-        '    const uint32_t *nonzero, *negative;       /* the others: bits in that order, filters from a new word on */',
+        '    const uint32_t *nonzero, *negative;       /* the others: bits in that order, a new word a filter */',
         '    const float *real_upper, *real_lower;     /* thresholds of the encoder */',
         '    const int32_t *upper, *lower;             /* and of the others */', '};', '']
     rows = []

@@ -268,11 +268,3 @@ def classify(planes, bytes_per_image, weights, sums):
                     else:
                         for k in range(len(row)):
                             sums[n, k] += row[k]
-
-
-@njit(cache=True)
-def run(images, crop, x, before, table, threads, chunk, planes, bytes_per_image, weights, sums):
-    """All of the above, one after the other: a call from Python costs a few microseconds."""
-    prepare(images, crop, x, before)
-    run_layers(table, len(images), threads, chunk)
-    classify(planes, bytes_per_image, weights, sums)
