@@ -32,7 +32,7 @@ import numpy as np
 
 from twta import packed as engines
 from twta import packed_file
-from twta.packed_file import geometry, input_shape
+from twta.packed_file import fan_in, geometry, input_shape
 from twta.records import environment
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -312,6 +312,42 @@ def interleave(folder, threads, repetitions, batches):
     return rows
 
 
+def profile(name, repetitions):
+    """Prints where an image's time goes in the packed engine, batch 200, one thread: the best of the repetitions."""
+    from twta import kernels
+    from twta.bitplanes import NumbaEngine
+
+    packed, _ = build(name)
+    engine, images = NumbaEngine(packed, threads=1), sample(packed.image, 200)
+
+    def microseconds(function, *arguments):
+        best = float('inf')
+        for _ in range(repetitions + 1):  # the first compiles
+            start = time.perf_counter()
+            function(*arguments)
+            best = min(best, time.perf_counter() - start)
+        return best / len(images) * 1e6
+
+    engine.logits(images)
+    print(f'{name}: microseconds an image, batch 200, one thread\n'
+          'layer        sources words positions      us  ternary GMAC/s  bits of words used')
+    print(f'{"preprocess":33} '
+          f'{microseconds(kernels.prepare, images, 0, 200, packed.crop, engine.x, engine.before):7.1f}')
+    shape = input_shape(packed)
+    for index, layer in enumerate(packed.layers):
+        row = dict(zip(kernels.COLUMNS, engine.table[index], strict=True))
+        taken = microseconds(kernels.run_layer, engine.table[index], 0, 200, 0, row['n_blocks'])
+        shape = geometry(shape, layer)[1]
+        products = fan_in(layer.weights)
+        print(f'{layer.name:12} {row["kind"]:7} {row["words"]:5} {row["positions"]:9} {taken:7.1f}'
+              + (f' {np.prod(shape) * products / taken / 1000:15,.0f} {products / row["words"] / 64:19.0%}' if index
+                 else ''))
+    last, sums = engine.planes[-1], np.empty((200, len(packed.classes)))
+    print(f'{"classifier":33} '
+          f'{microseconds(kernels.classify, last.data, last.image, engine.weights, 0, 200, sums):7.1f}')
+    print(f'{"in all":33} {microseconds(engine.logits, images):7.1f}')
+
+
 def child(*arguments):
     """The last line that this script prints with those arguments, in a process of its own."""
     done = subprocess.run([sys.executable, __file__, *map(str, arguments)], check=True, stdout=subprocess.PIPE,
@@ -324,9 +360,13 @@ def main():
     parser.add_argument('--all', action='store_true', help=f'every network, not only {", ".join(SHORT)}')
     parser.add_argument('--repetitions', type=int, default=9, metavar='N', help='of which the median is taken')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the rows there as well')
+    parser.add_argument('--profile', choices=SCRIPTS, metavar='NETWORK',
+                        help='only where the packed engine spends its time')
     for internal, count in (('--tflite', 1), ('--memory', 2), ('--rows', '+')):
         parser.add_argument(internal, nargs=count, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.profile:
+        return profile(args.profile, args.repetitions)
     if args.tflite:
         folder = Path(args.tflite[0])
         return write_tflite(packed_file.read(folder / 'network.twta'), folder / 'int8.tflite')

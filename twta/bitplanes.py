@@ -15,6 +15,7 @@ import numpy as np
 from twta import kernels, packed_file
 from twta.packed import finish
 
+SHARED = 1 << 25  # ternary products of an image from which on threads gain by sharing its filters
 CHUNK = 32  # images that go through all layers together: activations stay in the cache, weights serve them all
 LOCK = threading.Lock()  # numba's own thread pool may serve one caller at a time
 
@@ -59,6 +60,7 @@ class NumbaEngine:
         encoder = packed.layers[0]
         self.before, padded = border(shape, encoder)
         self.x = np.zeros((self.batch, *padded, shape[2]))
+        self.products = 0
         self.kept, self.planes, rows = [], [], []  # kept: arrays that the table has the addresses of
         for index, layer in enumerate(packed.layers):
             _, out = packed_file.geometry(shape, layer)
@@ -69,11 +71,12 @@ class NumbaEngine:
                 planes = Planes(self.batch, out, 1, (0, 0), out[:2])
             rows.append(self.lay_out(layer, self.planes[-1] if index else None, out, planes))
             self.planes.append(planes)
+            self.products += math.prod(out) * packed_file.fan_in(layer.weights)
             shape = out
         self.table = np.array(rows, np.int64)
         bits = np.zeros((math.prod(shape[:2]), 8 * planes.cell, len(packed.classes)))
         bits[:, :shape[2]] = packed.weights.reshape(-1, shape[2], len(packed.classes))
-        self.weights = bits.reshape(-1, len(packed.classes))
+        self.weights = np.ascontiguousarray(bits.reshape(-1, len(packed.classes)).T)
 
     def lay_out(self, layer, source, out, target):
         """The layer's row of the table; source None: the encoder, which reads self.x."""
@@ -106,17 +109,19 @@ class NumbaEngine:
         return [values[column] for column in kernels.COLUMNS]
 
     def run(self, images):
-        numba.set_num_threads(self.threads)
-        kernels.prepare(np.ascontiguousarray(images), self.packed.crop, self.x, self.before)
-        kernels.run_layers(self.table, len(images), self.threads, CHUNK)
+        """The classifier's sums; the activations are then in self.planes."""
+        sums = np.empty((len(images), len(self.packed.classes)))
+        last = self.planes[-1]
+        threads = self.threads if len(images) * self.products >= SHARED else 1
+        numba.set_num_threads(threads)
+        kernels.run(np.ascontiguousarray(images), self.packed.crop, self.x, self.before, self.table, threads, CHUNK,
+                    last.data, last.image, self.weights, sums)
+        return sums
 
     def logits(self, images):
         """Logits float32 [n, classes] of at most `batch` images, uint8 [n, height, width, channels]."""
-        sums = np.zeros((len(images), len(self.packed.classes)))
         with LOCK:
-            self.run(images)
-            kernels.classify(self.planes[-1].data, self.planes[-1].image, self.weights, sums)
-        return finish(sums, self.packed)
+            return finish(self.run(images), self.packed)
 
     def activations(self, images):
         """The activations of each layer on at most `batch` images, int8 [n, height, width, channels]."""

@@ -211,30 +211,14 @@ def run_layer(row, first, last, first_block, last_block):
                 block_8(n, x_here, x_plane, x_at, w_here, words, words_at, block, y_here, y_plane, y_at)
 
 
-@njit(parallel=True, cache=True)
-def run_layers(table, images, threads, chunk):
-    """The layers, one after the other, on so many images, at most `chunk` at a time; table int64 [layers, COLUMNS]."""
-    if images < threads:  # the threads share the filters of each layer
-        for layer in range(table.shape[0]):
-            blocks = table[layer, N_BLOCKS]
-            for part in prange(threads):
-                run_layer(table[layer], 0, images, part * blocks // threads, (part + 1) * blocks // threads)
-    else:  # they share the images
-        share = -(-images // threads)
-        chunk = -(-share // -(-share // chunk))  # as many chunks for each thread, as equal as can be
-        for task in prange(-(-images // chunk)):
-            for layer in range(table.shape[0]):
-                run_layer(table[layer], task * chunk, min(images, (task + 1) * chunk), 0, table[layer, N_BLOCKS])
-
-
-@njit(parallel=True, cache=True)
-def prepare(images, crop, x, before):
+@njit
+def prepare(images, first, last, crop, x, before):
     """What twta.packed.prepare does to images uint8 [n, height, width, channels], into x float64 with its border."""
     height, width, channels = images.shape[1:]
     rows, columns = (crop, crop) if crop else (height, width)
     top, left = (height - rows) // 2, (width - columns) // 2
     values = rows * columns * channels
-    for n in prange(len(images)):
+    for n in range(first, last):
         mean, deviation = 0.0, 256.0
         if crop:
             total, squares = 0, 0
@@ -253,18 +237,48 @@ def prepare(images, crop, x, before):
                     x[n, before[0] + i, before[1] + j, k] = np.float32(value)
 
 
-@njit(parallel=True, cache=True)
-def classify(planes, bytes_per_image, weights, sums):
-    """sums[n] += activations of image n @ weights; planes uint8 [2, at least n * bytes_per_image], weights float64."""
-    for n in prange(len(sums)):
+@njit(fastmath={'reassoc'})
+def dot(a, b):
+    """In any order: the logits of the engines differ by roundings."""
+    total = 0.0
+    for i in range(len(a)):
+        total += a[i] * b[i]
+    return total
+
+
+@njit
+def classify(planes, bytes_per_image, weights, first, last, sums):
+    """sums[n] = activations of image n times weights float64 [classes, features]; planes uint8 [2, bytes]."""
+    features = np.empty(8 * bytes_per_image)
+    for n in range(first, last):
         for byte in range(bytes_per_image):
             nonzero, negative = planes[0, n * bytes_per_image + byte], planes[1, n * bytes_per_image + byte]
             for bit in range(8):
-                if nonzero >> bit & 1:
-                    row = weights[8 * byte + bit]
-                    if negative >> bit & 1:
-                        for k in range(len(row)):
-                            sums[n, k] -= row[k]
-                    else:
-                        for k in range(len(row)):
-                            sums[n, k] += row[k]
+                features[8 * byte + bit] = np.int64(nonzero >> bit & 1) - 2 * np.int64(negative >> bit & 1)
+        for k in range(len(weights)):
+            sums[n, k] = dot(features, weights[k])
+
+
+@njit(parallel=True, cache=True)
+def run(images, crop, x, before, table, threads, chunk, planes, bytes_per_image, weights, sums):
+    """From images to the classifier's sums float64 [n, classes]: prepare, the layers of the table, classify.
+
+    table is int64 [layers, COLUMNS]. So many threads each take `chunk` images at most through all layers, and again.
+    """
+    count = len(images)
+    if count < threads:  # the threads share the filters of each layer
+        prepare(images, 0, count, crop, x, before)
+        for layer in range(len(table)):
+            blocks = table[layer, N_BLOCKS]
+            for part in prange(threads):
+                run_layer(table[layer], 0, count, part * blocks // threads, (part + 1) * blocks // threads)
+        classify(planes, bytes_per_image, weights, 0, count, sums)
+    else:
+        share = -(-count // threads)
+        chunk = -(-share // -(-share // chunk))  # as many chunks for each thread, as equal as can be
+        for task in prange(-(-count // chunk)):
+            first, last = task * chunk, min(count, (task + 1) * chunk)
+            prepare(images, first, last, crop, x, before)
+            for layer in range(len(table)):
+                run_layer(table[layer], first, last, 0, table[layer, N_BLOCKS])
+            classify(planes, bytes_per_image, weights, first, last, sums)
