@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Images per second of the packed engine and of others, on the same networks, interleaved in one run.
 
-    pip install -r requirements.txt onnxruntime ai-edge-litert
+    pip install -r requirements.txt ai-edge-litert
     python benchmarks/inference_speed.py
 
     packed             twta.packed, the numba engine; from uint8 images, preprocessing included
@@ -33,9 +33,10 @@ import numpy as np
 from twta import packed as engines
 from twta import packed_file
 from twta.packed_file import fan_in, geometry, input_shape
-from twta.records import environment
+from twta.records import environment, installed
 
 ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 0.05  # that a timing lasts, at least
 SHORT = ('TWTA_4_4_MNIST', 'TWTA_3_3_CIFAR10_VGG13', 'TWTA_3_3_CIFAR10_Group_V2')
 SCRIPTS = {path.stem: path for folder in ('MNIST', 'CIFAR10') for path in sorted((ROOT / folder).glob('TWTA*.py'))}
 IMAGE = {'MNIST': ((28, 28, 1), 0), 'CIFAR10': ((32, 32, 3), 24)}
@@ -264,7 +265,6 @@ def write_models(name, folder):
         write_int8_onnx(packed, folder / 'int8.onnx')
     if importlib.util.find_spec('ai_edge_litert'):
         subprocess.run([sys.executable, __file__, '--tflite', folder], check=True, capture_output=True)
-    return packed
 
 
 def measure(name, batches, threads, repetitions):
@@ -296,20 +296,28 @@ def interleave(folder, threads, repetitions, batches):
                 if (folder / file).exists()}
         predicted = {engine: run().argmax(1) for engine, run in runs.items()}
         times = {engine: [] for engine in runs}
-        loops = 1 if batch > 1 else 20
+        loops = {engine: 1 + int(SECONDS / seconds(run)) for engine, run in runs.items()}
         for _ in range(repetitions):
             for engine, run in runs.items():
                 time.sleep(0.1)  # until the threads of the one before have stopped spinning
                 run()
                 start = time.perf_counter()
-                for _ in range(loops):
+                for _ in range(loops[engine]):
                     run()
-                times[engine].append((time.perf_counter() - start) / loops)
-        seconds = {engine: statistics.median(values) for engine, values in times.items()}
-        rows += [{'engine': engine, 'batch': batch, 'images_per_second': batch / seconds[engine],
-                  'packed_is_faster': seconds[engine] / seconds['packed'],
+                times[engine].append((time.perf_counter() - start) / loops[engine])
+        medians = {engine: statistics.median(values) for engine, values in times.items()}
+        rows += [{'engine': engine, 'batch': batch, 'images_per_second': batch / medians[engine],
+                  'packed_is_faster': medians[engine] / medians['packed'],
                   'agrees': float(np.mean(predicted[engine] == predicted['packed']))} for engine in runs]
     return rows
+
+
+def seconds(run):
+    """Of the second of two runs."""
+    run()
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
 
 
 def profile(name, repetitions):
@@ -333,14 +341,12 @@ def profile(name, repetitions):
           'layer        sources words positions      us  ternary GMAC/s  bits of words used')
     print(f'{"preprocess":33} '
           f'{microseconds(kernels.prepare, images, 0, 200, packed.crop, engine.x, engine.before):7.1f}')
-    shape = input_shape(packed)
-    for index, layer in enumerate(packed.layers):
+    for index, (layer, _, _, out) in enumerate(packed_file.shapes(packed)):
         row = dict(zip(kernels.COLUMNS, engine.table[index], strict=True))
         taken = microseconds(kernels.run_layer, engine.table[index], 0, 200, 0, row['n_blocks'])
-        shape = geometry(shape, layer)[1]
         products = fan_in(layer.weights)
         print(f'{layer.name:12} {row["kind"]:7} {row["words"]:5} {row["positions"]:9} {taken:7.1f}'
-              + (f' {np.prod(shape) * products / taken / 1000:15,.0f} {products / row["words"] / 64:19.0%}' if index
+              + (f' {np.prod(out) * products / taken / 1000:15,.0f} {products / row["words"] / 64:19.0%}' if index
                  else ''))
     last, sums = engine.planes[-1], np.empty((200, len(packed.classes)))
     print(f'{"classifier":33} '
@@ -386,7 +392,9 @@ def main():
     for name in SCRIPTS if args.all else SHORT:
         rows += measure(name, (1, 200), sorted({1, os.cpu_count()}), args.repetitions)
     if args.json:
-        args.json.write_text(json.dumps({'environment': environment(), 'rows': rows}, indent=1) + '\n')
+        versions = dict(installed(('onnxruntime', 'ai-edge-litert')))
+        args.json.write_text(json.dumps({'environment': environment(), 'others': versions,
+                                         'repetitions': args.repetitions, 'rows': rows}, indent=1) + '\n')
 
 
 if __name__ == '__main__':

@@ -3,7 +3,9 @@
    Plain C99, nothing but the header and sqrt. Sums of ternary products are counted bit by bit, to be read and ported
    rather than to be fast:
 
-       cc -O2 -DHEADER='"TWTA_4_4_MNIST.h"' docs/reference.c -lm -o reference && ./reference
+       cc -O2 -ffp-contract=off -I. -DHEADER='"TWTA_4_4_MNIST.h"' docs/reference.c -lm -o reference && ./reference
+
+   (-ffp-contract=off: preprocessing rounds every product, as NumPy and TensorFlow do.)
 */
 #include <math.h>
 #include <stdio.h>

@@ -106,7 +106,7 @@ def test_a_trained_network_on_every_reachable_sum():
             np.testing.assert_array_equal((v >= layer.upper).astype(int) - (v <= layer.lower), expected)
 
 
-@pytest.mark.parametrize('gamma, upper, lower, sign', [  # siblings.md, 4.3: mean 2.3, variance 25, beta 0.1
+@pytest.mark.parametrize('gamma, upper, lower, sign', [  # by hand: mean 2.3, variance 25, beta 0.1
     (1, 5, -1, 1), (-1, 0, -6, -1), (0, 19, -19, 1)])
 def test_the_worked_example(session, gamma, upper, lower, sign):
     from twta.ternary_layers import ActivationLayer, BatchNormLayer, Conv2dLayer

@@ -43,8 +43,10 @@ def images(packed, count, seed=0):
 
 
 @pytest.mark.parametrize('count', [1, 2, 21])
-@pytest.mark.parametrize('threads', [1, 2])
-def test_engines_have_the_same_activations_and_logits(packed, count, threads):
+@pytest.mark.parametrize('threads', [1, 2, None])
+def test_engines_have_the_same_activations_and_logits(packed, count, threads, monkeypatch):
+    if threads:
+        monkeypatch.setattr(bitplanes, 'SHARED', 0)  # otherwise so small a network gets one thread
     fast, plain = engines.open_engine(packed, 'numba', threads), engines.NumpyEngine(packed)
     x = images(packed, count)
     logits, maps = plain.run(x)
@@ -67,6 +69,15 @@ def test_batches_of_any_length(packed):
     together = engines.logits(engine, x)
     assert together.shape == (engine.batch + 3, len(packed.classes))
     np.testing.assert_array_equal(together[-3:], engine.logits(x[-3:]))
+
+
+def test_the_kernels_are_not_given_what_they_would_write_beyond(packed):
+    engine = engines.open_engine(packed, 'numba')
+    height, width, channels = packed.image
+    for wrong in (np.zeros((engine.batch + 1, *packed.image), np.uint8), images(packed, 2).astype(float),
+                  np.zeros((1, height + 1, width, channels), np.uint8), np.zeros((1, height, width), np.uint8)):
+        with pytest.raises(ValueError, match='uint8, at most'):
+            engine.logits(wrong)
 
 
 @pytest.mark.parametrize('sources', [1, 2, 4, 8])
@@ -215,8 +226,12 @@ def test_a_newer_version_is_refused_as_such(file):
     (lambda header: header['layers'][1].update(groups=3), 'divide'),
     (lambda header: header['layers'][0].update(kernel=[99, 1], padding='VALID'), 'padding'),
     (lambda header: header['layers'][2].update(filters=65536), 'shorter'),
-    (lambda header: header.update(network='x' * 10 + '\n', dataset=3), 'dataset'),
+    (lambda header: header.update(dataset=3), 'dataset'),
     (lambda header: header.update(image=[4000, 4000, 3], crop=0), 'too large'),
+    (lambda header: header['layers'][1].update(kernel=[65536, 1]), 'shorter'),
+    (lambda header: header.update(network='two\nlines'), 'network'),
+    (lambda header: header.update(classes=['\ud800', 'b', 'c']), 'classes'),
+    (lambda header: header['layers'][1].update(name='\x1b[31m'), 'name'),
 ])
 def test_a_header_that_contradicts_itself(file, change, word):
     assert re.search(word, broken(with_header(file.read_bytes(), change)))
@@ -228,6 +243,7 @@ def test_arrays_out_of_range_are_refused():
     for bad in ((encoder, layer._replace(upper=layer.lower), last),
                 (encoder, layer, last._replace(upper=last.upper + 9999)),
                 (encoder._replace(upper=encoder.upper * np.nan), layer, last),
+                (encoder._replace(lower=encoder.upper), layer, last),
                 (encoder._replace(weights=encoder.weights * np.inf), layer, last)):
         assert 'out of range' in broken(rewritten(packed._replace(layers=bad)))
     assert 'NaN' in broken(rewritten(packed._replace(shift=packed.shift * np.nan)))
@@ -256,9 +272,14 @@ def test_noise_under_a_right_checksum_raises_nothing_but_bad(file):
             else:
                 noisy[at:at] = noisy[at:at + int(rng.integers(1, 50))]
         try:
-            packed_file.parse(sealed(bytes(noisy)))
+            packed = packed_file.parse(sealed(bytes(noisy)))
         except packed_file.Bad:
             refused += 1
+            continue
+        x = images(packed, 1)  # what is accepted can be run
+        for found, expected in zip(engines.open_engine(packed, 'numba').activations(x),
+                                   engines.NumpyEngine(packed).activations(x), strict=True):
+            np.testing.assert_array_equal(found, expected)
     assert refused > 2000
 
 
@@ -288,13 +309,18 @@ def test_the_standalone_command(tmp_path, engine):
     assert finished.stdout.split() == [packed.classes[k] for k in expected]
 
 
+HEADER = b'\x93NUMPY\x01\x00\x76\x00%-118b'  # of an npy file
+
+
 @pytest.mark.parametrize('array, words', [
     (np.zeros((2, 28, 28), np.uint8), '[2, 28, 28, 1]'), (np.zeros((2, 9, 8, 1)), 'float64'),
-    (np.zeros((0, 9, 8, 1), np.uint8), '[0, 9, 8, 1]'), (np.array([{}], object), 'numpy.save'), (None, 'numpy.save')])
+    (np.zeros((0, 9, 8, 1), np.uint8), '[0, 9, 8, 1]'), (np.array([{}], object), 'numpy.save'),
+    (b'no array', 'numpy.save'), (b'PK\x03\x04garbage', 'numpy.save'), (HEADER % b"{'descr':\n", 'numpy.save'),
+    (HEADER % b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000, 9, 8, 1)}", 'numpy.save')])
 def test_images_that_do_not_fit(tmp_path, array, words):
     packed_file.write(tmp_path / 'network.twta', random_packed(*NETWORKS['dense']))
-    if array is None:
-        (tmp_path / 'images.npy').write_text('no array')
+    if isinstance(array, bytes):
+        (tmp_path / 'images.npy').write_bytes(array)
     else:
         np.save(tmp_path / 'images.npy', array, allow_pickle=True)
     finished = standalone('network.twta', 'images.npy', cwd=tmp_path)

@@ -15,6 +15,7 @@ import numpy as np
 from twta import kernels, packed_file
 from twta.packed import finish
 
+MEMORY = 1 << 28  # bytes that the images of a batch may take, as float64
 SHARED = 1 << 25  # ternary products of an image from which on threads gain by sharing its filters
 CHUNK = 32  # images that go through all layers together: activations stay in the cache, weights serve them all
 LOCK = threading.Lock()  # numba's own thread pool may serve one caller at a time
@@ -51,31 +52,30 @@ class Planes:
 class NumbaEngine:
     """Runs a packed network on bit planes, in so many threads (default: one a core)."""
 
-    name, batch = 'numba', 256
+    name = 'numba'
 
     def __init__(self, packed, threads=None):
         self.packed = packed
         self.threads = min(threads or numba.config.NUMBA_NUM_THREADS, numba.config.NUMBA_NUM_THREADS)
         shape = packed_file.input_shape(packed)
         encoder = packed.layers[0]
-        self.before, padded = border(shape, encoder)
+        self.before, padded = packed_file.border(shape, encoder)
+        self.batch = max(1, min(256, MEMORY // (8 * math.prod(padded) * shape[2])))
         self.x = np.zeros((self.batch, *padded, shape[2]))
         self.products = 0
         self.kept, self.planes, rows = [], [], []  # kept: arrays that the table has the addresses of
-        for index, layer in enumerate(packed.layers):
-            _, out = packed_file.geometry(shape, layer)
+        for index, (layer, _, _, out) in enumerate(packed_file.shapes(packed)):
             if index + 1 < len(packed.layers):
                 reader = packed.layers[index + 1]
-                planes = Planes(self.batch, out, reader.groups, *border(out, reader))
+                planes = Planes(self.batch, out, reader.groups, *packed_file.border(out, reader))
             else:
                 planes = Planes(self.batch, out, 1, (0, 0), out[:2])
             rows.append(self.lay_out(layer, self.planes[-1] if index else None, out, planes))
             self.planes.append(planes)
             self.products += math.prod(out) * packed_file.fan_in(layer.weights)
-            shape = out
         self.table = np.array(rows, np.int64)
-        bits = np.zeros((math.prod(shape[:2]), 8 * planes.cell, len(packed.classes)))
-        bits[:, :shape[2]] = packed.weights.reshape(-1, shape[2], len(packed.classes))
+        bits = np.zeros((math.prod(out[:2]), 8 * planes.cell, len(packed.classes)))
+        bits[:, :out[2]] = packed.weights.reshape(-1, out[2], len(packed.classes))
         self.weights = np.ascontiguousarray(bits.reshape(-1, len(packed.classes)).T)
 
     def lay_out(self, layer, source, out, target):
@@ -110,6 +110,9 @@ class NumbaEngine:
 
     def run(self, images):
         """The classifier's sums; the activations are then in self.planes."""
+        if images.dtype != np.uint8 or images.shape[1:] != tuple(self.packed.image) or len(images) > self.batch:
+            raise ValueError(f'images {images.dtype} {images.shape}, not uint8, at most {self.batch} of '
+                             f'{self.packed.image}')  # the kernels write where it would be
         sums = np.empty((len(images), len(self.packed.classes)))
         last = self.planes[-1]
         threads = self.threads if len(images) * self.products >= SHARED else 1
@@ -132,13 +135,6 @@ class NumbaEngine:
 
 def address(array):
     return array.ctypes.data
-
-
-def border(shape, layer):
-    """Rows and columns before a map for its reader, and the map's size with all of its border."""
-    before, out = packed_file.geometry(shape, layer)
-    return before, tuple(max(before[axis] + shape[axis], (out[axis] - 1) * layer.stride + layer.weights.shape[axis])
-                         for axis in (0, 1))
 
 
 def positions(span, image, out, row, column):

@@ -7,9 +7,9 @@ import re
 
 import numpy as np
 
-from twta import replacing
+from twta import UsageError, replacing
 from twta.packed import NumpyEngine
-from twta.packed_file import filter_major, geometry, input_shape
+from twta.packed_file import border, filter_major, input_shape, shapes
 
 VECTORS = 4  # images
 OPSET, IR_VERSION = 17, 8  # of ONNX; old enough for the runtimes in use
@@ -20,15 +20,6 @@ def vectors(packed, images):
     logits, maps = NumpyEngine(packed).run(images)
     names = [layer.name for layer in packed.layers]
     return {'images': images, **dict(zip(names, maps, strict=True)), 'logits': logits}
-
-
-def shapes(packed):
-    """Each layer with the shape of its input, rows and columns of padding before it, and the shape of its output."""
-    shape = input_shape(packed)
-    for layer in packed.layers:
-        before, out = geometry(shape, layer)
-        yield layer, shape, before, out
-        shape = out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -149,8 +140,11 @@ def write_onnx(path, packed, images):
 
     A layer's activations, float32 NCHW, go by its name. Real-valued sums are in float64, as in the evaluation graph.
     """
-    import onnx  # here: only this needs it
-    from onnx import TensorProto, helper, numpy_helper
+    try:
+        import onnx  # here: only this needs it
+        from onnx import TensorProto, helper, numpy_helper
+    except ImportError:
+        raise UsageError('--format onnx: the package onnx is not installed; pip install onnx') from None
 
     nodes, constants = [], {}
 
@@ -191,7 +185,8 @@ def write_onnx(path, packed, images):
 
     for index, (layer, shape, before, out) in enumerate(shapes(packed)):
         kernel = layer.weights.shape[:2]
-        after = [max((out[axis] - 1) * layer.stride + kernel[axis] - shape[axis] - before[axis], 0) for axis in (0, 1)]
+        whole = border(shape, layer)[1]
+        after = [whole[axis] - shape[axis] - before[axis] for axis in (0, 1)]
         if not index:  # runtimes have no float64 convolution: the pixels under the kernel side by side, times a matrix
             x = node('Pad', prepare('images'), np.array([0, *before, 0, 0, *after, 0]), np.array(0.0))
             under = []

@@ -11,7 +11,7 @@ loaded meets eight positions. The thresholds turn the eight sums of a position i
 planes, one byte each, so nothing is ever expanded. Numba emits LLVM's generic vectors; AVX-512, AVX2 or NEON code
 comes out of them. The compiled code is cached beside this file or in the user's cache.
 
-Kernels take addresses: twta.bitplanes lays out the memory, as its Table says, and keeps it alive.
+Kernels take addresses: twta.bitplanes lays out the memory, as BLOCK and COLUMNS say, and keeps it alive.
 """
 import numpy as np
 from llvmlite import ir

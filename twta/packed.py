@@ -1,16 +1,21 @@
 """Packed networks: python -m twta.packed FILE.twta IMAGES.npy prints a class an image. No TensorFlow.
 
-Two engines give the same bits. `numba`: bit planes, compiled (twta.bitplanes). `numpy`: the same integers as arrays,
-slower, no compiler: the fall-back, and the plain statement of what a packed network computes.
+Two engines have the same activations, and the same logits but for roundings. `numba`: bit planes, compiled
+(twta.bitplanes). `numpy`: the same integers as arrays, slower: the fall-back, and the plain statement of what a packed
+network computes.
 """
 import argparse
+import os
 import sys
 import time
+import tokenize
+import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from twta import TwtaError, UsageError, packed_file
+from twta.command_line import positive_integer
 
 
 def prepare(images, crop):
@@ -30,9 +35,8 @@ def convolve(x, layer):
     n, channels = len(x), x.shape[3]
     (top, left), (rows, columns, filters) = packed_file.geometry(x.shape[1:], layer)
     height, width = layer.weights.shape[:2]
-    bottom, right = (max((out - 1) * layer.stride + kernel - size - before, 0) for out, kernel, size, before in zip(
-        (rows, columns), (height, width), x.shape[1:3], (top, left), strict=True))
-    x = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
+    whole = packed_file.border(x.shape[1:], layer)[1]
+    x = np.pad(x, ((0, 0), (top, whole[0] - top - x.shape[1]), (left, whole[1] - left - x.shape[2]), (0, 0)))
     x = x.reshape(*x.shape[:3], channels // layer.groups, layer.groups)
     weights = layer.weights.reshape(height, width, channels // layer.groups, layer.groups, -1).astype(x.dtype)
     y = np.zeros((n, rows, columns, layer.groups, filters // layer.groups), x.dtype)
@@ -115,9 +119,14 @@ def infer(script, args):
         raise TwtaError(f'{args.file}: {packed.network} on {packed.dataset}, not {script} on {args.dataset}; choose '
                         'another --file')
     dataset = datasets.load(args.dataset, args.data_dir, None)
+    shape = dataset.test.images.shape[1:]
+    if (packed.image, packed.classes) != (shape, tuple(dataset.classes)):
+        raise TwtaError(f'{args.file}: for images {list(packed.image)} of {len(packed.classes)} classes, but those of '
+                        f'{args.dataset} are {list(shape)} of {len(dataset.classes)}; choose another --file')
     records.say(f'data: {dataset}')
     engine = started(packed, args)
-    records.say(f'network: {script}, {args.file}, epoch {packed.record.get("epoch", "unknown")}')
+    epoch = packed.record.get('epoch')
+    records.say(f'network: {script}, {args.file}' + (f', epoch {epoch}' if isinstance(epoch, int) else ''))
     images, labels = dataset.test.images, dataset.test.labels
     start = time.perf_counter()
     values = logits(engine, images)
@@ -133,8 +142,11 @@ def infer(script, args):
 def started(packed, args):
     """An engine as the flags say, warmed up; a line tells how long that took."""
     start = time.perf_counter()
-    engine = open_engine(packed, {'packed': 'auto'}.get(args.engine, args.engine), args.threads)
-    engine.logits(np.zeros((1, *packed.image), np.uint8))
+    try:
+        engine = open_engine(packed, {'packed': 'auto'}.get(args.engine, args.engine), args.threads)
+        engine.logits(np.zeros((1, *packed.image), np.uint8))
+    except MemoryError:
+        raise TwtaError(f'{packed.network}: too little memory for its maps') from None
     print(f'engine: {engine.name}, ready after {time.perf_counter() - start:.1f} s', file=sys.stderr, flush=True)
     return engine
 
@@ -146,30 +158,29 @@ def main(argv=None):
     parser.add_argument('images', type=Path, help='uint8 [n, height, width, channels] as numpy.save writes them; of '
                                                   'images with one channel, [n, height, width] does as well')
     parser.add_argument('--engine', choices=('auto', 'numba', 'numpy'), default='auto',
-                        help='auto, the default: numba where it is installed, else numpy; the same results')
-    parser.add_argument('--threads', type=threads, metavar='N', help='default: one a core')
+                        help='auto, the default: numba where it is installed, else numpy, slower; the same classes')
+    parser.add_argument('--threads', type=positive_integer, metavar='N', help='default: one a core')
     parser.add_argument('--names', action='store_true', help="print the classes' names, not their numbers")
     args = parser.parse_args(argv)
     try:
         packed = packed_file.read(args.file)
         images = read_images(args.images, packed.image)
         predicted = logits(started(packed, args), images).argmax(1)
-        print('\n'.join(packed.classes[k] if args.names else str(k) for k in predicted))
+        print('\n'.join(packed.classes[k] if args.names else str(k) for k in predicted), flush=True)
     except TwtaError as error:
         print(f'twta.packed: error: {error}', file=sys.stderr)
         sys.exit(error.exit_code)
-
-
-def threads(text):
-    if not (text.isascii() and text.isdigit() and int(text)):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number of threads, 1 or more')
-    return int(text)
+    except BrokenPipeError:  # a reader such as head has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        sys.exit(130)  # 128 + SIGINT
 
 
 def read_images(path, shape):
     try:
         images = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, MemoryError, SyntaxError, tokenize.TokenError,
+            zipfile.BadZipFile) as error:
         reason = getattr(error, 'strerror', None) or 'not an array that numpy.save wrote, or damaged'
         raise TwtaError(f'{path}: {reason}; make one with numpy.save') from None
     wanted = f'uint8 [n, {", ".join(map(str, shape))}]'

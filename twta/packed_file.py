@@ -29,7 +29,7 @@ VERSION = 1
 KEYS = {'network': str, 'dataset': str, 'image': list, 'crop': int, 'classes': list, 'layers': list, 'record': dict}
 LAYER_KEYS = {'name': str, 'kernel': list, 'filters': int, 'stride': int, 'padding': str, 'groups': int}
 LARGEST = 1 << 16  # of any size in the header
-LARGEST_MAP = 1 << 20  # values in an image or in the activations of a layer
+LARGEST_MAPS = 1 << 22  # values in an image, and in the inputs of all layers with their borders
 POWERS = 3 ** np.arange(5)
 
 
@@ -77,6 +77,22 @@ def geometry(shape, layer):
             out.append((size - kernel) // layer.stride + 1)
             before.append(0)
     return tuple(before), (*out, layer.weights.shape[3])
+
+
+def border(shape, layer):
+    """Rows and columns of padding before a map for the layer that reads it, and the map's size with its border."""
+    before, out = geometry(shape, layer)
+    return before, tuple(max(before[axis] + shape[axis], (out[axis] - 1) * layer.stride + layer.weights.shape[axis])
+                         for axis in (0, 1))
+
+
+def shapes(packed):
+    """Each layer with the shape of its input, rows and columns of padding before it, and the shape of its output."""
+    shape = input_shape(packed)
+    for layer in packed.layers:
+        before, out = geometry(shape, layer)
+        yield layer, shape, before, out
+        shape = out
 
 
 def fan_in(weights):
@@ -156,10 +172,11 @@ def parse(data):
     if data[:4] != MAGIC or len(data) < 44:
         raise Bad('not a .twta file')
     version, length = struct.unpack('<II', data[4:12])
-    if version > VERSION:
-        raise Bad(f'written by a newer version of these scripts (format {version}, this one reads {VERSION})')
-    if version != VERSION or hashlib.sha256(data[:-32]).digest() != data[-32:]:
+    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise Bad('damaged (its checksum is wrong)')
+    if version != VERSION:
+        age = 'a newer' if version > VERSION else 'an unknown'
+        raise Bad(f'written by {age} version of these scripts (format {version}, this one reads {VERSION})')
     body = memoryview(data)[12:-32]
     try:
         header = json.loads(bytes(body[:length]).decode())
@@ -169,20 +186,21 @@ def parse(data):
     take = Taker(body[length:])
     *image, channels = sizes('image', header['image'], 3)
     crop, classes = size('crop', header['crop'], least=0), header['classes']
-    if math.prod(image) * channels > LARGEST_MAP:
+    if math.prod(image) * channels > LARGEST_MAPS:
         raise Bad(f'its images are too large, {[*image, channels]}')
     if crop > min(image):
         raise Bad(f'crop {crop} of images {[*image, channels]}')
-    if not classes or len(classes) > LARGEST or not all(isinstance(name, str) for name in classes):
+    if not classes or len(classes) > LARGEST or not all(map(is_name, classes)):
         raise Bad('its classes are not names')
     if not header['layers']:
         raise Bad('it has no layers')
-    shape, layers = (*((crop, crop) if crop else image), channels), []
+    shape, layers, values = (*((crop, crop) if crop else image), channels), [], 0
     for index, entry in enumerate(header['layers']):
         layers.append(read_layer(entry, shape, take, is_encoder=not index))
+        values += math.prod(border(shape, layers[-1])[1]) * shape[2]
         shape = geometry(shape, layers[-1])[1]
-        if math.prod(shape) > LARGEST_MAP:
-            raise Bad(f'the activations of {layers[-1].name} are too large, {list(shape)}')
+        if max(values, math.prod(shape)) > LARGEST_MAPS:
+            raise Bad(f'its maps are too large, at {layers[-1].name[:80]}')
     n_classes = len(classes)
     weights = take('<f4', math.prod(shape) * n_classes).reshape(-1, n_classes)
     scale, shift = take('<f4', n_classes), take('<f4', n_classes)
@@ -197,7 +215,7 @@ def parse(data):
 def read_layer(entry, shape, take, is_encoder):
     """A layer on a map of that shape; raises Bad."""
     check_keys('layer', entry, LAYER_KEYS)
-    name = ascii(entry['name'][:80])
+    name = entry['name'][:80]
     kernel = sizes(f'kernel of {name}', entry['kernel'], 2)
     filters, stride, groups = (size(f'{key} of {name}', entry[key]) for key in ('filters', 'stride', 'groups'))
     does_not_fit = entry['padding'] == 'VALID' and (kernel[0] > shape[0] or kernel[1] > shape[1])
@@ -218,7 +236,8 @@ def read_layer(entry, shape, take, is_encoder):
         kind, is_good = threshold_type(np.moveaxis(weights, 0, 3)), True
     upper, lower = take(kind, filters), take(kind, filters)
     if is_encoder:
-        is_good = is_good and not np.isnan(upper).any() and not np.isnan(lower).any()
+        is_constant = np.isinf(upper) & (lower == upper)
+        is_good = is_good and ((lower < upper) | is_constant).all()
     else:
         most = count // filters
         upper, lower = upper.astype(np.int32), lower.astype(np.int32)
@@ -249,8 +268,13 @@ def check_keys(what, entry, keys):
     if not isinstance(entry, dict):
         raise Bad(f'its {what} is no JSON object')
     for key, kind in keys.items():
-        if type(entry.get(key)) is not kind:
+        if type(entry.get(key)) is not kind or (kind is str and not is_name(entry[key])):
             raise Bad(f'{key} of its {what} is missing or no {kind.__name__}')
+
+
+def is_name(text):
+    """Whether it can be printed in a line."""
+    return isinstance(text, str) and text.isprintable() and len(text) <= LARGEST
 
 
 def sizes(what, values, count):

@@ -2,8 +2,9 @@
 
 Energy is an estimate of the arithmetic alone, in 45 nm, without memory: M. Horowitz, "Computing's energy problem (and
 what we can do about it)", ISSCC 2014, figure 1.1.9: a 32-bit floating-point multiplication 3.7 pJ and addition 0.9 pJ,
-a 32-bit integer addition 0.1 pJ. The float network multiplies and adds everywhere; the packed one adds where weight
-and activation are both non-zero, except in the encoder and the classifier, which stay real-valued.
+a 32-bit integer addition 0.1 pJ. The float network multiplies and adds everywhere, on the zeros of the border as well;
+the packed one adds where weight and activation are both non-zero, except in the encoder and the classifier, which stay
+real-valued and are charged as float32, as on a chip, though the engine here sums the encoder in float64.
 """
 import csv
 import math
@@ -44,16 +45,14 @@ def measure(packed, images):
         inputs[1:] += [np.sum(values == 0) / values[0].size for values in maps]
         for index, layer in enumerate(packed.layers[1:], 1):
             additions[index] += count_additions(maps[index - 1], layer)
-    shape, rows = packed_file.input_shape(packed), []
-    for index, layer in enumerate(packed.layers):
-        out = packed_file.geometry(shape, layer)[1]
+    rows = []
+    for index, (layer, _, _, out) in enumerate(packed_file.shapes(packed)):
         thresholds = 2 * 8 * packed_file.threshold_type(layer.weights).itemsize * out[2]
         size = layer.weights.size
         multiply_adds = math.prod(out) * packed_file.fan_in(layer.weights)
         rows.append(row(layer.name, layer.weights, 8 * -(-size // 5) + thresholds if index else 32 * size + 64 * out[2],
                         inputs[index] / len(images) if index else None, multiply_adds,
                         additions[index] / len(images) if index else None))
-        shape = out
     rows.append(row('classifier', packed.weights, 32 * (packed.weights.size + 2 * len(packed.classes)),
                     inputs[-1] / len(images), packed.weights.size, None))
     total = {field: sum(entry[field] or 0 for entry in rows) for field in FIELDS[1:] if not field.startswith('zero')}

@@ -44,7 +44,7 @@ def open_session(graph, gpu_index):
     """A session on the graph that sees only the GPU of that index, if there is one, and takes its memory as needed.
 
     Convolution and batch normalisation stay apart: fused by TensorFlow's remapper they round otherwise, 5 % faster,
-    and the thresholds that twta.export reads off the batch normalisation would not be those of the whole graph.
+    and the thresholds that twta.packing reads off the batch normalisation would not be those of the whole graph.
     """
     config = tf.ConfigProto(gpu_options=tf.GPUOptions(allow_growth=True, visible_device_list=str(gpu_index)))
     rewrite = config.graph_options.rewrite_options

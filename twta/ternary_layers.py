@@ -3,7 +3,7 @@
 A quantiser is a function with its forward and its backward rule side by side. A layer takes the quantiser it uses and
 computes in the type of its input: float32, or bfloat16, in which -1, 0 and +1 are exact. The variables (latent
 weights, batch normalisation) are float32 in either case, and `all_params` holds them. Images are NHWC. Each layer
-keeps the one before it as `prev_layer`, and what it was built with: twta.export reads a network so.
+keeps the one before it as `prev_layer`, and what it was built with: twta.packing reads a network so.
 
 Sources: the published TWTA scripts (github.com/edwardzcl/TWTA); thresholds of the weights from "Ternary Weight
 Networks" (arXiv:1605.04711), section 2.2, without its scale factor; straight-through gradients from
@@ -76,8 +76,8 @@ class Conv2dLayer(tl.layers.Layer):
     groups      G > 1: group g reads the interleaved input channels g, g + G, g + 2G, ... and the outputs of the
                 groups follow each other in order, so that the layer also shuffles channels
     W           [filter_size, filter_size, channels / groups, n_filter], truncated normal, stddev 0.02
-    exact       sum in float64: real-valued products then have the same sum, once rounded to float32, in any order,
-                so on any machine and in any engine (ternary ones have it anyway)
+    exact       sum in float64: real-valued products then have the same sum, once rounded to float32, in any order of
+                summation, on any machine, but where it falls within 2 ** -53 of a tie (ternary ones always have it)
     outputs     [batch, height', width', n_filter]
 
     Raises ValueError where channels or n_filter is not a multiple of groups.
