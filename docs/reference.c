@@ -9,6 +9,9 @@
 */
 #include <math.h>
 #include <stdio.h>
+#ifndef HEADER
+#error "say which network: -DHEADER='\"TWTA_4_4_MNIST.h\"'"
+#endif
 #include HEADER
 
 static int8_t maps[2][TWTA_LARGEST_MAP];

@@ -208,7 +208,7 @@ def test_the_default_file_is_in_the_current_folder(finished_run, tmp_path, monke
     (['--engine', 'packed'], ['--engine packed', '--mode training']),
     (['--engine', 'packed', '--mode', 'export'], ['--engine packed', '--mode export']),
     (['--mode', 'inference', '--engine', 'packed', '--file', '/absent.twta'], ['/absent.twta', '--mode export']),
-    (['--mode', 'inference', '--engine', 'packed', '--file', '/'], ['--file /', 'directory']),
+    (['--mode', 'inference', '--engine', 'packed', '--file', '/'], ['--file /', 'not a file']),
     (['--mode', 'inference', '--engine', 'packed', '--resume', 'True'], ['--resume', '--engine packed']),
     (['--mode', 'inference', '--engine', 'packed', '--weights', __file__], ['--weights', '--engine packed']),
     (['--mode', 'inference', '--engine', 'packed', '--checkpoint', 'best'], ['--checkpoint best', '--engine packed']),
@@ -218,6 +218,9 @@ def test_the_default_file_is_in_the_current_folder(finished_run, tmp_path, monke
     (['--mode', 'inference', '--file', 'x'], ['--file', '--mode export']),
     (['--mode', 'inference', '--format', 'c'], ['--format c', '--mode export']),
     (['--mode', 'export', '--format', 'hex'], ['--format', "'hex'", 'onnx']),
+    (['--mode', 'export', '--format', 'onnx', '--file', 'x.twta'], ['--file', 'x.twta', '--format onnx', '.onnx']),
+    (['--mode', 'export', '--file', '/dev/full'], ['--file /dev/full', '.twta']),
+    (['--mode', 'export', '--file', '/absent/x.twta'], ['/absent', 'no such folder']),
     (['--mode', 'export', '--epochs', '3'], ['--epochs 3', '--mode export']),
     (['--mode', 'export', '--resume', 'False'], ['--resume False', '--mode export']),
     (['--mode', 'inference', '--engine', 'packed', '--threads', '0'], ['--threads', "'0'"]),
@@ -281,16 +284,16 @@ def test_npz_holds_what_a_loop_needs(deployed, tmp_path):
         x = engines.prepare(file['vectors/images'], int(file['crop'])).astype(np.float64)
         for index, name in enumerate(file['layers']):
             weights, stride, groups = (file[f'{name}/{field}'] for field in ('weights', 'stride', 'groups'))
-            top, left = file[f'{name}/padding']
             expected = file[f'vectors/{name}']
             height, width, _, filters = weights.shape
-            sums = np.zeros(expected.shape)
-            padded = np.pad(x, ((0, 0), (top, height), (left, width), (0, 0)))
+            padded = np.pad(x, [(0, 0), *file[f'{name}/padding'], (0, 0)])
+            out = [(padded.shape[axis + 1] - weights.shape[axis]) // stride + 1 for axis in (0, 1)]
+            sums = np.zeros((len(x), *out, filters))
             for f in range(filters):
                 group = padded[..., f // (filters // groups)::groups]
-                for y in range(expected.shape[1]):
+                for y in range(out[0]):
                     rows = group[:, y * stride:y * stride + height]
-                    for column in range(expected.shape[2]):
+                    for column in range(out[1]):
                         under = rows[:, :, column * stride:column * stride + width]
                         sums[:, y, column, f] = (under * weights[..., f]).sum((1, 2, 3))
             if not index:

@@ -304,7 +304,7 @@ def test_the_standalone_command(tmp_path, engine):
     finished = standalone('network.twta', 'images.npy', '--engine', engine, cwd=tmp_path)
     expected = engines.NumpyEngine(packed).logits(x).argmax(1)
     assert finished.returncode == 0 and finished.stdout.split() == list(map(str, expected))
-    assert f'engine: {engine}, ready after' in finished.stderr
+    assert f'engine: {engine}, ' in finished.stderr and ' ready after ' in finished.stderr
     finished = standalone('network.twta', 'images.npy', '--engine', engine, '--names', cwd=tmp_path)
     assert finished.stdout.split() == [packed.classes[k] for k in expected]
 

@@ -15,6 +15,8 @@ import numpy as np
 from twta import kernels, packed_file
 from twta.packed import finish
 
+if numba.config.DISABLE_JIT:
+    raise ImportError('NUMBA_DISABLE_JIT is set')
 MEMORY = 1 << 28  # bytes that the images of a batch may take, as float64
 SHARED = 1 << 25  # ternary products of an image from which on threads gain by sharing its filters
 CHUNK = 32  # images that go through all layers together: activations stay in the cache, weights serve them all

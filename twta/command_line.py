@@ -144,21 +144,29 @@ def check(args, script):
         raise UsageError('--file is for --mode export and --engine packed; leave it out')
     if packed or args.mode == 'export':
         args.file = (args.file or Path(script.stem + SUFFIXES[args.format])).resolve()
-    if args.file and args.file.is_dir():
-        raise UsageError(f'--file {args.file}: a directory, not a file')
+    if args.mode == 'export' and args.file.suffix != SUFFIXES[args.format]:
+        raise UsageError(f'--file {args.file}: with --format {args.format} its name ends in {SUFFIXES[args.format]}')
+    if args.mode == 'export' and not args.file.parent.is_dir():
+        raise UsageError(f'--file {args.file}: no such folder; make it first, or choose another file')
+    if args.file and args.file.exists() and not args.file.is_file():
+        raise UsageError(f'--file {args.file}: not a file')
     if packed and not args.file.is_file():
-        raise UsageError(f'--file {args.file}: no such file; make it with: python '
-                         f'{shlex.quote(os.path.relpath(script))} --mode export')
+        make = command(script, '--mode export', 'dataset', 'data_dir', 'run_dir', 'file', args=args)
+        raise UsageError(f'--file {args.file}: no such file; make it with: {make}')
     for flag, folder in (('run_dir', args.run_dir), ('data_dir', args.data_dir)):
         if folder.exists() and not folder.is_dir():
             raise UsageError(f'--{flag} {folder}: not a directory')
     args.resume = bool(evaluation and not args.weights and not packed if args.resume is None else args.resume)
     if args.resume and not (args.run_dir / 'checkpoint').is_file():
-        command = f'python {shlex.quote(os.path.relpath(script))} --resume False --mode training'
-        for flag in ('dataset', 'data_dir', 'run_dir'):
-            if any(word.split('=')[0] == f'--{flag}' for word in sys.argv):
-                command += f' --{flag} {shlex.quote(str(getattr(args, flag)))}'
-        raise UsageError(f'no checkpoint in {args.run_dir}; make one with: {command}')
+        make = command(script, '--resume False --mode training', 'dataset', 'data_dir', 'run_dir', args=args)
+        raise UsageError(f'no checkpoint in {args.run_dir}; make one with: {make}')
+
+
+def command(script, mode, *flags, args):
+    """A command of the script in that mode, with those of the flags that this one was given."""
+    given = [flag for flag in flags if any(word.split('=')[0] == f'--{flag}' for word in sys.argv)]
+    values = (f' --{flag} {shlex.quote(str(getattr(args, flag)))}' for flag in given)
+    return f'python {shlex.quote(os.path.relpath(script))} {mode}' + ''.join(values)
 
 
 class Parser(argparse.ArgumentParser):

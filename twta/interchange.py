@@ -22,6 +22,12 @@ def vectors(packed, images):
     return {'images': images, **dict(zip(names, maps, strict=True)), 'logits': logits}
 
 
+def after(shape, layer):
+    """Rows and columns of padding after a map."""
+    before, whole = border(shape, layer)
+    return [whole[axis] - shape[axis] - before[axis] for axis in (0, 1)]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # npz
 
@@ -31,10 +37,10 @@ def write_npz(path, packed, images):
     arrays = {'network': np.array(packed.network), 'dataset': np.array(packed.dataset), 'image': np.array(packed.image),
               'crop': np.array(packed.crop), 'classes': np.array(packed.classes),
               'layers': np.array([layer.name for layer in packed.layers])}
-    for layer, _, before, _ in shapes(packed):
+    for layer, shape, before, _ in shapes(packed):
         for field in ('weights', 'upper', 'lower', 'stride', 'groups'):
             arrays[f'{layer.name}/{field}'] = np.array(getattr(layer, field))
-        arrays[f'{layer.name}/padding'] = np.array(before)
+        arrays[f'{layer.name}/padding'] = np.stack([before, after(shape, layer)], 1)
     for field in ('weights', 'scale', 'shift'):
         arrays[f'classifier/{field}'] = getattr(packed, field)
     arrays.update({f'vectors/{name}': array for name, array in vectors(packed, images).items()})
@@ -185,10 +191,8 @@ def write_onnx(path, packed, images):
 
     for index, (layer, shape, before, out) in enumerate(shapes(packed)):
         kernel = layer.weights.shape[:2]
-        whole = border(shape, layer)[1]
-        after = [whole[axis] - shape[axis] - before[axis] for axis in (0, 1)]
         if not index:  # runtimes have no float64 convolution: the pixels under the kernel side by side, times a matrix
-            x = node('Pad', prepare('images'), np.array([0, *before, 0, 0, *after, 0]), np.array(0.0))
+            x = node('Pad', prepare('images'), np.array([0, *before, 0, 0, *after(shape, layer), 0]), np.array(0.0))
             under = []
             for i, j in np.ndindex(kernel):
                 ends = [i + (out[0] - 1) * layer.stride + 1, j + (out[1] - 1) * layer.stride + 1]
@@ -203,7 +207,7 @@ def write_onnx(path, packed, images):
             x = node('Gather', x, np.arange(shape[2]).reshape(-1, layer.groups).T.ravel(), axis=1)
         weights = cast(constant(layer.weights.transpose(3, 2, 0, 1)), TensorProto.FLOAT)
         sums = node('Conv', x, weights, kernel_shape=kernel, strides=[layer.stride] * 2, group=layer.groups,
-                    pads=[*before, *after])
+                    pads=[*before, *after(shape, layer)])
         x = node('Sub', *fire(sums, layer), output=layer.name)
     features = node('Reshape', node('Transpose', x, perm=[0, 2, 3, 1]), np.array([-1, len(packed.weights)]))
     sums = node('MatMul', cast(features, TensorProto.DOUBLE), packed.weights.astype(np.float64))

@@ -259,7 +259,15 @@ def classify(planes, bytes_per_image, weights, first, last, sums):
             sums[n, k] = dot(features, weights[k])
 
 
-@njit(parallel=True, cache=True)
+def compiled(function):
+    """Compiled for several threads, and kept for the next process where there is a folder to keep it in."""
+    try:
+        return njit(parallel=True, cache=True)(function)
+    except RuntimeError:
+        return njit(parallel=True)(function)
+
+
+@compiled
 def run(images, crop, x, before, table, threads, chunk, planes, bytes_per_image, weights, sums):
     """From images to the classifier's sums float64 [n, classes]: prepare, the layers of the table, classify.
 

@@ -94,9 +94,10 @@ def open_engine(packed, engine='auto', threads=None):
             from twta.bitplanes import NumbaEngine  # here: it compiles
 
             return NumbaEngine(packed, threads)
-        except (ImportError, RuntimeError) as error:  # RuntimeError: numba finds nowhere to keep compiled code
+        except ImportError as error:
             if engine == 'numba':
                 raise UsageError(f'--engine numba: {error}; use --engine numpy') from None
+            print(f'without numba, which is much faster: {error}', file=sys.stderr)
     return NumpyEngine(packed)
 
 
@@ -134,7 +135,7 @@ def infer(script, args):
     values -= values.max(1, keepdims=True)
     loss = np.log(np.exp(values).sum(1)) - values[np.arange(len(labels)), labels]
     confusion = records.confuse(labels, values.argmax(1), len(packed.classes))
-    records.report(script, args, dataset, 'packed', args.file, None, float(loss.mean()), confusion)
+    records.report(script, args, dataset, 'packed', args.file, epoch, float(loss.mean()), confusion)
     if args.report:
         packed_report.report(packed, images, args.run_dir)
 
@@ -147,7 +148,9 @@ def started(packed, args):
         engine.logits(np.zeros((1, *packed.image), np.uint8))
     except MemoryError:
         raise TwtaError(f'{packed.network}: too little memory for its maps') from None
-    print(f'engine: {engine.name}, ready after {time.perf_counter() - start:.1f} s', file=sys.stderr, flush=True)
+    threads = f', {engine.threads} threads' if engine.name == 'numba' else ''
+    taken = time.perf_counter() - start
+    print(f'engine: {engine.name}{threads}, ready after {taken:.1f} s', file=sys.stderr, flush=True)
     return engine
 
 
@@ -172,6 +175,9 @@ def main(argv=None):
         sys.exit(error.exit_code)
     except BrokenPipeError:  # a reader such as head has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        print(f'twta.packed: error: {error}', file=sys.stderr)
+        sys.exit(TwtaError.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT
 

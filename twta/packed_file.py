@@ -164,7 +164,7 @@ def read(path):
     try:
         return parse(data)
     except Bad as error:
-        raise TwtaError(f'{path}: {error}; write it again with --mode export') from None
+        raise TwtaError(f'{path}: {error}; give a file that --mode export has written') from None
 
 
 def parse(data):

@@ -158,7 +158,6 @@ def compare(packed, network, session, dataset):
 
 def write(packed, dataset, args):
     """Writes the file that --format and --file say, and tells its size."""
-    args.file.parent.mkdir(parents=True, exist_ok=True)
     if args.format == 'twta':
         size = packed_file.write(args.file, packed)
         ternary = packed.layers[1:]
@@ -169,4 +168,6 @@ def write(packed, dataset, args):
             f'{4 * parameters / integers:.1f} times less than float32 weights')
     else:
         size = interchange.WRITERS[args.format](args.file, packed, dataset.test.images[:interchange.VECTORS])
+        beside = f', in {args.file.with_suffix(".vectors.npz")}' if args.format == 'onnx' else ''
+        say(f'test vectors: {interchange.VECTORS} images{beside}')
     say(f'{args.file}: {size:,} bytes')
