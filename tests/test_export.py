@@ -1,5 +1,6 @@
 """From trained graphs to packed networks and other formats: on every reachable sum, on hostile parameters, on data."""
 import contextlib
+import json
 import shutil
 import subprocess
 import sys
@@ -166,6 +167,10 @@ def test_the_whole_test_set_of_mnist(tmp_path):
     found = engines.logits(engines.open_engine(packed), dataset.test.images).argmax(1)
     np.testing.assert_array_equal(found, predicted)
     assert np.mean(found == dataset.test.labels) == 0.993
+    folder = ROOT / 'results' / 'TWTA_4_4_MNIST-mnist-0-resumed'  # the network that the repository has packed
+    shipped = engines.open_engine(packed_file.read(folder / 'TWTA_4_4_MNIST.twta'))
+    share = np.mean(engines.logits(shipped, dataset.test.images).argmax(1) == dataset.test.labels)
+    assert share == json.loads((folder / 'result.json').read_text())['test_accuracy']
 
 
 # ----------------------------------------------------------------------------------------------------------------------

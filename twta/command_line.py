@@ -82,12 +82,13 @@ def parse(script, description, datasets, defaults, argv=None):
     add('--run_dir', type=path, metavar='DIR',
         help='checkpoints, log.csv, model.npz, ...; default: runs/SCRIPT-DATASET beside README.md')
     add('--precision', choices=('auto', 'float32', 'bfloat16'), default='auto',
-        help='of training; auto, the default: bfloat16 where the hardware multiplies it. Evaluation is always float32')
+        help='of training; auto, the default: bfloat16 where the hardware multiplies it. Evaluation is always float32, '
+             'its first layer summed in float64')
     add('--checkpoint', choices=('last', 'best'), default='last',
-        help='which one inference reads: after the last epoch (default), or the best on validation; without '
+        help='which one inference or export reads: after the last epoch (default), or the best on validation; without '
              'validation images that is the last')
     add('--weights', type=path, metavar='NPZ',
-        help='a model.npz to start from or to evaluate, instead of a checkpoint')
+        help='a model.npz to start from, to evaluate or to export, instead of a checkpoint')
     add('--engine', choices=('tensorflow', 'packed'), default='tensorflow',
         help='of inference; packed: reads --file and needs no TensorFlow. Default: tensorflow')
     add('--file', type=path, metavar='FILE',

@@ -126,8 +126,8 @@ def infer(script, args):
                         f'{args.dataset} are {list(shape)} of {len(dataset.classes)}; choose another --file')
     records.say(f'data: {dataset}')
     engine = started(packed, args)
-    epoch = packed.record.get('epoch')
-    records.say(f'network: {script}, {args.file}' + (f', epoch {epoch}' if isinstance(epoch, int) else ''))
+    epoch = packed.record.get('epoch') if isinstance(packed.record.get('epoch'), int) else None
+    records.say(f'network: {script}, {args.file}' + ('' if epoch is None else f', epoch {epoch}'))
     images, labels = dataset.test.images, dataset.test.labels
     start = time.perf_counter()
     values = logits(engine, images)
