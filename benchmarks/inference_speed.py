@@ -19,12 +19,14 @@ import importlib.util
 import json
 import logging
 import os
+import runpy
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
@@ -32,7 +34,8 @@ import numpy as np
 
 from twta import packed as engines
 from twta import packed_file
-from twta.packed_file import fan_in, geometry, input_shape
+from twta.interchange import after
+from twta.packed_file import fan_in, input_shape
 from twta.records import environment, installed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,9 +62,7 @@ def build(name):
             super().__init__(*arguments[:7], False, *arguments[8:])
 
     image, crop = IMAGE[SCRIPTS[name].parent.name]
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS[name])
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    model = runpy.run_path(str(SCRIPTS[name]))['model']
     usual = ternary_layers.Conv2dLayer
     ternary_layers.Conv2dLayer = Conv2dLayer
     try:
@@ -69,23 +70,19 @@ def build(name):
             tf.set_random_seed(0)
             images = tf.placeholder(tf.uint8, [None, *image])
             prepared = tf.identity(preprocessing.for_evaluation(images, crop), 'x')
-            net = script.model(prepared, False)
+            net = model(prepared, False)
             tf.identity(net.outputs, 'logits')
             with open_session(graph, 0) as session:
                 session.run(tf.global_variables_initializer())
                 settle(net, session, {images: sample(image, 100)}, packing.read_blocks(net))
-                data = type('Data', (), {'test': type('Split', (), {'images': np.empty((0, *image))}), 'crop': crop,
-                                         'classes': tuple('0123456789')})
-                packed = packing.pack(net_holder(net), session, name, 'benchmark', data, {})
+                data = SimpleNamespace(test=SimpleNamespace(images=np.empty((0, *image))), crop=crop,
+                                       classes=tuple('0123456789'))
+                packed = packing.pack(SimpleNamespace(net=net), session, name, 'benchmark', data, {})
                 frozen = tf.graph_util.extract_sub_graph(tf.graph_util.convert_variables_to_constants(
                     session, graph.as_graph_def(), ['logits']), ['logits'])
     finally:
         ternary_layers.Conv2dLayer = usual
     return packed, frozen.SerializeToString()
-
-
-def net_holder(net):
-    return type('Network', (), {'net': net})
 
 
 def settle(net, session, feed, blocks):
@@ -121,7 +118,7 @@ def onnx_model(packed, is_ternary):
     """The network in float32, x NHWC to logits; is_ternary False: activations clipped, not ternarised, not shuffled."""
     from onnx import TensorProto, helper, numpy_helper
 
-    nodes, constants, shape = [], [], input_shape(packed)
+    nodes, constants = [], []
 
     def constant(array):
         constants.append(numpy_helper.from_array(np.ascontiguousarray(array), f'c{len(constants)}'))
@@ -133,16 +130,12 @@ def onnx_model(packed, is_ternary):
 
     limits = constant(np.array(-1, np.float32)), constant(np.array(1, np.float32))
     x = node('Transpose', 'x', perm=[0, 3, 1, 2])
-    for layer, weights, bias in folded(packed):
-        before, out = geometry(shape, layer)
-        kernel = weights.shape[:2]
-        after = [max((out[i] - 1) * layer.stride + kernel[i] - shape[i] - before[i], 0) for i in (0, 1)]
+    for (layer, shape, before, _), (_, weights, bias) in zip(packed_file.shapes(packed), folded(packed), strict=True):
         if layer.groups > 1 and is_ternary:
             x = node('Gather', x, constant(np.arange(shape[2]).reshape(-1, layer.groups).T.ravel()), axis=1)
         x = node('Conv', x, constant(weights.transpose(3, 2, 0, 1)), constant(bias), group=layer.groups,
-                 kernel_shape=kernel, strides=[layer.stride] * 2, pads=[*before, *after])
+                 kernel_shape=weights.shape[:2], strides=[layer.stride] * 2, pads=[*before, *after(shape, layer)])
         x = node('Clip', node('Round', x) if is_ternary else x, *limits)
-        shape = out
     x = node('Reshape', node('Transpose', x, perm=[0, 2, 3, 1]), constant(np.array([-1, len(packed.weights)])))
     x = node('Gemm', x, constant(packed.weights * packed.scale), constant(packed.shift))
     graph = helper.make_graph(

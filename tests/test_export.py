@@ -357,7 +357,7 @@ def test_additions_are_counted_as_a_slow_loop_does():
     packed = random_packed((7, 6, 2), 0, [(12, 3, 1, 'SAME', 1), (10, 2, 2, 'SAME', 2), (15, 3, 1, 'SAME', 5)])
     images = np.random.default_rng(0).integers(0, 256, (3, 7, 6, 2)).astype(np.uint8)
     maps = engines.NumpyEngine(packed).activations(images)
-    rows = packed_report.measure(packed, images)
+    rows = packed_report.measure(engines.NumpyEngine(packed), images)
     shape = packed_file.input_shape(packed)
     for index, layer in enumerate(packed.layers):
         (top, left), out = packed_file.geometry(shape, layer)

@@ -169,12 +169,12 @@ def write_onnx(path, packed, images):
     def cast(x, kind):
         return node('Cast', x, to=kind)
 
-    def fire(sums, layer):
+    def fire(sums, layer, output=None):
         """Activations of sums, float32, whose filters are on the axis 1 or, of the encoder, on the last one."""
         shape = (-1, 1, 1) if layer.upper.dtype == np.int32 else (-1,)
         upper, lower = (thresholds.astype(np.float32).reshape(shape) for thresholds in (layer.upper, layer.lower))
         positive = cast(node('GreaterOrEqual', sums, upper), TensorProto.FLOAT)
-        return positive, cast(node('LessOrEqual', sums, lower), TensorProto.FLOAT)
+        return node('Sub', positive, cast(node('LessOrEqual', sums, lower), TensorProto.FLOAT), output=output)
 
     def prepare(x):
         if not packed.crop:
@@ -200,7 +200,7 @@ def write_onnx(path, packed, images):
                                   np.array([layer.stride] * 2)))
             weights = layer.weights.reshape(-1, out[2]).astype(np.float64)
             sums = node('MatMul', node('Concat', *under, axis=3), weights)
-            activations = node('Sub', *fire(cast(sums, TensorProto.FLOAT), layer))
+            activations = fire(cast(sums, TensorProto.FLOAT), layer)
             x = node('Transpose', activations, perm=[0, 3, 1, 2], output=layer.name)
             continue
         if layer.groups > 1:  # ONNX's groups are blocks of neighbours
@@ -208,7 +208,7 @@ def write_onnx(path, packed, images):
         weights = cast(constant(layer.weights.transpose(3, 2, 0, 1)), TensorProto.FLOAT)
         sums = node('Conv', x, weights, kernel_shape=kernel, strides=[layer.stride] * 2, group=layer.groups,
                     pads=[*before, *after(shape, layer)])
-        x = node('Sub', *fire(sums, layer), output=layer.name)
+        x = fire(sums, layer, output=layer.name)
     features = node('Reshape', node('Transpose', x, perm=[0, 2, 3, 1]), np.array([-1, len(packed.weights)]))
     sums = node('MatMul', cast(features, TensorProto.DOUBLE), packed.weights.astype(np.float64))
     scaled = node('Mul', cast(sums, TensorProto.FLOAT), packed.scale)

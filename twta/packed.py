@@ -125,7 +125,7 @@ def infer(script, args):
         raise TwtaError(f'{args.file}: for images {list(packed.image)} of {len(packed.classes)} classes, but those of '
                         f'{args.dataset} are {list(shape)} of {len(dataset.classes)}; choose another --file')
     records.say(f'data: {dataset}')
-    engine = started(packed, args)
+    engine = started(packed, 'auto', args.threads)
     epoch = packed.record.get('epoch') if isinstance(packed.record.get('epoch'), int) else None
     records.say(f'network: {script}, {args.file}' + ('' if epoch is None else f', epoch {epoch}'))
     images, labels = dataset.test.images, dataset.test.labels
@@ -137,14 +137,14 @@ def infer(script, args):
     confusion = records.confuse(labels, values.argmax(1), len(packed.classes))
     records.report(script, args, dataset, 'packed', args.file, epoch, float(loss.mean()), confusion)
     if args.report:
-        packed_report.report(packed, images, args.run_dir)
+        packed_report.report(engine, images, args.run_dir)
 
 
-def started(packed, args):
-    """An engine as the flags say, warmed up; a line tells how long that took."""
+def started(packed, engine, threads):
+    """open_engine's, warmed up; a line tells how long that took."""
     start = time.perf_counter()
     try:
-        engine = open_engine(packed, {'packed': 'auto'}.get(args.engine, args.engine), args.threads)
+        engine = open_engine(packed, engine, threads)
         engine.logits(np.zeros((1, *packed.image), np.uint8))
     except MemoryError:
         raise TwtaError(f'{packed.network}: too little memory for its maps') from None
@@ -168,7 +168,7 @@ def main(argv=None):
     try:
         packed = packed_file.read(args.file)
         images = read_images(args.images, packed.image)
-        predicted = logits(started(packed, args), images).argmax(1)
+        predicted = logits(started(packed, args.engine, args.threads), images).argmax(1)
         print('\n'.join(packed.classes[k] if args.names else str(k) for k in predicted), flush=True)
     except TwtaError as error:
         print(f'twta.packed: error: {error}', file=sys.stderr)

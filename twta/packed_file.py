@@ -122,6 +122,13 @@ def threshold_type(weights):
     return np.dtype('<i2' if fan_in(weights) < 32767 else '<i4')
 
 
+def layer_bytes(layer):
+    """Bytes that the weights and thresholds of a layer take in the file."""
+    if layer.weights.dtype == np.float32:
+        return 4 * (layer.weights.size + 2 * len(layer.upper))
+    return -(-layer.weights.size // 5) + 2 * len(layer.upper) * threshold_type(layer.weights).itemsize
+
+
 def filter_major(weights):
     return np.moveaxis(weights, 3, 0)
 

@@ -12,8 +12,8 @@ import math
 
 import numpy as np
 
-from twta import packed as engines
 from twta import packed_file, records, replacing
+from twta.packed import convolve
 
 PICOJOULES_MULTIPLY_ADD = 3.7 + 0.9  # float32
 PICOJOULES_ADD = 0.1  # int32
@@ -22,9 +22,9 @@ FIELDS = ('layer', 'weights', 'bits', 'zero_weights', 'zero_inputs', 'multiply_a
           'packed_nJ')
 
 
-def report(packed, images, run_dir):
-    """Prints the table and writes it as cost.csv and cost.png."""
-    rows = measure(packed, images[:IMAGES])
+def report(engine, images, run_dir):
+    """Prints the table of an engine's network and writes it as cost.csv and cost.png."""
+    rows = measure(engine, images[:IMAGES])
     for line in table(rows):
         records.say(line)
     records.say('zero x: of the inputs; nJ: an estimate of the arithmetic alone, 45 nm (Horowitz, ISSCC 2014)')
@@ -32,13 +32,13 @@ def report(packed, images, run_dir):
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(rows)
-    records.save_figure(run_dir / 'cost.png', draw(packed, rows))
+    records.save_figure(run_dir / 'cost.png', draw(engine.packed, rows))
     records.say(f'the table and its picture: {run_dir / "cost.csv"}, {run_dir / "cost.png"}')
 
 
-def measure(packed, images):
+def measure(engine, images):
     """A row a layer and one in all, each a dictionary of FIELDS, per image; the mean over the images."""
-    engine = engines.NumpyEngine(packed)
+    packed = engine.packed
     inputs = np.zeros(len(packed.layers) + 1)  # zeros among the inputs of each layer and the classifier, summed
     additions = np.zeros(len(packed.layers))
     for start in range(0, len(images), engine.batch):
@@ -49,10 +49,8 @@ def measure(packed, images):
             additions[index] += count_additions(maps[index - 1], layer)
     rows = []
     for index, (layer, _, _, out) in enumerate(packed_file.shapes(packed)):
-        thresholds = 2 * 8 * packed_file.threshold_type(layer.weights).itemsize * out[2]
-        size = layer.weights.size
         multiply_adds = math.prod(out) * packed_file.fan_in(layer.weights)
-        rows.append(row(layer.name, layer.weights, 8 * -(-size // 5) + thresholds if index else 32 * size + 64 * out[2],
+        rows.append(row(layer.name, layer.weights, 8 * packed_file.layer_bytes(layer),
                         inputs[index] / len(images) if index else None, multiply_adds,
                         additions[index] / len(images) if index else None))
     rows.append(row('classifier', packed.weights, 32 * (packed.weights.size + 2 * len(packed.classes)),
@@ -74,7 +72,7 @@ def count_additions(x, layer):
     """Products of a non-zero weight and a non-zero activation, summed over maps x [n, height, width, channels]."""
     height, width, channels, _ = layer.weights.shape
     counts = np.count_nonzero(layer.weights.reshape(height, width, channels, layer.groups, -1), axis=4)
-    return engines.convolve((x != 0).astype(np.float64), layer._replace(weights=counts)).sum()
+    return convolve((x != 0).astype(np.float64), layer._replace(weights=counts)).sum()
 
 
 def table(rows):

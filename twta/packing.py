@@ -162,8 +162,7 @@ def write(packed, dataset, args):
         size = packed_file.write(args.file, packed)
         ternary = packed.layers[1:]
         parameters = sum(layer.weights.size for layer in ternary)
-        integers = sum(-(-layer.weights.size // 5) + 2 * len(layer.upper) * packed_file.threshold_type(
-            layer.weights).itemsize for layer in ternary)
+        integers = sum(map(packed_file.layer_bytes, ternary))
         say(f'ternary layers: {parameters:,} weights and their thresholds in {integers:,} bytes, '
             f'{4 * parameters / integers:.1f} times less than float32 weights')
     else:
