@@ -9,6 +9,7 @@ Sources: the published TWTA scripts (github.com/edwardzcl/TWTA); thresholds of t
 Networks" (arXiv:1605.04711), section 2.2, without its scale factor; straight-through gradients from
 "Estimating or Propagating Gradients Through Stochastic Neurons" (arXiv:1308.3432), section 4.
 """
+from twta.fast import compiled, convolve
 from twta.tf1 import tf, tl
 
 DECAY = 0.9  # of the moving moments
@@ -35,13 +36,12 @@ def ternarize_weights(w, groups=1):
     """
 
     @tf.custom_gradient
-    def ternarize(w):
+    def straight_through(w):
         by_group = tf.reshape(w, [-1, groups, w.shape[-1] // groups])
         d = 0.7 * tf.reduce_mean(tf.abs(by_group), axis=[0, 2], keepdims=True)
-        ternary = tf.cast(by_group >= d, w.dtype) - tf.cast(by_group <= -d, w.dtype)
-        return tf.reshape(ternary, w.shape), lambda gradient: gradient
+        return tf.reshape(ternarize(by_group, d), w.shape), lambda gradient: gradient
 
-    return ternarize(w)
+    return straight_through(w)
 
 
 @tf.custom_gradient
@@ -51,8 +51,17 @@ def ternarize_activations(x):
     forward   x' = +1 where x >= 0.5, -1 where x <= -0.5, else 0
     backward  dL/dx = dL/dx' where |x| <= 1, else 0: the gradient of the clip to [-1, 1] that comes before
     """
-    ternary = tf.cast(x >= 0.5, x.dtype) - tf.cast(x <= -0.5, x.dtype)
-    return ternary, lambda gradient: tf.where(tf.abs(x) <= 1, gradient, tf.zeros_like(gradient))
+    return ternarize(x, tf.constant(0.5, x.dtype)), lambda gradient: pass_clipped(x, gradient)
+
+
+@compiled
+def ternarize(x, d):
+    return tf.cast(x >= d, x.dtype) - tf.cast(x <= -d, x.dtype)
+
+
+@compiled
+def pass_clipped(x, gradient):
+    return tf.where(tf.abs(x) <= 1, gradient, tf.zeros_like(gradient))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -94,12 +103,9 @@ class Conv2dLayer(tl.layers.Layer):
         with tf.variable_scope(name):
             shape = [filter_size, filter_size, channels // groups, n_filter]
             weights = get_variable('W', shape, tf.truncated_normal_initializer, stddev=0.02)
-            if groups > 1:  # TensorFlow's groups are blocks of neighbours: bring each group's channels together
-                x = tf.reshape(x, [-1, *x.shape[1:3], channels // groups, groups])
-                x = tf.reshape(tf.transpose(x, [0, 1, 2, 4, 3]), [-1, *x.shape[1:3], channels])
             self.quantized = quantizer(weights.value(), groups)
             dtype = tf.float64 if exact else x.dtype
-            sums = tf.nn.conv2d(tf.cast(x, dtype), tf.cast(self.quantized, dtype), [1, stride, stride, 1], padding)
+            sums = convolve(tf.cast(x, dtype), tf.cast(self.quantized, dtype), stride, padding, groups)
             self.outputs = tf.cast(sums, x.dtype)
         self.all_layers.append(self.outputs)
         self.all_params.append(weights)

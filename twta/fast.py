@@ -1,0 +1,84 @@
+"""The layers' arithmetic in the form in which a processor computes it fastest; the results are TensorFlow's own.
+
+Two things cost most in a training step beside the products themselves (benchmarks/README.md has the figures):
+
+the filters' gradient  TensorFlow's kernel for it (oneDNN) runs along the rows of a map and starves on short ones, where
+                       it takes up to twenty times as long as the same products in one product of matrices
+passes over memory     an activation is compared, cast and subtracted in five operations; XLA compiles them into one
+
+A GPU has neither problem, and XLA wants parts of CUDA there that TensorFlow does not: with one, all is left as it is.
+"""
+import numpy as np
+
+from twta.tf1 import native_chatter_hidden, tf
+
+SHORT_ROW = 8  # fewer windows than this in a row of the output: the filters' gradient is a product of matrices
+
+with native_chatter_hidden():
+    ON_CPU = not tf.config.experimental.list_physical_devices('GPU')
+
+
+def compiled(function):
+    """The function of tensors, by XLA on a processor. It must have a gradient of its own where one is asked for."""
+    return tf.function(function, jit_compile=True, autograph=False) if ON_CPU else function
+
+
+def convolve(x, w, stride, padding, groups=1):
+    """Convolution of x [batch, height, width, channels] with w [size, size, channels / groups, filters].
+
+    Group g of G reads the channels g, g + G, g + 2G, ...; the filters stand group by group.
+    """
+    size = int(w.shape[0])
+    height, width, channels = x.shape.as_list()[1:]
+    tiled = size == stride and not height % size and not width % size
+    if tiled or (padding == 'VALID' and size == height == width):
+        return multiply_windows(x, w, groups)
+    if groups > 1:  # TensorFlow's groups are blocks of neighbours: bring each group's channels together
+        x = tf.reshape(x, [-1, height, width, channels // groups, groups])
+        x = tf.reshape(tf.transpose(x, [0, 1, 2, 4, 3]), [-1, height, width, channels])
+    in_a_row = -(-width // stride) if padding == 'SAME' else (width - size) // stride + 1
+    if ON_CPU and groups == 1 and in_a_row < SHORT_ROW:
+        return convolve_short_rows(x, w, stride, padding)
+    return tf.nn.conv2d(x, w, [1, stride, stride, 1], padding)
+
+
+def multiply_windows(x, w, groups):
+    """A convolution whose windows tile the map, or are the map: no value is in two, so they are rows of a matrix."""
+    size, _, channels, filters = w.shape.as_list()
+    rows, columns = (side // size for side in x.shape.as_list()[1:3])
+    values = size * size * channels
+    x = tf.reshape(x, [-1, rows, size, columns, size, channels, groups])
+    x = tf.reshape(tf.transpose(x, [6, 0, 1, 3, 2, 4, 5]), [groups, -1, values])
+    w = tf.transpose(tf.reshape(w, [values, groups, filters // groups]), [1, 0, 2])
+    return tf.reshape(tf.transpose(tf.matmul(x, w), [1, 0, 2]), [-1, rows, columns, filters])
+
+
+def convolve_short_rows(x, w, stride, padding):
+    """tf.nn.conv2d; the filters' gradient multiplies each value of every window by the window's own gradient."""
+    size, _, channels, filters = w.shape.as_list()
+    strides = [1, stride, stride, 1]
+
+    @tf.custom_gradient
+    def convolve(x, w):
+        def gradient(upstream):
+            by_x = tf.nn.conv2d_backprop_input(tf.shape(x), w, upstream, strides, padding)
+            rows, columns = upstream.shape.as_list()[1:3]
+            values = tf.reshape(windows(x, size, stride, rows, columns), [-1, size * size * channels])
+            by_w = tf.matmul(values, tf.reshape(upstream, [-1, filters]), transpose_a=True)
+            return by_x, tf.reshape(by_w, w.shape)
+
+        return tf.nn.conv2d(x, w, strides, padding), gradient
+
+    return convolve(x, w)
+
+
+def windows(x, size, stride, rows, columns):
+    """What lies under each of rows * columns sums, zeros around the map: [batch, windows, size * size, channels]."""
+    height, width, channels = x.shape.as_list()[1:]
+    missing = [max((count - 1) * stride + size - side, 0) for side, count in ((height, rows), (width, columns))]
+    x = tf.pad(x, [[0, 0], *([zeros // 2, zeros - zeros // 2] for zeros in missing), [0, 0]])
+    height, width = x.shape.as_list()[1:3]
+    down, across = (np.arange(count)[:, np.newaxis] * stride + np.arange(size) for count in (rows, columns))
+    inside = down[:, np.newaxis, :, np.newaxis] * width + across[np.newaxis, :, np.newaxis]
+    first = height * width * tf.range(tf.shape(x)[0])[:, np.newaxis, np.newaxis]
+    return tf.gather(tf.reshape(x, [-1, channels]), first + inside.reshape(rows * columns, -1).astype(np.int32))
