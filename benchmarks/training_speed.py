@@ -6,14 +6,16 @@
 
     project           what a script runs: the loop of twta.experiment with feeding and augmentation, in the type that
                       --precision auto takes, and the end of an epoch (checkpoint, log, weights, summaries) shared out
-                      among the images of one. Inference: as --mode inference evaluates, float32 and exact
+                      among its 50,000 images. Inference: as --mode inference evaluates, from uint8 images, float32,
+                      the encoder in float64, batches of 500
     project float32   the same with --precision float32
     published         the same network the published way, from stock parts: TensorLayer's unfused BatchNormLayer, signs
                       under gradient_override_map, each group a slice with a convolution and a BatchNormLayer of its
-                      own, feed_dict on MNIST, queue runners that augment image by image on CIFAR-10; float32. The end
-                      of an epoch, as there: on MNIST another pass over the training images, and a checkpoint
+                      own, feed_dict on MNIST, queue runners that augment image by image on CIFAR-10; float32. On MNIST
+                      an epoch ends, as there, with another pass over the training images, and a checkpoint; its
+                      validation, and the project's, are in neither. Inference: images at hand, batches of 200
     torch ...         the same in PyTorch, eager and compiled, float32 and bfloat16 (autocast), channels last, on one
-                      batch that is at hand: no feeding, no augmentation
+                      batch of 200 that is at hand: no feeding, no augmentation, no end of an epoch
 
 Each is a process that trains or infers when it is told to. Images are random, weights the initial ones: the time does
 not depend on them.
@@ -23,6 +25,7 @@ import importlib.util
 import json
 import os
 import runpy
+import shlex
 import statistics
 import subprocess
 import sys
@@ -30,27 +33,17 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
+import yardsticks
+from yardsticks import BATCH, INFERRED, SCRIPTS, random_images
 
-from twta.records import environment, installed, say
+from twta.records import environment, installed
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {path.stem: path for folder in ('MNIST', 'CIFAR10') for path in sorted((ROOT / folder).glob('*_*.py'))}
-BATCH = 200
-INFERRED = 1000  # images that a call of infer does
 EPOCH_IMAGES = 50_000
 SECONDS = 0.5  # that a timing lasts, at least
 TENSORFLOW = ('project', 'project float32', 'published')
 TORCH = ('torch eager float32', 'torch eager bfloat16', 'torch compiled float32', 'torch compiled bfloat16')
-
-
-def random_images(name):
-    """Images uint8 as the files have them, labels, and the side of the crop that the network sees, or 0."""
-    random = np.random.default_rng(0)
-    shape, crop = ((28, 28, 1), 0) if SCRIPTS[name].parent.name == 'MNIST' else ((32, 32, 3), 24)
-    return random.integers(0, 256, (INFERRED, *shape)).astype(np.uint8), random.integers(0, 10, INFERRED), crop
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -94,223 +87,62 @@ def project(name, precision):
     return train, lambda: experiment.evaluate(network, session, data), epoch_end
 
 
-def layers_of(name):
-    """The layers of a script's network as (kind, filters, size, stride, padding, groups, is_quantized), and whether it
-    is ternary: what its model() asks of twta.ternary_layers.Network, which this stands in for."""
-    layers = []
-
-    class Network:
-        def __init__(self, x, is_train, weights=None, activation=None):
-            self.is_ternary = weights is None
-
-        def encode(self, filters, size, padding='SAME'):
-            layers.append(('conv', filters, size, 1, padding, 1, False))
-
-        def conv(self, filters, size, padding='SAME', stride=1, groups=1):
-            layers.append(('conv', filters, size, stride, padding, groups, self.is_ternary))
-
-        def pool(self, filters, size, padding='VALID', groups=1):
-            self.conv(filters, size, padding, 2, groups)
-
-        def dense(self, units):
-            layers.append(('dense', units, None, None, None, None, self.is_ternary))
-
-        def classify(self, classes, batch_norm=True):
-            layers.append(('classify', classes, None, None, None, None, batch_norm))
-            return self
-
-    stand_in = SimpleNamespace(Network=Network, full_precision=True)
-    tf1 = SimpleNamespace(tf=SimpleNamespace(nn=SimpleNamespace(relu=None)))
-    with mock.patch.dict(sys.modules, {'twta.ternary_layers': stand_in, 'twta.tf1': tf1}):
-        net = runpy.run_path(str(SCRIPTS[name]))['model'](None, True)
-    return layers, net.is_ternary
-
-
-def published(name):
-    from twta.tf1 import tf, tl
-
-    tf.RegisterGradient('Through')(lambda operation, gradient: gradient)
-    layers, is_ternary = layers_of(name)
-    images, labels, crop = random_images(name)
-
-    def ternary(x, threshold):
-        with tf.get_default_graph().gradient_override_map({'Sign': 'Through'}):
-            return tf.sign(tf.sign(x + threshold) + tf.sign(x - threshold))
-
-    class Products(tl.layers.Layer):
-        """A convolution, or a dense layer where it has no size, without a bias."""
-
-        def __init__(self, prev_layer, filters, size, stride, padding, is_quantized, name):
-            super().__init__(prev_layer=prev_layer, name=name)
-            x = prev_layer.outputs
-            shape = ([size, size] if size else []) + [int(x.shape[-1]), filters]
-            with tf.variable_scope(name):
-                deviation = tf.truncated_normal_initializer(stddev=0.02 if size else 0.1)
-                w = tf.get_variable('W', shape, initializer=deviation)
-                w = ternary(w, 0.7 * tf.reduce_mean(tf.abs(w))) if is_quantized else w
-                self.outputs = tf.nn.conv2d(x, w, [1, stride, stride, 1], padding) if size else tf.matmul(x, w)
-
-    def activation(x):
-        return ternary(tf.clip_by_value(x, -1, 1), 0.5) if is_ternary else tf.nn.relu(x)
-
-    def network(x, y, is_train):
-        """Loss and accuracy; a group is a slice of the channels with a convolution and a normalisation of its own."""
-        with tf.variable_scope('net', reuse=not is_train):
-            net = tl.layers.InputLayer(x, name='input')
-            for index, (kind, filters, size, stride, padding, groups, is_quantized) in enumerate(layers):
-                if kind != 'conv' and net.outputs.shape.rank == 4:
-                    net = tl.layers.FlattenLayer(net, name='flatten')
-                parts = []
-                for group in range(groups or 1):
-                    name = f'{kind}{index}_{group}'
-                    part = net[:, :, :, group::groups] if (groups or 1) > 1 else net
-                    part = Products(part, filters // (groups or 1), size, stride, padding,
-                                    is_quantized and kind != 'classify', name)
-                    if kind != 'classify' or is_quantized:
-                        part = tl.layers.BatchNormLayer(part, act=tf.identity if kind == 'classify' else activation,
-                                                        is_train=is_train, name=f'{name}_bn')
-                    parts.append(part)
-                net = tl.layers.ConcatLayer(parts, name=f'concat{index}') if len(parts) > 1 else parts[0]
-        accuracy = tf.reduce_mean(tf.cast(tf.equal(tf.argmax(net.outputs, 1), y), tf.float32))
-        return tl.cost.cross_entropy(net.outputs, y, f'cost{is_train}'), accuracy
-
-    def augmented(image):
-        image = tf.random_crop(tf.cast(image, tf.float32), [crop, crop, 3])
-        image = tf.image.random_contrast(tf.image.random_brightness(tf.image.random_flip_left_right(image), 63),
-                                         0.2, 1.8)
-        return tf.image.per_image_standardization(image)
-
-    x = tf.placeholder(tf.float32, [BATCH, *([crop, crop, 3] if crop else images.shape[1:])])
-    y = tf.placeholder(tf.int64, [BATCH])
-    x_train, y_train = x, y
-    if crop:
-        image, label = tf.train.slice_input_producer([tf.constant(images), tf.constant(labels)])
-        x_train, y_train = tf.train.shuffle_batch([augmented(image), label], BATCH, 2000, 1000, num_threads=32)
-    trained = network(x_train, y_train, True)
-    step = tf.train.AdamOptimizer(1e-4).minimize(trained[0])
-    inferred = network(x, y, False)
-    saver = tf.train.Saver()
-    session = tf.Session()
-    session.run(tf.global_variables_initializer())
-    if crop:
-        tf.train.start_queue_runners(session)
-        images = images[:, 4:4 + crop, 4:4 + crop]
-    images = images.astype(np.float32) / 256
-
-    def feeds(steps):
-        for _ in range(steps):
-            part = np.random.permutation(INFERRED)[:BATCH]
-            yield {x: images[part], y: labels[part]}
-
-    def train(steps):
-        for feed in feeds(steps):
-            session.run([trained, step] if crop else step, None if crop else feed)
-
-    def infer():
-        for feed in feeds(INFERRED // BATCH):
-            session.run(inferred, feed)
-
-    def epoch_end():
-        if not crop:  # its scripts for MNIST go through the training images again, for loss and accuracy
-            for _ in range(EPOCH_IMAGES // INFERRED):
-                infer()
-            saver.save(session, tempfile.mkdtemp(dir=os.getcwd()) + '/model')
-
-    return train, infer, epoch_end
-
-
-def torch(name, precision, is_compiled):
-    import torch
-    from torch import nn
-    from torch.nn import functional
-
-    torch.manual_seed(0)
-    layers, is_ternary = layers_of(name)
-    images, labels, crop = random_images(name)
-    x = torch.randn(BATCH, images.shape[-1], *[crop or 28] * 2).to(memory_format=torch.channels_last)
-    y = torch.tensor(labels[:BATCH])
-
-    class Through(torch.autograd.Function):
-        """Ternary x; the gradient passes where |x| is at most the limit."""
-
-        @staticmethod
-        def forward(context, x, threshold, limit):
-            context.save_for_backward(x.abs() <= limit if limit else None)
-            return (x >= threshold).to(x.dtype) - (x <= -threshold).to(x.dtype)
-
-        @staticmethod
-        def backward(context, gradient):
-            mask, = context.saved_tensors
-            return gradient if mask is None else gradient * mask, None, None
-
-    class Layer(nn.Module):
-        def __init__(self, kind, channels, filters, size, stride, padding, groups, is_quantized):
-            super().__init__()
-            self.kind, self.size, self.stride, self.padding, self.groups = kind, size, stride, padding, groups
-            self.is_quantized = is_quantized and kind != 'classify'
-            shape = (filters, channels // groups, size, size) if kind == 'conv' else (filters, channels)
-            self.weight = nn.Parameter(torch.randn(shape) * (0.02 if kind == 'conv' else 0.1))
-            normalize = nn.BatchNorm2d if kind == 'conv' else nn.BatchNorm1d
-            self.normalize = normalize(filters) if kind != 'classify' or is_quantized else nn.Identity()
-
-        def forward(self, x):
-            w = self.weight
-            if self.is_quantized:
-                by_group = w.reshape(self.groups or 1, -1)
-                w = Through.apply(by_group, 0.7 * by_group.abs().mean(1, keepdim=True), None).reshape(w.shape)
-            if self.kind == 'conv':
-                if self.groups > 1:
-                    x = x.unflatten(1, (-1, self.groups)).transpose(1, 2).flatten(1, 2)
-                total = self.size - self.stride if self.padding == 'SAME' else 0
-                if total % 2:
-                    x = functional.pad(x, [0, 1] * 2)
-                x = functional.conv2d(x, w, stride=self.stride, padding=total // 2, groups=self.groups)
-            else:
-                x = functional.linear(x.flatten(1), w)
-            x = self.normalize(x)
-            if self.kind == 'classify':
-                return x
-            return Through.apply(x, 0.5, 1) if is_ternary else torch.relu(x)
-
-    modules, shape = [], x
-    for kind, filters, size, stride, padding, groups, is_quantized in layers:
-        channels = shape.shape[1] if kind == 'conv' else shape[0].numel()
-        modules.append(Layer(kind, channels, filters, size, stride, padding, groups or 1, is_quantized))
-        with torch.no_grad():
-            shape = modules[-1].eval()(shape)
-    net = nn.Sequential(*modules).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-4)
-
-    def loss():
-        with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bfloat16'):
-            logits = net(x)
-        return functional.cross_entropy(logits.float(), y)
-
-    compiled = torch.compile(loss) if is_compiled else loss
-
-    def train(steps):
-        net.train()
-        for _ in range(steps):
-            optimizer.zero_grad()
-            compiled().backward()
-            optimizer.step()
-
-    def infer():
-        net.eval()
-        with torch.no_grad():
-            for _ in range(INFERRED // BATCH):
-                compiled()
-
-    return train, infer, None
-
-
 def start(name, way):
     if way == 'published':
-        return published(name)
+        return yardsticks.published(name)
     kind, *words = way.split()
     if kind == 'project':
         return project(name, *words or ['auto'])
-    return torch(name, words[1], words[0] == 'compiled')
+    return yardsticks.pytorch(name, words[1], words[0] == 'compiled')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where the time goes
+
+KINDS = {  # what an operation's name has in it; the first that fits
+    "filters' gradient": ('BackpropFilter',), "input's gradient": ('BackpropInput',),
+    'convolution forward': ('Conv2D',), 'products of matrices': ('MatMul',), 'batch normalisation': ('BatchNorm',),
+    'quantisers (XLA)': ('PartitionedCall',), 'layout': ('Transpose', 'Gather', 'Pad', 'Concat'), 'Adam': ('Adam',),
+    'casts': ('Cast',), 'the rest': ('',)}
+
+
+def profile(name, repetitions):
+    """Prints the share of each kind of operation in a training step, and the speed of the products."""
+    from twta import experiment, packing
+    from twta.session import choose_precision
+    from twta.tf1 import native_chatter_hidden, tf
+
+    images, labels, crop = random_images(name)
+    data = SimpleNamespace(test=SimpleNamespace(images=images), crop=crop)
+    precision = choose_precision('auto', None)
+    network = experiment.build(runpy.run_path(str(SCRIPTS[name]))['model'], data, 0, precision)
+    products = [np.prod(layer.all_params[-1].shape.as_list()) * np.prod(layer.outputs.shape[1:-1].as_list() or [1])
+                for layer, _, _ in packing.read_blocks(network.net)]
+    operations = 2 * BATCH * (3 * sum(products) - products[0])  # nobody wants the images' gradient
+    feed = {network.images: images[:BATCH], network.labels: labels[:BATCH], network.learning_rate: 1e-4,
+            network.step: 0}
+    config = tf.ConfigProto(inter_op_parallelism_threads=1)  # one operation at a time, each on all cores
+    config.graph_options.rewrite_options.remapping = config.graph_options.rewrite_options.OFF  # as twta.session
+    options = tf.RunOptions(trace_level=tf.RunOptions.FULL_TRACE)
+    spent = dict.fromkeys(KINDS, 0)
+    with native_chatter_hidden(), network.graph.as_default(), tf.Session(config=config) as session:
+        session.run(tf.global_variables_initializer())
+        for index in range(repetitions + 3):
+            trace = tf.RunMetadata()
+            session.run(network.training.step, feed, options, trace)
+            if index < 3:  # XLA compiles, memory is taken
+                continue
+            for node in (node for device in trace.step_stats.dev_stats for node in device.node_stats):
+                operation = node.timeline_label.partition(' = ')[2].partition('(')[0] or node.node_name
+                kind = next(kind for kind, words in KINDS.items() if any(word in operation for word in words))
+                spent[kind] += (node.op_end_rel_micros - node.op_start_rel_micros) / repetitions / 1000
+    total = sum(spent.values())
+    print(f'{name}: milliseconds of a training step of {BATCH} images, {precision.name}, as traced')
+    for kind, taken in sorted(spent.items(), key=lambda item: -item[1]):
+        print(f'{kind:22} {taken:8.1f} {taken / total:6.0%}')
+    multiplied = sum(taken for kind, taken in spent.items() if 'gradient' in kind or kind.startswith(('conv', 'prod')))
+    print(f'{"in all":22} {total:8.1f}; {operations / 1e9:.1f} G operations in {multiplied:.1f} ms: '
+          f'{operations / multiplied / 1e6:,.0f} G/s')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -330,7 +162,8 @@ def work(name, way, began):
     train, infer, epoch_end = start(name, way)
     train(1)
     print(json.dumps({'first_step': time.time() - began, 'import': imported - before}), file=answers)
-    todo = {'train': train, 'infer': lambda _: infer(), 'epoch_end': lambda _: epoch_end and epoch_end()}
+    todo = {'train': train, 'infer': lambda count: [infer() for _ in range(count)],
+            'epoch_end': lambda _: epoch_end and epoch_end()}
     for line in sys.stdin:
         what, count = line.split()
         if what == 'memory':
@@ -347,21 +180,28 @@ class Worker:
 
     def __init__(self, name, way, folder):
         self.way = way
-        self.process = subprocess.Popen([sys.executable, __file__, '--work', name, way, repr(time.time())], cwd=folder,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                        text=True)
+        command = [sys.executable, __file__, '--work', name, way, repr(time.time())]
+        self.process = subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                        stderr=subprocess.DEVNULL, text=True,
+                                        env={**os.environ, 'CUDA_VISIBLE_DEVICES': '',
+                                             'TORCHINDUCTOR_CACHE_DIR': folder})
         self.startup = self.answer()
-        self.times = {'step': [], 'inference': []}
-        self.ask('train', 2)
-        self.ask('infer')
-        self.steps = 1 + int(SECONDS / self.ask('train'))
-        self.epoch_end = self.ask('epoch_end')
+        self.times = {'train': [], 'infer': []}
+        self.calls = {}
+        for what in self.times:
+            self.ask(what, 2)
+            self.calls[what] = 1 + int(SECONDS / self.ask(what))
+        self.memory = self.ask('memory')
+        self.epoch_end = statistics.median([self.ask('epoch_end') for _ in range(4)][1:])
+        if way == 'published' and SCRIPTS[name].parent.name == 'MNIST':
+            self.passes = EPOCH_IMAGES // INFERRED
+        else:
+            self.passes = 0
 
     def answer(self):
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f'{self.way}: failed; run it alone to see why: '
-                     f'{" ".join(map(str, self.process.args[:-1]))} 0 </dev/null')
+            sys.exit(f'{self.way}: failed; see why with: {shlex.join(self.process.args)} </dev/null')
         return json.loads(line)
 
     def ask(self, what, count=1):
@@ -369,8 +209,21 @@ class Worker:
         return self.answer()
 
     def repeat(self):
-        self.times['step'].append(self.ask('train', self.steps) / self.steps)
-        self.times['inference'].append(self.ask('infer'))
+        for what, calls in self.calls.items():
+            time.sleep(0.1)  # until the threads of the one before have stopped spinning
+            self.ask(what)
+            self.times[what].append(self.ask(what, calls) / calls)
+
+    def seconds_an_image(self, what):
+        """Of each repetition: 'inference', 'step' or 'training', which is steps and ends of epochs."""
+        inference = [seconds / INFERRED for seconds in self.times['infer']]
+        if what == 'inference':
+            return inference
+        step = [seconds / BATCH for seconds in self.times['train']]
+        if what == 'step':
+            return step
+        return [a + (self.epoch_end + self.passes * INFERRED * b) / EPOCH_IMAGES
+                for a, b in zip(step, inference, strict=True)]
 
 
 def measure(name, ways, repetitions):
@@ -383,35 +236,28 @@ def measure(name, ways, repetitions):
             for _ in range(repetitions):
                 for worker in workers:
                     worker.repeat()
-            rows = [summarize(name, worker, workers[0]) for worker in workers]
+            return [summarize(name, worker, workers[0]) for worker in workers]
         finally:
             for worker in workers:
                 worker.process.kill()
                 worker.process.wait()
-    return rows
 
 
 def summarize(name, worker, first):
     """A row: images per second, and how many times as many the first of the workers did."""
-    row = {'network': name, 'way': worker.way, 'epoch_end': worker.epoch_end, 'peak_memory': worker.ask('memory'),
-           **worker.startup}
-    for what in ('step', 'training', 'inference'):
-        own, its = seconds_an_image(worker, what), seconds_an_image(first, what)
-        row[what] = 1 / statistics.median(own)
+    row = {'network': name, 'way': worker.way}
+    for what in ('training', 'step', 'inference'):
+        own, its = worker.seconds_an_image(what), first.seconds_an_image(what)
+        row[f'{what}_images_per_second'] = 1 / statistics.median(own)
         # of each repetition, so that a slow minute slows both sides
         row[f'{what}_ratio'] = statistics.median(a / b for a, b in zip(own, its, strict=True))
-    say(f'{name:26} {row["way"]:23} {row["training"]:9,.0f} {row["training_ratio"]:6.2f} {row["step_ratio"]:6.2f} '
-        f'{row["inference"]:10,.0f} {row["inference_ratio"]:6.2f} {row["peak_memory"] / 2 ** 20:10,.0f} '
-        f'{row["first_step"]:11.1f} {row["import"]:7.1f}')
+    row.update(epoch_end_seconds=worker.epoch_end, peak_memory_bytes=worker.memory,
+               **{f'{what}_seconds': value for what, value in worker.startup.items()})
+    print(f'{name:26} {worker.way:23} {row["training_images_per_second"]:9,.0f} {row["training_ratio"]:6.2f} '
+          f'{row["step_ratio"]:6.2f} {row["inference_images_per_second"]:10,.0f} {row["inference_ratio"]:6.2f} '
+          f'{worker.memory / 2 ** 20:10,.0f} {row["first_step_seconds"]:11.1f} {row["import_seconds"]:7.1f}',
+          flush=True)
     return row
-
-
-def seconds_an_image(worker, what):
-    """Of each repetition: 'inference', 'step' or 'training', which is steps and ends of epochs."""
-    if what == 'inference':
-        return [seconds / INFERRED for seconds in worker.times['inference']]
-    epoch_end = worker.epoch_end / EPOCH_IMAGES if what == 'training' else 0
-    return [seconds / BATCH + epoch_end for seconds in worker.times['step']]
 
 
 def main():
@@ -420,6 +266,8 @@ def main():
     parser.add_argument('--torch', action='store_true', help='PyTorch as well; it must be installed')
     parser.add_argument('--repetitions', type=int, default=5, metavar='N', help='of which the median is taken')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the rows there as well')
+    parser.add_argument('--profile', choices=SCRIPTS, metavar='NETWORK',
+                        help='only where a training step spends its time')
     parser.add_argument('--work', nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
@@ -427,19 +275,26 @@ def main():
     unknown = set(args.networks) - SCRIPTS.keys()
     if unknown:
         parser.error(f'{min(unknown)}: unknown; valid are {", ".join(SCRIPTS)}')
-    if args.torch and not importlib.util.find_spec('torch'):
-        parser.error('--torch: PyTorch is not installed; pip install torch==2.13.0')
     if args.repetitions < 1:
         parser.error(f'--repetitions {args.repetitions}: at least 1')
-    print('images/s; x: how many times as many the project does, steps: without the ends of epochs; seconds to the '
-          'first step, of them import')
+    if args.profile:
+        if args.networks or args.torch or args.json:
+            parser.error('--profile: goes with --repetitions only')
+        return profile(args.profile, args.repetitions)
+    if args.torch and not importlib.util.find_spec('torch'):
+        parser.error('--torch: PyTorch is not installed; pip install torch==2.13.0')
+    if args.json and not args.json.resolve().parent.is_dir():
+        parser.error(f'--json {args.json}: the folder does not exist')
+    print('images/s; x: how many times as many the project does, steps: without the ends of epochs; seconds from the '
+          'command\nto the first step, and how many of them the import of TensorFlow or PyTorch takes')
     print(f'{"network":26} {"way":23}  training      x  steps  inference      x   peak MiB  first step  import')
     rows = []
     for name in args.networks or SCRIPTS:
         rows += measure(name, TENSORFLOW + (TORCH if args.torch else ()), args.repetitions)
-    if args.json:
-        args.json.write_text(json.dumps({'environment': environment(), 'others': dict(installed(('torch',))),
-                                         'repetitions': args.repetitions, 'rows': rows}, indent=1) + '\n')
+        if args.json:
+            record = {'environment': environment(), 'others': dict(installed(('torch',))),
+                      'repetitions': args.repetitions, 'rows': rows}
+            args.json.write_text(json.dumps(record, indent=1) + '\n')
 
 
 if __name__ == '__main__':

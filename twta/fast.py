@@ -1,37 +1,40 @@
-"""The layers' arithmetic in the form in which a processor computes it fastest; the results are TensorFlow's own.
+"""The layers' arithmetic in the form in which a processor computes it fastest.
 
-Two things cost most in a training step beside the products themselves (benchmarks/README.md has the figures):
+Sums of ternary values come out bit for bit as TensorFlow's own kernels give them, others to rounding. Beside the
+products themselves two things cost most in a training step (benchmarks/README.md has the figures):
 
 the filters' gradient  TensorFlow's kernel for it (oneDNN) runs along the rows of a map and starves on short ones, where
                        it takes up to twenty times as long as the same products in one product of matrices
 passes over memory     an activation is compared, cast and subtracted in five operations; XLA compiles them into one
 
-A GPU has neither problem, and XLA wants parts of CUDA there that TensorFlow does not: with one, all is left as it is.
+None of it was tried on a GPU, where XLA wants parts of CUDA that TensorFlow does without: with one, TensorFlow's own
+kernels do everything.
 """
 import numpy as np
 
 from twta.tf1 import native_chatter_hidden, tf
 
-SHORT_ROW = 8  # fewer windows than this in a row of the output: the filters' gradient is a product of matrices
+SHORT_ROW = 8  # with fewer sums in a row of the output, as measured, the product of matrices is faster
 
 with native_chatter_hidden():
     ON_CPU = not tf.config.experimental.list_physical_devices('GPU')
 
 
 def compiled(function):
-    """The function of tensors, by XLA on a processor. It must have a gradient of its own where one is asked for."""
+    """The function of tensors, compiled by XLA for a processor, at its first run and for each shape (0.1 s)."""
     return tf.function(function, jit_compile=True, autograph=False) if ON_CPU else function
 
 
 def convolve(x, w, stride, padding, groups=1):
     """Convolution of x [batch, height, width, channels] with w [size, size, channels / groups, filters].
 
-    Group g of G reads the channels g, g + G, g + 2G, ...; the filters stand group by group.
+    Group g of G reads the channels g, g + G, g + 2G, ...; the filters stand group by group. Of x only the batch may be
+    unknown.
     """
     size = int(w.shape[0])
     height, width, channels = x.shape.as_list()[1:]
     tiled = size == stride and not height % size and not width % size
-    if tiled or (padding == 'VALID' and size == height == width):
+    if ON_CPU and (tiled or (padding == 'VALID' and size == height == width)):
         return multiply_windows(x, w, groups)
     if groups > 1:  # TensorFlow's groups are blocks of neighbours: bring each group's channels together
         x = tf.reshape(x, [-1, height, width, channels // groups, groups])
@@ -73,7 +76,10 @@ def convolve_short_rows(x, w, stride, padding):
 
 
 def windows(x, size, stride, rows, columns):
-    """What lies under each of rows * columns sums, zeros around the map: [batch, windows, size * size, channels]."""
+    """What lies under each of rows * columns sums, zeros around the map: [batch, rows * columns, size ** 2, channels].
+
+    That is tf.image.extract_patches, by a gather that copies whole pixels and takes a fifth of the time.
+    """
     height, width, channels = x.shape.as_list()[1:]
     missing = [max((count - 1) * stride + size - side, 0) for side, count in ((height, rows), (width, columns))]
     x = tf.pad(x, [[0, 0], *([zeros // 2, zeros - zeros // 2] for zeros in missing), [0, 0]])

@@ -51,16 +51,18 @@ def ternarize_activations(x):
     forward   x' = +1 where x >= 0.5, -1 where x <= -0.5, else 0
     backward  dL/dx = dL/dx' where |x| <= 1, else 0: the gradient of the clip to [-1, 1] that comes before
     """
-    return ternarize(x, tf.constant(0.5, x.dtype)), lambda gradient: pass_clipped(x, gradient)
+    return ternarize(x, tf.constant(0.5, x.dtype)), lambda gradient: pass_unclipped(x, gradient)
 
 
 @compiled
 def ternarize(x, d):
+    """+1 where x >= d, -1 where x <= -d, else 0: the forward rule of both."""
     return tf.cast(x >= d, x.dtype) - tf.cast(x <= -d, x.dtype)
 
 
 @compiled
-def pass_clipped(x, gradient):
+def pass_unclipped(x, gradient):
+    """The gradient where |x| <= 1, else 0: the backward rule of the activations."""
     return tf.where(tf.abs(x) <= 1, gradient, tf.zeros_like(gradient))
 
 

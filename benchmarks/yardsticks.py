@@ -1,0 +1,242 @@
+"""What training_speed.py compares with: the same networks the published way, and in PyTorch.
+
+Each is a function of a network's name that gives train(steps), infer() for INFERRED images, and epoch_end() or None.
+"""
+import os
+import runpy
+import sys
+import tempfile
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {path.stem: path for folder in ('MNIST', 'CIFAR10') for path in sorted((ROOT / folder).glob('*_*.py'))}
+BATCH = 200
+INFERRED = 1000  # images that a call of infer does
+Layer = namedtuple('Layer', 'kind filters size stride padding groups is_quantized is_normalized',
+                   defaults=(None, None, None, 1, True, True))
+
+
+def random_images(name):
+    """Images uint8 as the files have them, labels, and the side of the crop that the network sees, or 0."""
+    random = np.random.default_rng(0)
+    shape, crop = ((28, 28, 1), 0) if SCRIPTS[name].parent.name == 'MNIST' else ((32, 32, 3), 24)
+    return random.integers(0, 256, (INFERRED, *shape)).astype(np.uint8), random.integers(0, 10, INFERRED), crop
+
+
+def layers_of(name):
+    """The layers of a script's network, and whether it is ternary.
+
+    That is what its model() asks of twta.ternary_layers.Network, for which a recorder stands in.
+    """
+    layers = []
+
+    class Network:
+        def __init__(self, x, is_train, weights=None, activation=None):
+            self.is_ternary = weights is None
+
+        def encode(self, filters, size, padding='SAME'):
+            layers.append(Layer('conv', filters, size, 1, padding, is_quantized=False))
+
+        def conv(self, filters, size, padding='SAME', stride=1, groups=1):
+            layers.append(Layer('conv', filters, size, stride, padding, groups, self.is_ternary))
+
+        def pool(self, filters, size, padding='VALID', groups=1):
+            self.conv(filters, size, padding, 2, groups)
+
+        def dense(self, units):
+            layers.append(Layer('dense', units, is_quantized=self.is_ternary))
+
+        def classify(self, classes, batch_norm=True):
+            layers.append(Layer('classify', classes, is_quantized=False, is_normalized=batch_norm))
+            return self
+
+    stand_in = SimpleNamespace(Network=Network, full_precision=True)
+    tf1 = SimpleNamespace(tf=SimpleNamespace(nn=SimpleNamespace(relu=None)))
+    with mock.patch.dict(sys.modules, {'twta.ternary_layers': stand_in, 'twta.tf1': tf1}):
+        net = runpy.run_path(str(SCRIPTS[name]))['model'](None, True)
+    return layers, net.is_ternary
+
+
+def published(name):
+    from twta.tf1 import tf, tl
+
+    tf.RegisterGradient('Through')(lambda operation, gradient: gradient)
+    layers, is_ternary = layers_of(name)
+    images, labels, crop = random_images(name)
+
+    def ternary(x, threshold):
+        with tf.get_default_graph().gradient_override_map({'Sign': 'Through'}):
+            return tf.sign(tf.sign(x + threshold) + tf.sign(x - threshold))
+
+    class Products(tl.layers.Layer):
+        """A convolution, or a dense layer where it has no size, without a bias."""
+
+        def __init__(self, prev_layer, layer, name):
+            super().__init__(prev_layer=prev_layer, name=name)
+            x, size = prev_layer.outputs, layer.size
+            shape = ([size, size] if size else []) + [int(x.shape[-1]), layer.filters // layer.groups]
+            with tf.variable_scope(name):
+                initial = tf.truncated_normal_initializer(stddev=0.02 if size else 0.1)
+                w = tf.get_variable('W', shape, initializer=initial)
+                w = ternary(w, 0.7 * tf.reduce_mean(tf.abs(w))) if layer.is_quantized else w
+                self.outputs = (tf.nn.conv2d(x, w, [1, layer.stride, layer.stride, 1], layer.padding) if size
+                                else tf.matmul(x, w))
+
+    def activation(x):
+        return ternary(tf.clip_by_value(x, -1, 1), 0.5) if is_ternary else tf.nn.relu(x)
+
+    def network(x, y, is_train):
+        """Loss and accuracy; a group is a slice of the channels with a convolution and a normalisation of its own."""
+        with tf.variable_scope('net', reuse=not is_train):
+            net = tl.layers.InputLayer(x, name='input')
+            for index, layer in enumerate(layers):
+                if layer.kind != 'conv' and net.outputs.shape.rank == 4:
+                    net = tl.layers.FlattenLayer(net, name='flatten')
+                parts = []
+                for group in range(layer.groups):
+                    name = f'{layer.kind}{index}_{group}'
+                    part = net[:, :, :, group::layer.groups] if layer.groups > 1 else net
+                    part = Products(part, layer, name)
+                    if layer.is_normalized:
+                        act = tf.identity if layer.kind == 'classify' else activation
+                        part = tl.layers.BatchNormLayer(part, act=act, is_train=is_train, name=f'{name}_bn')
+                    parts.append(part)
+                net = tl.layers.ConcatLayer(parts, name=f'concat{index}') if len(parts) > 1 else parts[0]
+        accuracy = tf.reduce_mean(tf.cast(tf.equal(tf.argmax(net.outputs, 1), y), tf.float32))
+        return tl.cost.cross_entropy(net.outputs, y, f'cost{is_train}'), accuracy
+
+    def augmented(image):
+        image = tf.random_crop(tf.cast(image, tf.float32), [crop, crop, 3])
+        image = tf.image.random_contrast(tf.image.random_brightness(tf.image.random_flip_left_right(image), 63),
+                                         0.2, 1.8)
+        return tf.image.per_image_standardization(image)
+
+    x = tf.placeholder(tf.float32, [BATCH, *([crop, crop, 3] if crop else images.shape[1:])])
+    y = tf.placeholder(tf.int64, [BATCH])
+    x_train, y_train = x, y
+    if crop:
+        image, label = tf.train.slice_input_producer([tf.constant(images), tf.constant(labels)])
+        x_train, y_train = tf.train.shuffle_batch([augmented(image), label], BATCH, BATCH + 32, 1, num_threads=32)
+    trained = network(x_train, y_train, True)
+    step = tf.train.AdamOptimizer(1e-4).minimize(trained[0])
+    inferred = network(x, y, False)
+    saver = tf.train.Saver()
+    session = tf.Session()
+    session.run(tf.global_variables_initializer())
+    if crop:
+        tf.train.start_queue_runners(session)
+        images = images[:, 4:4 + crop, 4:4 + crop]
+    images = images.astype(np.float32) / 256
+
+    def feeds(steps):
+        for _ in range(steps):
+            part = np.random.permutation(INFERRED)[:BATCH]
+            yield {x: images[part], y: labels[part]}
+
+    def train(steps):
+        for feed in [None] * steps if crop else feeds(steps):
+            session.run([trained, step] if crop else step, feed)
+
+    def infer():
+        for feed in feeds(INFERRED // BATCH):
+            session.run(inferred, feed)
+
+    def epoch_end():
+        if not crop:
+            saver.save(session, tempfile.mkdtemp(dir=os.getcwd()) + '/model')
+
+    return train, infer, epoch_end
+
+
+def pytorch(name, precision, is_compiled):
+    import torch
+    from torch import nn
+    from torch.nn import functional
+
+    torch.manual_seed(0)
+    layers, is_ternary = layers_of(name)
+    images, labels, crop = random_images(name)
+    x = torch.randn(BATCH, images.shape[-1], *[crop or 28] * 2).to(memory_format=torch.channels_last)
+    y = torch.tensor(labels[:BATCH])
+
+    class Through(torch.autograd.Function):
+        """Ternary x; the gradient passes where |x| is at most the limit."""
+
+        @staticmethod
+        def forward(context, x, threshold, limit):
+            context.save_for_backward(x.abs() <= limit if limit else None)
+            return (x >= threshold).to(x.dtype) - (x <= -threshold).to(x.dtype)
+
+        @staticmethod
+        def backward(context, gradient):
+            mask, = context.saved_tensors
+            return gradient if mask is None else gradient * mask, None, None
+
+    class Products(nn.Module):
+        """A layer with its batch normalisation and activation."""
+
+        def __init__(self, layer, channels):
+            super().__init__()
+            self.layer = layer
+            size = (layer.size, layer.size) if layer.size else ()
+            self.weight = nn.Parameter(torch.randn(layer.filters, channels // layer.groups, *size)
+                                       * (0.02 if size else 0.1))
+            normalize = nn.BatchNorm2d if size else nn.BatchNorm1d
+            self.normalize = normalize(layer.filters) if layer.is_normalized else nn.Identity()
+
+        def forward(self, x):
+            layer, w = self.layer, self.weight
+            if layer.is_quantized:
+                by_group = w.unflatten(0, (layer.groups, -1))
+                mean = by_group.abs().mean(tuple(range(1, by_group.ndim)), keepdim=True)
+                w = Through.apply(by_group, 0.7 * mean, None).flatten(0, 1)
+            if layer.size:
+                if layer.groups > 1:
+                    x = x.permute(0, 2, 3, 1).unflatten(-1, (-1, layer.groups)).transpose(-1, -2).flatten(-2)
+                    x = x.permute(0, 3, 1, 2)
+                total = layer.size - layer.stride if layer.padding == 'SAME' else 0
+                if total % 2:
+                    x = functional.pad(x, [0, 1] * 2)
+                x = functional.conv2d(x, w, stride=layer.stride, padding=total // 2, groups=layer.groups)
+            else:
+                x = functional.linear(x.flatten(1), w)
+            x = self.normalize(x)
+            if layer.kind == 'classify':
+                return x
+            return Through.apply(x, 0.5, 1) if is_ternary else torch.relu(x)
+
+    modules, probe = [], x
+    for layer in layers:
+        channels = probe.shape[1] if layer.size else probe[0].numel()
+        modules.append(Products(layer, channels))
+        with torch.no_grad():
+            probe = modules[-1].eval()(probe)
+    net = nn.Sequential(*modules).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-4, fused=True)
+
+    def loss():
+        with torch.autocast('cpu', torch.bfloat16, enabled=precision == 'bfloat16'):
+            logits = net(x)
+        return functional.cross_entropy(logits.float(), y)
+
+    compiled = torch.compile(loss, fullgraph=True) if is_compiled else loss
+
+    def train(steps):
+        net.train()
+        for _ in range(steps):
+            optimizer.zero_grad()
+            compiled().backward()
+            optimizer.step()
+
+    def infer():
+        net.eval()
+        with torch.no_grad():
+            for _ in range(INFERRED // BATCH):
+                compiled()
+
+    return train, infer, None
