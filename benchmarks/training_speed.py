@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Images per second in training and inference: these scripts, the published way and PyTorch, interleaved in one run.
 
-    python benchmarks/training_speed.py
-    pip install torch==2.13.0 && python benchmarks/training_speed.py --torch TWTA_4_4_MNIST TWTA_3_3_CIFAR10_VGG13
+    python benchmarks/training_speed.py            # three networks, 5 minutes
+    python benchmarks/training_speed.py --all      # all nine, 17 minutes
+    pip install torch==2.13.0 && python benchmarks/training_speed.py --torch
 
     project           what a script runs: the loop of twta.experiment with feeding and augmentation, in the type that
                       --precision auto takes, and the end of an epoch (checkpoint, log, weights, summaries) shared out
@@ -42,6 +43,7 @@ from twta.records import environment, installed
 
 EPOCH_IMAGES = 50_000
 SECONDS = 0.5  # that a timing lasts, at least
+SHORT = ('TWTA_4_4_MNIST', 'TWTA_3_3_CIFAR10_VGG13', 'TWTA_3_3_CIFAR10_Group_V2')
 TENSORFLOW = ('project', 'project float32', 'published')
 TORCH = ('torch eager float32', 'torch eager bfloat16', 'torch compiled float32', 'torch compiled bfloat16')
 
@@ -262,7 +264,8 @@ def summarize(name, worker, first):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('networks', nargs='*', metavar='NETWORK', help=f'of {", ".join(SCRIPTS)}; default all')
+    parser.add_argument('networks', nargs='*', metavar='NETWORK', help=f'of {", ".join(SCRIPTS)}; default: {", ".join(SHORT)}')
+    parser.add_argument('--all', action='store_true', help='every network')
     parser.add_argument('--torch', action='store_true', help='PyTorch as well; it must be installed')
     parser.add_argument('--repetitions', type=int, default=5, metavar='N', help='of which the median is taken')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the rows there as well')
@@ -278,7 +281,7 @@ def main():
     if args.repetitions < 1:
         parser.error(f'--repetitions {args.repetitions}: at least 1')
     if args.profile:
-        if args.networks or args.torch or args.json:
+        if args.networks or args.all or args.torch or args.json:
             parser.error('--profile: goes with --repetitions only')
         return profile(args.profile, args.repetitions)
     if args.torch and not importlib.util.find_spec('torch'):
@@ -289,7 +292,7 @@ def main():
           'command\nto the first step, and how many of them the import of TensorFlow or PyTorch takes')
     print(f'{"network":26} {"way":23}  training      x  steps  inference      x   peak MiB  first step  import')
     rows = []
-    for name in args.networks or SCRIPTS:
+    for name in SCRIPTS if args.all else args.networks or SHORT:
         rows += measure(name, TENSORFLOW + (TORCH if args.torch else ()), args.repetitions)
         if args.json:
             record = {'environment': environment(), 'others': dict(installed(('torch',))),
