@@ -264,7 +264,8 @@ def summarize(name, worker, first):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('networks', nargs='*', metavar='NETWORK', help=f'of {", ".join(SCRIPTS)}; default: {", ".join(SHORT)}')
+    parser.add_argument('networks', nargs='*', metavar='NETWORK',
+                        help=f'of {", ".join(SCRIPTS)}; default: {", ".join(SHORT)}')
     parser.add_argument('--all', action='store_true', help='every network')
     parser.add_argument('--torch', action='store_true', help='PyTorch as well; it must be installed')
     parser.add_argument('--repetitions', type=int, default=5, metavar='N', help='of which the median is taken')
