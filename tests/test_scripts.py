@@ -28,6 +28,7 @@ def test_every_script_is_documented_here():
 
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_shapes_and_parameters(session, name):
+    from twta import packing
     from twta.tf1 import tf
 
     parameters, maps = DOCUMENTED[name]
@@ -37,30 +38,29 @@ def test_shapes_and_parameters(session, name):
             net = script.model(tf.zeros([2, *image_shape(name)]), is_train)
         assert net.outputs.shape.as_list() == [2, 10]
         assert net.count_params() == parameters
-        convolutions = [layer for layer in net.all_layers if layer.op.type == 'Conv2D'
-                        or (layer.op.type == 'Cast' and layer.op.inputs[0].op.type == 'Conv2D')]  # exact sums, rounded
-        assert [layer.shape.as_list()[1:3] for layer in convolutions] == [[size, size] for size in maps]
+        convolutions = [layer for layer, _, _ in packing.read_blocks(net) if hasattr(layer, 'groups')]
+        assert [layer.outputs.shape.as_list()[1:3] for layer in convolutions] == [[size, size] for size in maps]
     operations = [op.type for op in tf.get_default_graph().get_operations()]
-    assert operations.count('Conv2D') == 2 * len(maps)  # one a layer, however many groups it has
+    products = operations.count('Conv2D') + operations.count('BatchMatMulV2')
+    assert products == 2 * len(maps)  # one a layer, however many groups it has
     trained = [variable for variable in net.all_params if '/moving_' not in variable.name]
     assert tf.trainable_variables() == trained
 
 
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_the_architecture_string_says_what_is_built(session, name):
+    from twta import packing
     from twta.tf1 import tf
 
     script = load_script(name)
     net = script.model(tf.zeros([2, *image_shape(name)]), True)
     built, channels = [], None
-    for layer in net.all_layers:
-        if layer.op.type not in ('Conv2D', 'MatMul'):
-            continue
-        *kernel, n_in, n_out = layer.op.inputs[1].shape.as_list()
+    for layer, _, _ in packing.read_blocks(net):
+        *kernel, n_in, n_out = layer.all_params[-1].shape.as_list()
         if not kernel:
             token = str(n_out)
         elif 'pool' in layer.name:
-            token = f'{"" if n_out == channels else f"{n_out} "}{kernel[0]}P{layer.op.get_attr("strides")[1]}'
+            token = f'{"" if n_out == channels else f"{n_out} "}{kernel[0]}P{layer.stride}'
         else:
             token = f'{n_out}{"N" if kernel == [1, 1] else "C"}{kernel[0]}'
         groups = 1 if channels is None or not kernel else channels // n_in
