@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Images per second in training and inference: these scripts, the published way and PyTorch, interleaved in one run.
 
-    python benchmarks/training_speed.py            # three networks, 5 minutes
+    python benchmarks/training_speed.py            # three networks, about 5 minutes
     python benchmarks/training_speed.py --all      # all nine, 17 minutes
     pip install torch==2.13.0 && python benchmarks/training_speed.py --torch
 
