@@ -287,8 +287,10 @@ def main():
         return profile(args.profile, args.repetitions)
     if args.torch and not importlib.util.find_spec('torch'):
         parser.error('--torch: PyTorch is not installed; pip install torch==2.13.0')
-    if args.json and not args.json.resolve().parent.is_dir():
-        parser.error(f'--json {args.json}: the folder does not exist')
+    if args.all and args.networks:
+        parser.error('--all: goes without names of networks')
+    if args.json and (args.json.is_dir() or not args.json.resolve().parent.is_dir()):
+        parser.error(f'--json {args.json}: must be a file in a folder that exists')
     print('images/s; x: how many times as many the project does, steps: without the ends of epochs; seconds from the '
           'command\nto the first step, and how many of them the import of TensorFlow or PyTorch takes')
     print(f'{"network":26} {"way":23}  training      x  steps  inference      x   peak MiB  first step  import')
