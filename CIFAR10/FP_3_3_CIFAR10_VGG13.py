@@ -17,14 +17,16 @@ DATASETS = ('cifar10', 'shapes')  # the first is the default
 LEARNING_RATE = 1e-2
 EPOCHS = 200
 BATCH_SIZE = 200
+CHOICES = ('pooling',)
 
 
-def model(x, is_train):
+def model(x, is_train, **choices):
     """The network on images x [batch, 24, 24, 3]: a TensorLayer layer whose outputs are the logits [batch, 10]."""
-    from twta.ternary_layers import Network, full_precision  # here, so that --help need not wait for TensorFlow
+    from twta.quantizers import full_precision  # here, so that --help need not wait for TensorFlow
+    from twta.ternary_layers import Network
     from twta.tf1 import tf
 
-    net = Network(x, is_train, weights=full_precision, activation=tf.nn.relu)
+    net = Network(x, is_train, weights=full_precision, activation=tf.nn.relu, **choices)
     net.encode(64, 3)                          # 24 * 24 * 64
     net.conv(64, 3)                            # 24 * 24 * 64
     net.conv(64, 3)                            # 24 * 24 * 64
@@ -41,4 +43,4 @@ def model(x, is_train):
 
 
 if __name__ == '__main__':
-    run(__file__, __doc__, model, DATASETS, LEARNING_RATE, EPOCHS, BATCH_SIZE)
+    run(__file__, __doc__, model, DATASETS, LEARNING_RATE, EPOCHS, BATCH_SIZE, CHOICES)

@@ -17,13 +17,14 @@ DATASETS = ('cifar10', 'shapes')  # the first is the default
 LEARNING_RATE = 1e-2
 EPOCHS = 200
 BATCH_SIZE = 200
+CHOICES = ('threshold', 'threshold_value', 'pooling')
 
 
-def model(x, is_train):
+def model(x, is_train, **choices):
     """The network on images x [batch, 24, 24, 3]: a TensorLayer layer whose outputs are the logits [batch, 10]."""
     from twta.ternary_layers import Network  # here, so that --help need not wait for TensorFlow
 
-    net = Network(x, is_train)
+    net = Network(x, is_train, **choices)
     net.encode(32, 3)                              # 24 * 24 * 32, full-precision weights
     net.conv(64, 4)                                # 24 * 24 * 64
     net.pool(256, 4, padding='SAME', groups=4)     # 12 * 12 * 256
@@ -38,4 +39,4 @@ def model(x, is_train):
 
 
 if __name__ == '__main__':
-    run(__file__, __doc__, model, DATASETS, LEARNING_RATE, EPOCHS, BATCH_SIZE)
+    run(__file__, __doc__, model, DATASETS, LEARNING_RATE, EPOCHS, BATCH_SIZE, CHOICES)

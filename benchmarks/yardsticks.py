@@ -14,7 +14,8 @@ from unittest import mock
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {path.stem: path for folder in ('MNIST', 'CIFAR10') for path in sorted((ROOT / folder).glob('*_*.py'))}
+SCRIPTS = {path.stem: path for folder in ('MNIST', 'CIFAR10') for path in sorted((ROOT / folder).glob('*_*.py'))
+           if path.stem.startswith(('FP', 'TWTA'))}
 BATCH = 200
 INFERRED = 1000  # images that a call of infer does
 Layer = namedtuple('Layer', 'kind filters size stride padding groups is_quantized is_normalized',

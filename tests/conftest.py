@@ -34,7 +34,8 @@ def start(run_dir, *flags, script='TWTA_5_5_MNIST'):
     module = load_script(script)
     defaults = command_line.protocol(module.LEARNING_RATE, module.EPOCHS, module.BATCH_SIZE)
     argv = ['--run_dir', run_dir, '--dataset', module.DATASETS[1], *flags]
-    args = command_line.parse(SCRIPTS[script], '', module.DATASETS, defaults, list(map(str, argv)))
+    args = command_line.parse(SCRIPTS[script], '', module.DATASETS, defaults, getattr(module, 'CHOICES', ()),
+                              list(map(str, argv)))
     experiment.run(script, module.model, args, defaults)
 
 

@@ -206,7 +206,7 @@ def test_a_refusal_names_the_file_and_what_to_do(tmp_path, file):
 
 def test_a_newer_version_is_refused_as_such(file):
     data = file.read_bytes()
-    assert 'newer version' in broken(sealed(data[:4] + struct.pack('<I', 2) + data[8:-32]))
+    assert 'newer version' in broken(sealed(data[:4] + struct.pack('<I', 3) + data[8:-32]))
 
 
 @pytest.mark.parametrize('change, word', [

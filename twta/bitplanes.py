@@ -13,7 +13,7 @@ import numba
 import numpy as np
 
 from twta import kernels, packed_file
-from twta.packed import finish
+from twta.packed import finish, see
 
 if numba.config.DISABLE_JIT:
     raise ImportError('NUMBA_DISABLE_JIT is set')
@@ -117,9 +117,13 @@ class NumbaEngine:
                              f'{self.packed.image}')  # the kernels write where it would be
         sums = np.empty((len(images), len(self.packed.classes)))
         last = self.planes[-1]
+        crop = self.packed.crop
+        if self.packed.stem:
+            crop, (top, left), (height, width, _) = -1, self.before, packed_file.input_shape(self.packed)
+            self.x[:len(images), top:top + height, left:left + width] = see(images, self.packed)
         threads = self.threads if len(images) * self.products >= SHARED else 1
         numba.set_num_threads(threads)
-        kernels.run(np.ascontiguousarray(images), self.packed.crop, self.x, self.before, self.table, threads, CHUNK,
+        kernels.run(np.ascontiguousarray(images), crop, self.x, self.before, self.table, threads, CHUNK,
                     last.data, last.image, self.weights, sums)
         return sums
 

@@ -1,10 +1,10 @@
 """Checkpoints: everything that resuming needs, in one tf.train.Saver file that is complete or absent.
 
 Beside the variables (latent weights, Adam slots, moving moments) a checkpoint holds the run's state as JSON text: its
-script, data set and validation split, seed, epoch, what a part of the next one has come to, stages (learning rates and
-schedules in order), history and best validation accuracy. The random state needs no more than seed and epoch, from
-which each epoch's shuffle and augmentation are drawn. Saver writes a new file, then the name of it into `checkpoint`,
-then removes an old one: a kill at any moment leaves the previous checkpoint usable.
+script and its choices, data set and validation split, seed, epoch, what a part of the next one has come to, stages
+(learning rates and schedules in order), history and best validation accuracy. The random state needs no more than seed
+and epoch, from which each epoch's shuffle and augmentation are drawn. Saver writes a new file, then the name of it into
+`checkpoint`, then removes an old one: a kill at any moment leaves the previous checkpoint usable.
 """
 import json
 import shutil
@@ -14,9 +14,9 @@ from twta import TwtaError
 from twta.records import check_shapes
 from twta.tf1 import tf
 
-FORMAT = 2  # 1 knew no --validation, no --schedule and no part of an epoch
+FORMAT = 3  # 1 knew no --validation, no --schedule and no part of an epoch, 2 no choices
 KEYS = {'format', 'script', 'dataset', 'data_sha256', 'seed', 'validation', 'epoch', 'part', 'stages', 'history',
-        'best_validation_accuracy'}
+        'best_validation_accuracy', 'choices'}
 UNREADABLE = ValueError, KeyError, TypeError, IndexError, RuntimeError, OSError, tf.errors.OpError  # by TensorFlow
 INDEX = {'last': 'checkpoint', 'best': 'checkpoint_best'}  # the files that name the newest checkpoint of each kind
 
@@ -85,9 +85,11 @@ def read_state(path, script, dataset):
         found = state['script'], state['dataset']
         is_newer = state['format'] > FORMAT
         if state['format'] == 1:
-            state.update(format=FORMAT, part=None, validation={'mnist': 10000, 'digits': 297}[state['dataset']])
+            state.update(format=2, part=None, validation={'mnist': 10000, 'digits': 297}[state['dataset']])
             for stage in state['stages']:
                 stage['schedule'] = 'constant'
+        if state['format'] == 2:
+            state.update(format=FORMAT, choices={})
         absent = KEYS - state.keys()
         if absent and not is_newer:
             raise KeyError(f'its state lacks {min(absent)}')

@@ -11,19 +11,21 @@ from twta import TwtaError, UsageError
 SUFFIXES = {'twta': '.twta', 'npz': '.npz', 'c': '.h', 'onnx': '.onnx'}  # of what export writes, by --format
 
 
-def run(script, description, model, datasets, learning_rate, epochs, batch_size):
+def run(script, description, model, datasets, learning_rate, epochs, batch_size, choices=()):
     """Parses the flags and trains or evaluates the network; a script ends in this call.
 
     script         the script's __file__; its name names the architecture, its folder's parent is the root
     description    the script's docstring, for --help
-    model          function of (x, is_train) that returns the network as a TensorLayer layer, its outputs the logits
+    model          function of (x, is_train, **choices) that returns the network as a TensorLayer layer, its outputs
+                   the logits
     datasets       names in twta.datasets.DATASETS, the default first
     learning_rate, epochs, batch_size    the script's own protocol, the defaults of the flags
+    choices        names in CHOICES: each is a flag, and what it says an argument of model
     """
     script = Path(script).resolve()
     defaults = protocol(learning_rate, epochs, batch_size)
     try:
-        args = parse(script, description, datasets, defaults)
+        args = parse(script, description, datasets, defaults, choices)
         if args.engine == 'packed':
             from twta import packed  # without TensorFlow
 
@@ -48,8 +50,11 @@ def protocol(learning_rate, epochs, batch_size):
     return {'learning_rate': learning_rate, 'epochs': epochs, 'batch_size': batch_size, 'schedule': 'constant'}
 
 
-def parse(script, description, datasets, defaults, argv=None):
-    """The flags as a namespace, with the paths made absolute; raises UsageError, or SystemExit after --help."""
+def parse(script, description, datasets, defaults, choices=(), argv=None):
+    """The flags as a namespace, with the paths made absolute; raises UsageError, or SystemExit after --help.
+
+    Of its `choices` each is None where the command line does not say.
+    """
     parser = Parser(prog=script.name, description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -68,6 +73,8 @@ def parse(script, description, datasets, defaults, argv=None):
     add('--schedule', choices=('constant', 'cosine'),
         help='of the learning rate over --epochs; cosine: up from 0 in the first epoch, then half a cosine down to '
              f'0. Default: {defaults["schedule"]}')
+    for name in choices:
+        add(f'--{name}', **CHOICES[name][1])
     add('--batch_size', type=positive_integer, metavar='N', help=f'default: {defaults["batch_size"]}')
     add('--seed', type=natural, metavar='N',
         help='of weights, shuffling and augmentation, default: 0; a resumed run keeps its own')
@@ -104,6 +111,7 @@ def parse(script, description, datasets, defaults, argv=None):
         help="print TensorLayer's layers and parameters, and TensorFlow's own messages")
     add('--debug', action='store_true', help='show the traceback of an error')
     args = parser.parse_args(argv)
+    args.choices = {name: vars(args).pop(name) for name in choices}
 
     root = script.parent.parent
     args.data_dir = (args.data_dir or root / 'data').resolve()
@@ -131,8 +139,8 @@ def check(args, script):
                          'the last')
     if packed and args.mode != 'inference':
         raise UsageError(f'--engine packed is for --mode inference, not for --mode {args.mode}; leave it out')
-    for flag in ('resume', 'weights'):
-        if packed and getattr(args, flag) is not None:
+    for flag, value in (('resume', args.resume), ('weights', args.weights), *args.choices.items()):
+        if packed and value is not None:
             raise UsageError(f'--{flag} has no meaning with --engine packed, which reads --file; leave it out')
     if packed and args.checkpoint != 'last':
         raise UsageError('--checkpoint best has no meaning with --engine packed; export with it')
@@ -170,6 +178,14 @@ def command(script, mode, *flags, args):
     return f'python {shlex.quote(os.path.relpath(script))} {mode}' + ''.join(values)
 
 
+def complete(choices):
+    """The choices with the defaults where they are None."""
+    chosen = {name: CHOICES[name][0] if value is None else value for name, value in choices.items()}
+    if 'threshold_value' in chosen and chosen['threshold_value'] is None:
+        chosen['threshold_value'] = 0.7 if chosen['threshold'] == 'runtime' else 0.5
+    return chosen
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UsageError(f'{message}; see --help')
@@ -203,6 +219,13 @@ def positive_number(text):
     return value
 
 
+def share(text):
+    value = positive_number(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not between 0 and 1')
+    return value
+
+
 def natural(text, least=0):
     if not (text.isascii() and text.isdigit() and least <= int(text) < 2 ** 31):
         raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from {least} to {2 ** 31 - 1}')
@@ -211,3 +234,22 @@ def natural(text, least=0):
 
 def positive_integer(text):
     return natural(text, least=1)
+
+
+CHOICES = {  # flags that choose between networks of one architecture; a script says which it has
+    'threshold': ('fixed', {'choices': ('fixed', 'trainable', 'runtime'), 'help':
+                  'd of the activations, +1 where x >= d, -1 where x <= -d: fixed, the published 0.5; trainable, one a '
+                  'layer, trained with the weights; runtime, from the mean of |x|, of the batch in training, of a '
+                  'moving average in evaluation. Default: fixed'}),
+    'threshold_value': (None, {'type': share, 'metavar': 'D', 'help':
+                        'fixed: d itself, default 0.5; trainable: where d begins, default 0.5; runtime: d / mean|x|, '
+                        'default 0.7. Between 0 and 1'}),
+    'pooling': ('conv', {'choices': ('conv', 'max', 'average'), 'help':
+                'what P tokens are: conv, learned, as published; max or average, without weights, where the number of '
+                'channels stays. Batch normalisation and activation follow. Default: conv'}),
+    'levels': (2, {'type': int, 'choices': (2, 3), 'help':
+               'of the activations: 2, {0, 1}, binary; 3, {0, 0.5, 1}, as the published code has it. Default: 2'}),
+    'k': (1, {'type': int, 'choices': range(5), 'metavar': 'K', 'help':
+          'activations go in steps of 1 / 2 ** K, 0 to 4, default: 1'}),
+    'B': (2, {'type': int, 'choices': range(1, 9), 'metavar': 'B', 'help': 'up to B, 1 to 8, default: 2'}),
+}

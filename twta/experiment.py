@@ -4,6 +4,7 @@ One graph holds the network twice over the same variables: as it trains (augment
 --precision) and as it is evaluated (moving moments, float32). The loop feeds batches of uint8 images.
 """
 import contextlib
+import functools
 import itertools
 import math
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from twta import TwtaError, UsageError, checkpoints, datasets, packing, preprocessing, records
+from twta.command_line import complete
 from twta.records import accuracy, say
 from twta.session import choose_precision, describe, find_gpu, open_session, stop_signals
 from twta.tf1 import tf
@@ -27,6 +29,7 @@ def run(script, model, args, defaults):
     gpu = find_gpu(args.gpu)
     try:
         source, state = open_run(script, args) if args.resume else (None, None)
+        model = functools.partial(model, **(state['choices'] if state else complete(args.choices)))
         dataset = datasets.load(args.dataset, args.data_dir, state['validation'] if state else args.validation)
         say(f'data: {dataset}')
         say(f'device: {describe(gpu)}')
@@ -110,7 +113,7 @@ def train(script, model, args, defaults, dataset, precision, source, state):
         else:
             session.run(tf.global_variables_initializer())
         set_weights(network.net, weights, session)
-        describe_network(script, network.net, args.weights or args.run_dir, args.verbose)
+        describe_network(script, network.net, model.keywords, args.weights or args.run_dir, args.verbose)
         say(f'training: epochs {first} to {last}, learning rate {stage["learning_rate"]:g}'
             f'{" (cosine)" if stage["schedule"] == "cosine" else ""}, batches of {stage["batch_size"]}, '
             f'seed {state["seed"]}, {precision.name}')
@@ -243,7 +246,8 @@ def evaluate(network, session, split):
 
 def new_run(script, args, dataset):
     return {'format': checkpoints.FORMAT, 'script': script, 'dataset': args.dataset, 'data_sha256': dataset.sha256,
-            'seed': args.seed or 0, 'validation': len(dataset.validation.labels), 'epoch': 0, 'part': None,
+            'seed': args.seed or 0, 'validation': len(dataset.validation.labels),
+            'choices': complete(args.choices), 'epoch': 0, 'part': None,
             'stages': [], 'history': [], 'best_validation_accuracy': -1.0}
 
 
@@ -260,6 +264,11 @@ def open_run(script, args):
         if getattr(args, flag) not in (None, state[flag]):
             raise UsageError(f'--{flag} {getattr(args, flag)}: the run in {args.run_dir} was started with --{flag} '
                              f'{state[flag]}; leave --{flag} out, or start a new run with --resume False')
+    state['choices'] = {**complete(dict.fromkeys(args.choices)), **state['choices']}
+    for flag, value in args.choices.items():
+        if value not in (None, state['choices'][flag]):
+            raise UsageError(f'--{flag} {value}: the network in {args.run_dir} has --{flag} {state["choices"][flag]}; '
+                             f'leave --{flag} out, or train another with --resume False and its own --run_dir')
     return source, state
 
 
@@ -309,7 +318,7 @@ def trained(script, model, args, dataset, source):
             set_weights(network.net, records.read_weights(args.weights, network.net), session)
         else:
             checkpoints.restore(session, source, network.net, network.net.all_params)
-        describe_network(script, network.net, source or args.weights, args.verbose)
+        describe_network(script, network.net, model.keywords, source or args.weights, args.verbose)
         yield network, session
 
 
@@ -326,8 +335,10 @@ def report(script, network, session, dataset, args, epoch):
     records.report(script, args, dataset, kind, weights, epoch, loss, confusion)
 
 
-def describe_network(script, net, source, verbose):
+def describe_network(script, net, choices, source, verbose):
     if verbose:
         net.print_layers()
         net.print_params(details=False)
-    say(f'network: {script}, {net.count_params():,} parameters, {source}')
+    usual = complete(dict.fromkeys(choices))
+    chosen = ''.join(f', {name} {value}' for name, value in choices.items() if value != usual[name])
+    say(f'network: {script}{chosen}, {net.count_params():,} parameters, {source}')

@@ -9,7 +9,7 @@ import numpy as np
 
 from twta import UsageError, replacing
 from twta.packed import NumpyEngine
-from twta.packed_file import border, filter_major, input_shape, shapes
+from twta.packed_file import Layer, border, filter_major, geometry, input_shape, shapes
 
 VECTORS = 4  # images
 OPSET, IR_VERSION = 17, 8  # of ONNX; old enough for the runtimes in use
@@ -37,6 +37,8 @@ def write_npz(path, packed, images):
     arrays = {'network': np.array(packed.network), 'dataset': np.array(packed.dataset), 'image': np.array(packed.image),
               'crop': np.array(packed.crop), 'classes': np.array(packed.classes),
               'layers': np.array([layer.name for layer in packed.layers])}
+    if packed.stem:
+        arrays.update({f'stem/{field}': value for field, value in packed.stem._asdict().items()})
     for layer, shape, before, _ in shapes(packed):
         for field in ('weights', 'upper', 'lower', 'stride', 'groups'):
             arrays[f'{layer.name}/{field}'] = np.array(getattr(layer, field))
@@ -54,7 +56,13 @@ def write_npz(path, packed, images):
 
 
 def write_c(path, packed, images):
-    """One C99 header: struct twta_layer, the layers, the classifier and the vectors; returns its size in bytes."""
+    """One C99 header: struct twta_layer, the layers, the classifier and the vectors; returns its size in bytes.
+
+    UsageError where there is a stem.
+    """
+    if packed.stem:
+        raise UsageError(f'--format c: {packed.network} has two real-valued convolutions, the header has room for one; '
+                         'use npz or onnx')
     found = vectors(packed, images)
     lines = [
         f'/* {packed.network} on {packed.dataset}, written by --mode export --format c; see docs/deployment.md. */',
@@ -182,24 +190,36 @@ def write_onnx(path, packed, images):
         top, left = ((side - packed.crop) // 2 for side in packed.image[:2])
         x = node('Slice', x, np.array([top, left]), np.array([top + packed.crop, left + packed.crop]), np.array([1, 2]))
         x = cast(x, TensorProto.DOUBLE)
-        count, axes = np.float64([math.prod(input_shape(packed))]), np.array([1, 2, 3])
+        count, axes = np.float64([packed.crop ** 2 * packed.image[2]]), np.array([1, 2, 3])
         mean = node('Div', node('ReduceSum', x, axes), count)
         square = node('Div', node('ReduceSum', node('Mul', x, x), axes), count)
         deviation = node('Sqrt', node('Sub', square, node('Mul', mean, mean)))
         x = node('Div', node('Sub', x, mean), node('Max', deviation, count ** -0.5))
         return cast(cast(x, TensorProto.FLOAT), TensorProto.DOUBLE)
 
-    for index, (layer, shape, before, out) in enumerate(shapes(packed)):
+    def convolve_real(x, shape, layer):
+        """Sums in float64 NHWC. Runtimes have no such convolution: the values under the kernel, times a matrix."""
+        before, out = geometry(shape, layer)
+        x = node('Pad', x, np.array([0, *before, 0, 0, *after(shape, layer), 0]), np.array(0.0))
+        under = []
+        for i, j in np.ndindex(layer.weights.shape[:2]):
+            ends = [i + (out[0] - 1) * layer.stride + 1, j + (out[1] - 1) * layer.stride + 1]
+            under.append(node('Slice', x, np.array([i, j]), np.array(ends), np.array([1, 2]),
+                              np.array([layer.stride] * 2)))
+        return node('MatMul', node('Concat', *under, axis=3), layer.weights.reshape(-1, out[2]).astype(np.float64))
+
+    def see(x):
+        if not packed.stem:
+            return x
+        weights, scale, shift = packed.stem
+        shape = (*input_shape(packed)[:2], packed.image[2])
+        sums = convolve_real(x, shape, Layer('stem', weights, None, None, 1, 'SAME', 1))
+        return node('Max', node('Add', node('Mul', sums, scale), shift), np.zeros(1))
+
+    for index, (layer, shape, before, _) in enumerate(shapes(packed)):
         kernel = layer.weights.shape[:2]
-        if not index:  # runtimes have no float64 convolution: the pixels under the kernel side by side, times a matrix
-            x = node('Pad', prepare('images'), np.array([0, *before, 0, 0, *after(shape, layer), 0]), np.array(0.0))
-            under = []
-            for i, j in np.ndindex(kernel):
-                ends = [i + (out[0] - 1) * layer.stride + 1, j + (out[1] - 1) * layer.stride + 1]
-                under.append(node('Slice', x, np.array([i, j]), np.array(ends), np.array([1, 2]),
-                                  np.array([layer.stride] * 2)))
-            weights = layer.weights.reshape(-1, out[2]).astype(np.float64)
-            sums = node('MatMul', node('Concat', *under, axis=3), weights)
+        if not index:
+            sums = convolve_real(see(prepare('images')), shape, layer)
             activations = fire(cast(sums, TensorProto.FLOAT), layer)
             x = node('Transpose', activations, perm=[0, 3, 1, 2], output=layer.name)
             continue

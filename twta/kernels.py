@@ -213,7 +213,12 @@ def run_layer(row, first, last, first_block, last_block):
 
 @njit
 def prepare(images, first, last, crop, x, before):
-    """What twta.packed.prepare does to images uint8 [n, height, width, channels], into x float64 with its border."""
+    """What twta.packed.prepare does to images uint8 [n, height, width, channels], into x float64 with its border.
+
+    crop -1: x is prepared.
+    """
+    if crop < 0:
+        return
     height, width, channels = images.shape[1:]
     rows, columns = (crop, crop) if crop else (height, width)
     top, left = (height - rows) // 2, (width - columns) // 2

@@ -30,6 +30,16 @@ def prepare(images, crop):
     return ((x - mean) / np.maximum(np.sqrt(variance), values ** -0.5)).astype(np.float32)
 
 
+def see(images, packed):
+    """What the encoder reads of uint8 images, float64: the images, prepared, or what the stem makes of them."""
+    x = prepare(images, packed.crop).astype(np.float64)
+    if not packed.stem:
+        return x
+    weights, scale, shift = packed.stem
+    layer = packed_file.Layer('stem', weights, None, None, 1, 'SAME', 1)
+    return np.maximum(convolve(x, layer) * scale + shift, 0)
+
+
 def convolve(x, layer):
     """Sums [n, height', width', filters] of a layer on maps [n, height, width, channels], in the type of x."""
     n, channels = len(x), x.shape[3]
@@ -64,8 +74,7 @@ class NumpyEngine:
     def run(self, images):
         """Logits float32 [n, classes] of at most `batch` images, and the activations of each layer, int8 NHWC."""
         encoder, *layers = self.packed.layers
-        x = prepare(images, self.packed.crop).astype(np.float64)
-        maps = [fire(convolve(x, encoder).astype(np.float32), encoder)]
+        maps = [fire(convolve(see(images, self.packed), encoder).astype(np.float32), encoder)]
         for layer in layers:
             maps.append(fire(convolve(maps[-1].astype(np.float32), layer), layer))
         features = maps[-1].reshape(len(images), -1).astype(np.float64)

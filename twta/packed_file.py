@@ -2,11 +2,11 @@
 
     bytes      holds
     0..3       b'TWTA'
-    4..7       version of the format, 1
+    4..7       version of the format, 1, or 2 where there is a stem
     8..11      length of the header in bytes, n
     12..       the header, n bytes of JSON in UTF-8, see KEYS and LAYER_KEYS
-    then       the arrays, one after the other: of each layer weights, upper, lower; of the classifier weights, scale,
-               shift
+    then       the arrays, one after the other: of the stem weights, scale, shift; of each layer weights, upper, lower;
+               of the classifier weights, scale, shift
     last 32    SHA-256 of everything before
 
 Numbers are little-endian. The first layer, the encoder, has float32 weights and thresholds. The others have ternary
@@ -25,7 +25,7 @@ import numpy as np
 from twta import TwtaError, replacing
 
 MAGIC = b'TWTA'
-VERSION = 1
+VERSION = 2
 KEYS = {'network': str, 'dataset': str, 'image': list, 'crop': int, 'classes': list, 'layers': list, 'record': dict}
 LAYER_KEYS = {'name': str, 'kernel': list, 'filters': int, 'stride': int, 'padding': str, 'groups': int}
 LARGEST = 1 << 16  # of any size in the header
@@ -48,6 +48,13 @@ class Layer(NamedTuple):
     groups: int  # group g of G reads the channels g, g + G, g + 2G, ...; the filters stand group by group
 
 
+class Stem(NamedTuple):
+    """A convolution before the encoder, real-valued: max(0, sums * scale + shift) in float64, SAME, stride 1."""
+    weights: np.ndarray  # float32 [height, width, channels, filters]
+    scale: np.ndarray  # float64 [filters]
+    shift: np.ndarray
+
+
 class Packed(NamedTuple):
     network: str  # the name of its script
     dataset: str
@@ -59,11 +66,13 @@ class Packed(NamedTuple):
     scale: np.ndarray  # float32 [classes]
     shift: np.ndarray
     record: dict  # of the training: SHA-256 of its files, epoch
+    stem: Stem | None = None
 
 
 def input_shape(packed):
     """Height, width, channels of what the encoder sees."""
-    return (packed.crop, packed.crop, packed.image[2]) if packed.crop else packed.image
+    shape = (packed.crop, packed.crop, packed.image[2]) if packed.crop else packed.image
+    return (*shape[:2], packed.stem.weights.shape[3]) if packed.stem else shape
 
 
 def geometry(shape, layer):
@@ -140,8 +149,13 @@ def write(path, packed):
                   {'name': layer.name, 'kernel': layer.weights.shape[:2], 'filters': layer.weights.shape[3],
                    'stride': layer.stride, 'padding': layer.padding, 'groups': layer.groups}
                   for layer in packed.layers]}
+    if packed.stem:
+        header['stem'] = {'kernel': packed.stem.weights.shape[:2], 'filters': packed.stem.weights.shape[3]}
     header = json.dumps(header, separators=(',', ':')).encode()
-    parts = [MAGIC, struct.pack('<II', VERSION, len(header)), header]
+    parts = [MAGIC, struct.pack('<II', VERSION if packed.stem else 1, len(header)), header]
+    if packed.stem:
+        parts += [filter_major(packed.stem.weights).tobytes(), *(array.astype('<f8').tobytes()
+                                                                 for array in packed.stem[1:])]
     for index, layer in enumerate(packed.layers):
         weights, kind = filter_major(layer.weights), np.dtype('<f4')
         if index:
@@ -181,9 +195,9 @@ def parse(data):
     version, length = struct.unpack('<II', data[4:12])
     if hashlib.sha256(data[:-32]).digest() != data[-32:]:
         raise Bad('damaged (its checksum is wrong)')
-    if version != VERSION:
+    if not 1 <= version <= VERSION:
         age = 'a newer' if version > VERSION else 'an unknown'
-        raise Bad(f'written by {age} version of these scripts (format {version}, this one reads {VERSION})')
+        raise Bad(f'written by {age} version of these scripts (format {version}, this one reads up to {VERSION})')
     body = memoryview(data)[12:-32]
     try:
         header = json.loads(bytes(body[:length]).decode())
@@ -202,6 +216,9 @@ def parse(data):
     if not header['layers']:
         raise Bad('it has no layers')
     shape, layers, values = (*((crop, crop) if crop else image), channels), [], 0
+    stem = read_stem(header.get('stem'), channels, take) if version > 1 else None
+    if stem:
+        shape = (*shape[:2], stem.weights.shape[3])
     for index, entry in enumerate(header['layers']):
         layers.append(read_layer(entry, shape, take, is_encoder=not index))
         values += math.prod(border(shape, layers[-1])[1]) * shape[2]
@@ -216,7 +233,18 @@ def parse(data):
     if len(take.rest):
         raise Bad(f'{len(take.rest)} bytes too many')
     return Packed(header['network'], header['dataset'], (*image, channels), crop, tuple(classes), tuple(layers),
-                  weights, scale, shift, header['record'])
+                  weights, scale, shift, header['record'], stem)
+
+
+def read_stem(entry, channels, take):
+    """The stem on a map of so many channels; raises Bad."""
+    check_keys('stem', entry, {'kernel': list, 'filters': int})
+    kernel, filters = sizes('kernel of the stem', entry['kernel'], 2), size('filters of the stem', entry['filters'])
+    weights = take('<f4', math.prod(kernel) * channels * filters).reshape(filters, *kernel, channels)
+    scale, shift = take('<f8', filters), take('<f8', filters)
+    if not all(np.isfinite(array).all() for array in (weights, scale, shift)):
+        raise Bad('its stem holds NaN or infinity')
+    return Stem(np.ascontiguousarray(np.moveaxis(weights, 0, 3)), scale, shift)
 
 
 def read_layer(entry, shape, take, is_encoder):

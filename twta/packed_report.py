@@ -48,6 +48,10 @@ def measure(engine, images):
         for index, layer in enumerate(packed.layers[1:], 1):
             additions[index] += count_additions(maps[index - 1], layer)
     rows = []
+    if packed.stem:
+        weights = packed.stem.weights
+        size = math.prod(packed_file.input_shape(packed)[:2]) * weights.size
+        rows.append(row('stem', weights, 32 * weights.size + 128 * weights.shape[3], None, size, None))
     for index, (layer, _, _, out) in enumerate(packed_file.shapes(packed)):
         multiply_adds = math.prod(out) * packed_file.fan_in(layer.weights)
         rows.append(row(layer.name, layer.weights, 8 * packed_file.layer_bytes(layer),

@@ -1,83 +1,29 @@
-"""Ternary layers: the quantisers, and TensorLayer layers that compute with them.
+"""TensorLayer layers that compute with quantised weights and activations; the quantisers are in twta.quantizers.
 
-A quantiser is a function with its forward and its backward rule side by side. A layer takes the quantiser it uses and
-computes in the type of its input: float32, or bfloat16, in which -1, 0 and +1 are exact. The variables (latent
-weights, batch normalisation) are float32 in either case, and `all_params` holds them. Images are NHWC. Each layer
-keeps the one before it as `prev_layer`, and what it was built with: twta.packing reads a network so.
+A layer takes the quantiser it uses and computes in the type of its input: float32, or bfloat16, in which -1, 0 and +1
+are exact. The variables (latent weights, batch normalisation, thresholds) are float32 in either case, and `all_params`
+holds them. Images are NHWC. Each layer keeps the one before it as `prev_layer`, and what it was built with:
+twta.packing reads a network so.
 
-Sources: the published TWTA scripts (github.com/edwardzcl/TWTA); thresholds of the weights from "Ternary Weight
-Networks" (arXiv:1605.04711), section 2.2, without its scale factor; straight-through gradients from
-"Estimating or Propagating Gradients Through Stochastic Neurons" (arXiv:1308.3432), section 4.
+Source: the published TWTA scripts (github.com/edwardzcl/TWTA).
 """
-from twta.fast import compiled, convolve
+from twta.fast import convolve
+from twta.quantizers import full_precision, ternarize_activations, ternarize_weights
 from twta.tf1 import tf, tl
 
 DECAY = 0.9  # of the moving moments
 EPSILON = 1e-5  # added to the variance
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Quantisers
-
-
-def full_precision(w, groups=1):
-    """The weights themselves: w' = w, dL/dw = dL/dw'."""
-    return w
-
-
-def ternarize_weights(w, groups=1):
-    """Ternary weights w' in {-1, 0, +1} of latent weights w.
-
-    forward   w' = +1 where w >= d, -1 where w <= -d, else 0;  d = 0.7 * mean|w|, no scale factor
-    backward  dL/dw = dL/dw', nothing through d
-
-    w is [..., filters]. In a grouped layer the filters stand group by group, and each group has a threshold of its
-    own: the mean is over that group's weights.
-    """
-
-    @tf.custom_gradient
-    def straight_through(w):
-        by_group = tf.reshape(w, [-1, groups, w.shape[-1] // groups])
-        d = 0.7 * tf.reduce_mean(tf.abs(by_group), axis=[0, 2], keepdims=True)
-        return tf.reshape(ternarize(by_group, d), w.shape), lambda gradient: gradient
-
-    return straight_through(w)
-
-
-@tf.custom_gradient
-def ternarize_activations(x):
-    """Ternary activations x' in {-1, 0, +1} of batch-normalised sums x.
-
-    forward   x' = +1 where x >= 0.5, -1 where x <= -0.5, else 0
-    backward  dL/dx = dL/dx' where |x| <= 1, else 0: the gradient of the clip to [-1, 1] that comes before
-    """
-    return ternarize(x, tf.constant(0.5, x.dtype)), lambda gradient: pass_unclipped(x, gradient)
-
-
-@compiled
-def ternarize(x, d):
-    """+1 where x >= d, -1 where x <= -d, else 0: the forward rule of both."""
-    return tf.cast(x >= d, x.dtype) - tf.cast(x <= -d, x.dtype)
-
-
-@compiled
-def pass_unclipped(x, gradient):
-    """The gradient where |x| <= 1, else 0: the backward rule of the activations."""
-    return tf.where(tf.abs(x) <= 1, gradient, tf.zeros_like(gradient))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Layers
-
-
-def get_variable(name, shape, initializer, trainable=True, **arguments):
+def get_variable(name, shape, initializer, trainable=True, constraint=None, **arguments):
     """A float32 variable of the current scope; its initial value depends on the graph's seed and its position only.
 
     TensorFlow alone would count every operation before it, so that float32 and bfloat16 would not start alike.
     """
-    if initializer is not tf.zeros_initializer and initializer is not tf.ones_initializer:
+    if initializer in (tf.truncated_normal_initializer, tf.random_normal_initializer):
         arguments['seed'] = len(tf.global_variables())
-    return tf.get_variable(name, shape, tf.float32, initializer(**arguments), trainable=trainable)
+    return tf.get_variable(name, shape, tf.float32, initializer(**arguments), trainable=trainable,
+                           constraint=constraint)
 
 
 class Conv2dLayer(tl.layers.Layer):
@@ -87,8 +33,8 @@ class Conv2dLayer(tl.layers.Layer):
     groups      G > 1: group g reads the interleaved input channels g, g + G, g + 2G, ... and the outputs of the
                 groups follow each other in order, so that the layer also shuffles channels
     W           [filter_size, filter_size, channels / groups, n_filter], truncated normal, stddev 0.02
-    exact       sum in float64: real-valued products then have the same sum, once rounded to float32, in any order of
-                summation, on any machine, but where it falls within 2 ** -53 of a tie (ternary ones always have it)
+    exact       sum in float64, outputs float32: real-valued products then have the same sum in any order of summation,
+                on any machine, but where it falls within 2 ** -53 of a tie (ternary ones always have it)
     outputs     [batch, height', width', n_filter]
 
     Raises ValueError where channels or n_filter is not a multiple of groups.
@@ -108,9 +54,32 @@ class Conv2dLayer(tl.layers.Layer):
             self.quantized = quantizer(weights.value(), groups)
             dtype = tf.float64 if exact else x.dtype
             sums = convolve(tf.cast(x, dtype), tf.cast(self.quantized, dtype), stride, padding, groups)
-            self.outputs = tf.cast(sums, x.dtype)
+            self.outputs = tf.cast(sums, tf.float32) if exact else sums
         self.all_layers.append(self.outputs)
         self.all_params.append(weights)
+
+
+class PoolLayer(tl.layers.Layer):
+    """Pooling without weights; kind is 'max' or 'average'.
+
+    prev_layer  a layer with outputs [batch, height, width, channels]
+    outputs     [batch, height', width', channels], as of a convolution with that filter_size, stride and padding
+
+    Raises ValueError where an average would be taken over a border, whose zeros it would not count.
+    """
+
+    def __init__(self, prev_layer, filter_size, stride, padding, kind, name='pool'):
+        super().__init__(prev_layer=prev_layer, name=name)
+        self.prev_layer, self.stride, self.padding, self.kind = prev_layer, stride, padding, kind
+        self.filter_size = filter_size
+        x = self.inputs = prev_layer.outputs
+        tiled = filter_size == stride and not x.shape[1] % stride and not x.shape[2] % stride
+        if kind == 'average' and padding == 'SAME' and not tiled:
+            raise ValueError(f'{name}: no average of {filter_size}*{filter_size} with stride {stride} over a border')
+        with tf.name_scope(name):
+            pool = tf.nn.max_pool if kind == 'max' else tf.nn.avg_pool
+            self.outputs = pool(x, filter_size, stride, padding)
+        self.all_layers.append(self.outputs)
 
 
 class DenseLayer(tl.layers.Layer):
@@ -152,35 +121,58 @@ class BatchNormLayer(tl.layers.Layer):
             gamma = get_variable('gamma', [channels], tf.random_normal_initializer, mean=1.0, stddev=0.002)
             mean = get_variable('moving_mean', [channels], tf.zeros_initializer, trainable=False)
             variance = get_variable('moving_variance', [channels], tf.ones_initializer, trainable=False)
-            image = x if x.shape.rank == 4 else tf.reshape(x, [-1, 1, 1, channels])
-            moments = ([], []) if is_train else (mean, variance)
-            # not tf.nn.fused_batch_norm, which raises epsilon to 1.001e-5
-            y, batch_mean, batch_variance, *_ = tf.raw_ops.FusedBatchNormV3(
-                x=image, scale=gamma, offset=beta, mean=moments[0], variance=moments[1],
-                epsilon=EPSILON, is_training=is_train)
-            if is_train:
-                n = tf.cast(tf.size(image) // channels, tf.float32)  # the fused variance is over n - 1, ours over n
-                for moving, batch in ((mean, batch_mean), (variance, batch_variance * ((n - 1) / n))):
-                    tf.add_to_collection(tf.GraphKeys.UPDATE_OPS, moving.assign(DECAY * moving + (1 - DECAY) * batch))
-            self.outputs = y if x.shape.rank == 4 else tf.reshape(y, [-1, channels])
+            if x.dtype == tf.float64:  # in evaluation; in two operations that any program can repeat bit for bit
+                scale = tf.cast(gamma, x.dtype) / tf.sqrt(tf.cast(variance, x.dtype) + EPSILON)
+                self.outputs = x * scale + (tf.cast(beta, x.dtype) - tf.cast(mean, x.dtype) * scale)
+            else:
+                self.outputs = self.fused(x, channels, is_train, gamma, beta, mean, variance)
         self.all_layers.append(self.outputs)
         self.all_params.extend([beta, gamma, mean, variance])
 
+    @staticmethod
+    def fused(x, channels, is_train, gamma, beta, mean, variance):
+        image = x if x.shape.rank == 4 else tf.reshape(x, [-1, 1, 1, channels])
+        moments = ([], []) if is_train else (mean, variance)
+        # not tf.nn.fused_batch_norm, which raises epsilon to 1.001e-5
+        y, batch_mean, batch_variance, *_ = tf.raw_ops.FusedBatchNormV3(
+            x=image, scale=gamma, offset=beta, mean=moments[0], variance=moments[1], epsilon=EPSILON,
+            is_training=is_train)
+        if is_train:
+            n = tf.cast(tf.size(image) // channels, tf.float32)  # the fused variance is over n - 1, ours over n
+            for moving, batch in ((mean, batch_mean), (variance, batch_variance * ((n - 1) / n))):
+                tf.add_to_collection(tf.GraphKeys.UPDATE_OPS, moving.assign(DECAY * moving + (1 - DECAY) * batch))
+        return y if x.shape.rank == 4 else tf.reshape(y, [-1, channels])
+
 
 class ActivationLayer(tl.layers.Layer):
-    """An activation: ternarize_activations, tf.nn.relu, ...; outputs have the shape of the inputs."""
+    """An activation: ternarize_activations, tf.nn.relu, ...; outputs have the shape of the inputs.
 
-    def __init__(self, prev_layer, activation=ternarize_activations, name='activation'):
+    threshold    the d of ternarize_activations, from `value`; None for other activations
+                 'fixed'      d = value
+                 'trainable'  d is a variable that begins at value and is trained with the weights, within [0.01, 0.99]
+                 'runtime'    d = value * mean|x| of the batch in training, nothing passing back through it, and of
+                              a moving average (decay 0.9) in evaluation
+    d            that variable or average, if there is one, in all_params
+    """
+
+    def __init__(self, prev_layer, activation=ternarize_activations, threshold=None, value=None, is_train=False,
+                 name='activation'):
         super().__init__(prev_layer=prev_layer, name=name)
         self.prev_layer, self.activation = prev_layer, activation
-        self.inputs = prev_layer.outputs
-        with tf.name_scope(name):
-            self.outputs = activation(self.inputs)
+        x = self.inputs = prev_layer.outputs
+        with tf.variable_scope(name):
+            if threshold in (None, 'fixed'):
+                self.outputs = activation(x, value) if threshold else activation(x)
+            else:
+                d = get_variable('d', [], tf.constant_initializer, threshold == 'trainable',
+                                 lambda d: tf.clip_by_value(d, 0.01, 0.99), value=value)
+                self.all_params.append(d)
+                if threshold == 'runtime' and is_train:
+                    batch = tf.stop_gradient(value * tf.reduce_mean(tf.abs(tf.cast(x, tf.float32))))
+                    tf.add_to_collection(tf.GraphKeys.UPDATE_OPS, d.assign(DECAY * d + (1 - DECAY) * batch))
+                    d = batch
+                self.outputs = activation(x, d)
         self.all_layers.append(self.outputs)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Networks
 
 
 class Network:
@@ -188,14 +180,28 @@ class Network:
 
     x           images [batch, height, width, channels], float32 or bfloat16
     is_train    see BatchNormLayer
-    weights     the quantiser of every layer but the first (encode) and the last (classify)
+    weights     the quantiser of every layer but the first (stem, encode) and the last (classify)
     activation  the quantiser after every batch normalisation
+    threshold, threshold_value    of ternary activations, see ActivationLayer
+    pooling     'conv': pool() is a convolution, learned pooling; 'max', 'average': without weights where it keeps the
+                number of channels
     """
 
-    def __init__(self, x, is_train, weights=ternarize_weights, activation=ternarize_activations):
+    def __init__(self, x, is_train, weights=ternarize_weights, activation=ternarize_activations, threshold=None,
+                 threshold_value=None, pooling='conv'):
         self.net = tl.layers.InputLayer(x, name='images')
-        self.is_train, self.weights, self.activation = is_train, weights, activation
+        self.is_train, self.weights, self.activation, self.pooling = is_train, weights, activation, pooling
+        self.threshold = threshold, threshold_value
         self.depth = 0
+
+    def stem(self, n_filter, filter_size):
+        """A convolution before the first one, e.g. 32C3, with full-precision weights and ReLU; the encoder reads it."""
+        if not self.is_train:  # real values, on to the encoder's sums: see Conv2dLayer on exact
+            self.net = tl.layers.InputLayer(tf.cast(self.net.outputs, tf.float64), name='images')
+        name = self.next_name('stem')
+        layer = Conv2dLayer(self.net, n_filter, filter_size, quantizer=full_precision, name=name)
+        layer = BatchNormLayer(layer, self.is_train, f'{name}/bn')
+        self.net = ActivationLayer(layer, tf.nn.relu, name=f'{name}/activation')
 
     def encode(self, n_filter, filter_size, padding='SAME'):
         """The first convolution, e.g. 32C4, with full-precision weights: it turns images into activations."""
@@ -208,8 +214,12 @@ class Network:
                                   weights or self.weights, exact, name), name)
 
     def pool(self, n_filter, filter_size, padding='VALID', groups=1):
-        """Learned pooling, e.g. 2P2: a convolution 2*2 with stride 2."""
-        self.conv(n_filter, filter_size, padding, stride=2, groups=groups, kind='pool')
+        """Pooling, e.g. 2P2: a convolution 2*2 with stride 2 (learned), or what --pooling says."""
+        if self.pooling == 'conv' or n_filter != self.net.outputs.shape[-1]:
+            self.conv(n_filter, filter_size, padding, stride=2, groups=groups, kind='pool')
+        else:
+            name = self.next_name('pool')
+            self.activate(PoolLayer(self.net, filter_size, 2, padding, self.pooling, name), name)
 
     def dense(self, n_units):
         """A dense layer, e.g. 512, on the flattened map."""
@@ -227,7 +237,7 @@ class Network:
 
     def activate(self, layer, name):
         layer = BatchNormLayer(layer, self.is_train, f'{name}/bn')
-        self.net = ActivationLayer(layer, self.activation, f'{name}/activation')
+        self.net = ActivationLayer(layer, self.activation, *self.threshold, self.is_train, f'{name}/activation')
 
     def flat(self):
         if self.net.outputs.shape.rank == 2:
