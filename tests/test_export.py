@@ -1,5 +1,6 @@
 """From trained graphs to packed networks and other formats: on every reachable sum, on hostile parameters, on data."""
 import contextlib
+import functools
 import json
 import shutil
 import subprocess
@@ -16,6 +17,21 @@ from twta.session import open_session
 from twta.tf1 import tf
 
 TERNARY = [name for name in SCRIPTS if name.startswith('TWTA')]
+OTHERS = [
+    ('TWTA_5_5_MNIST', {'threshold': 'trainable', 'threshold_value': 0.3}),
+    ('TWTA_2_2_MNIST', {'threshold': 'runtime'}),
+    ('TWTA_2_2_MNIST', {'pooling': 'max'}),
+    ('TWTA_4_4_MNIST', {'pooling': 'average'}),
+    ('TWTA_3_3_CIFAR10_Group_V2', {'pooling': 'max'}),
+    ('TWTA_4_4_CIFAR10_VGG13', {'pooling': 'average'}),
+    ('BWBA_5_5_MNIST', {'pooling': 'max'}),
+    ('TWBA_5_5_MNIST', {'levels': 3, 'pooling': 'average'}),
+    ('BWBA_CIFAR10_Model2', {}),
+    ('TWBA_CIFAR10_Model2', {'levels': 3}),
+    ('Quant_MNIST', {'k': 1, 'B': 2}),
+    ('Quant_MNIST', {'k': 0, 'B': 1}),
+    ('Quant_CIFAR10', {'k': 0, 'B': 2}),
+]  # each choice and each kind of network; TERNARY has the usual ones
 TRAINED = ROOT / 'results' / 'TWTA_4_4_MNIST-mnist-0' / 'model.npz'
 SHARED = ROOT.parent / 'shared' / 'datasets'
 
@@ -25,9 +41,11 @@ def sample_of(name):
 
 
 @contextlib.contextmanager
-def graph_of(name, dataset, parameters):
+def graph_of(name, dataset, parameters, **choices):
     """The evaluation graph of a script, in a session where its parameters are parameters(name, initial value)."""
-    network = experiment.build(load_script(name).model, dataset, seed=0)
+    module = load_script(name)
+    choices = command_line.complete({**dict.fromkeys(module.CHOICES), **choices})
+    network = experiment.build(functools.partial(module.model, **choices), dataset, seed=0)
     with network.graph.as_default(), open_session(network.graph, 0) as session:
         session.run(tf.global_variables_initializer())
         for variable in network.net.all_params:
@@ -35,18 +53,25 @@ def graph_of(name, dataset, parameters):
         yield network, session
 
 
-def packed_and_graph(name, dataset, parameters, n_images):
-    """The packed network of a script with those parameters, and what the graph makes of test images of a data set."""
-    with graph_of(name, dataset, parameters) as (network, session):
+def packed_and_graph(name, dataset, parameters, n_images, **choices):
+    """The packed network of a script with those parameters, and what the graph makes of test images of a data set.
+
+    That is the logits, and for each layer its activations, and groups and worth of the lanes that they are the sum of,
+    or None.
+    """
+    with graph_of(name, dataset, parameters, **choices) as (network, session):
         packed = packing.pack(network, session, name, 'data', dataset, {})
-        outputs = [activation.outputs for _, _, activation in packing.read_blocks(network.net)[:-1]]
-        maps, logits = session.run([outputs, network.net.outputs], {network.images: dataset.test.images[:n_images]})
-        return packed, maps, logits
+        images = {network.images: dataset.test.images[:n_images]}
+        maps = [lanes and (session.run(lanes[0], images), *lanes[1:]) for lanes in packing.read_out(network.net)]
+        return packed, maps, session.run(network.net.outputs, images)
 
 
 def assert_same_maps(packed, engine, images, maps):
-    for layer, found, expected in zip(packed.layers, engine.activations(images), maps, strict=True):
-        np.testing.assert_array_equal(found.reshape(expected.shape), expected, err_msg=layer.name)
+    for layer, found, lanes in zip(packed.layers, engine.activations(images), maps, strict=True):
+        if lanes:
+            expected = lanes[0][:len(images)]
+            found = packing.add_lanes(found, *lanes[1:]).reshape(expected.shape)
+            np.testing.assert_array_equal(found, expected, err_msg=layer.name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -68,18 +93,20 @@ def hostile(name, value):
     return value
 
 
-@pytest.mark.parametrize('name', TERNARY)
-def test_hostile_parameters_on_200_images(name):
+@pytest.mark.parametrize('name, choices', [(name, {}) for name in TERNARY] + OTHERS)
+def test_hostile_parameters_on_200_images(name, choices):
     """Each hidden activation of each script, in both engines, and the predictions."""
     dataset = sample_of(name)
-    images = dataset.test.images[:200]
-    packed, maps, logits = packed_and_graph(name, dataset, hostile, 200)
+    images = dataset.test.images[:200 if name in TERNARY else 50]
+    packed, maps, logits = packed_and_graph(name, dataset, hostile, len(images), **choices)
     fast = engines.open_engine(packed, 'numba')
     assert_same_maps(packed, fast, images, maps)
-    few = images[:8]
-    assert_same_maps(packed, engines.NumpyEngine(packed), few, [values[:8] for values in maps])
+    assert_same_maps(packed, engines.NumpyEngine(packed), images[:8], maps)
     np.testing.assert_allclose(fast.logits(images), logits, rtol=1e-4, atol=1e-4)
-    assert all(len(np.unique(values)) == 3 for values in maps[:2])
+    assert all(len(np.unique(lanes[0])) > 1 for lanes in maps if lanes)
+    if choices or name not in TERNARY:
+        return
+    assert all(len(np.unique(lanes[0])) == 3 for lanes in maps[:2])
     integers = sum(-(-layer.weights.size // 5) + 2 * 2 * layer.weights.shape[3] for layer in packed.layers[1:])
     assert 4 * sum(layer.weights.size for layer in packed.layers[1:]) > 18 * integers  # weights in float32
 

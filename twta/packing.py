@@ -297,6 +297,12 @@ def read_out(net):
         yield None if kinds[index + 1:index + 2] == ['max'] else (activation.outputs, groups, worth)
 
 
+def add_lanes(spikes, groups, worth):
+    """Activations [n, height, width, channels] of the spikes [n, height, width, lanes * channels] of a layer."""
+    by_lane = spikes.reshape(*spikes.shape[:3], groups, len(worth), -1)
+    return np.tensordot(by_lane, worth, (4, 0)).reshape(*spikes.shape[:3], -1)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The mode
 
@@ -317,8 +323,7 @@ def compare(packed, network, session, dataset):
             continue
         outputs, groups, worth = lanes
         of_graph = session.run(outputs, {network.images: images})
-        by_lane = of_engine.reshape(*of_engine.shape[:3], groups, len(worth), -1)
-        if not np.array_equal(np.einsum('nhwglf,l->nhwgf', by_lane, worth).reshape(of_graph.shape), of_graph):
+        if not np.array_equal(add_lanes(of_engine, groups, worth).reshape(of_graph.shape), of_graph):
             raise TwtaError(f'{layer.name}: the packed network computes other activations than the graph; nothing was '
                             'written. This is a fault of the scripts')
     differ = 0
