@@ -6,8 +6,9 @@ Source:       github.com/edwardzcl/Spatio_temporal_SNNs, published accuracy 91.9
 Accuracy:     not run
 Speed:        not run
 
-    python CIFAR10/Quant_CIFAR10.py --k 1 --B 2 --resume False --learning_rate 0.001 --mode training
+    python CIFAR10/Quant_CIFAR10.py --resume False --learning_rate 0.001 --mode training --k 1 --B 2
     python CIFAR10/Quant_CIFAR10.py --resume True --learning_rate 0.0001 --mode training
+    python CIFAR10/Quant_CIFAR10.py --resume True --mode inference
     python CIFAR10/Spiking_CIFAR10.py --network Quant_CIFAR10
 """
 from twta.command_line import run

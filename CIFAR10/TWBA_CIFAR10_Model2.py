@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """TWBA_CIFAR10_Model2: ternary weights and binary activations on CIFAR-10, grouped convolutions.
 
-Architecture: 32C3-64C3-256C4s2/2-512C3/8-512C2s2/4-2048C3/16-1024N1/4-1024C2s2/8-1024C2/8-512N1 (s2: stride 2)
+Architecture: 32C3-64C3-256C4s2/2-512C3/8-512C2s2/4-2048C3/16-1024N1/4-1024C2s2/8-1024C2/8-512N1
+              (s2: stride 2; the first two convolutions keep full-precision weights)
 Source:       github.com/edwardzcl/TWBA_Nets, "Model-2" (Zou et al., ASICON 2019), published accuracy 88.19 %
 Accuracy:     not run
 Speed:        not run
@@ -19,7 +20,7 @@ BATCH_SIZE = 200
 CHOICES = ('levels',)
 
 
-def model(x, is_train, levels=2):
+def model(x, is_train, levels):
     """The network on images x [batch, 24, 24, 3]: a TensorLayer layer whose outputs are the logits [batch, 10]."""
     from twta import quantizers  # here, so that --help need not wait for TensorFlow
     from twta.ternary_layers import Network

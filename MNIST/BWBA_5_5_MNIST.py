@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """BWBA_5_5_MNIST: binary weights and binary activations on MNIST, 5*5 convolutions.
 
-Architecture: 32C5-2P2-64C5-2P2-512, as TWTA_5_5_MNIST
+Architecture: 32C5-2P2-64C5-2P2-512
 Source:       the quantisers of github.com/edwardzcl/TWBA_Nets, which has no network for MNIST
 Accuracy:     not run
 Speed:        not run
@@ -19,7 +19,7 @@ BATCH_SIZE = 200
 CHOICES = ('levels', 'pooling')
 
 
-def model(x, is_train, levels=2, **choices):
+def model(x, is_train, levels, **choices):
     """The network on images x [batch, 28, 28, 1]: a TensorLayer layer whose outputs are the logits [batch, 10]."""
     from twta import quantizers  # here, so that --help need not wait for TensorFlow
     from twta.ternary_layers import Network

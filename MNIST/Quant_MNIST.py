@@ -6,7 +6,8 @@ Source:       github.com/edwardzcl/Spatio_temporal_SNNs, published accuracy 99.3
 Accuracy:     not run
 Speed:        not run
 
-    python MNIST/Quant_MNIST.py --k 1 --B 2 --resume False --learning_rate 0.0001 --mode training
+    python MNIST/Quant_MNIST.py --resume False --learning_rate 0.0001 --mode training --k 1 --B 2
+    python MNIST/Quant_MNIST.py --resume True --learning_rate 0.00001 --mode training
     python MNIST/Quant_MNIST.py --resume True --mode inference
     python MNIST/Spiking_MNIST.py --network Quant_MNIST
 """

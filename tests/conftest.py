@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {path.stem: path for family in ('CIFAR10', 'MNIST') for path in sorted((ROOT / family).glob('*.py'))}
+SCRIPTS = {path.stem: path for family in ('CIFAR10', 'MNIST') for path in sorted((ROOT / family).glob('*.py'))
+           if not path.stem.startswith('Spiking')}
 MNIST_SCRIPTS = [name for name, path in SCRIPTS.items() if path.parent.name == 'MNIST']
 
 
@@ -20,6 +21,13 @@ def load_script(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def chosen(module, **choices):
+    """The arguments of a script's model() beside x and is_train, the defaults where not given."""
+    from twta import command_line
+
+    return command_line.complete({**dict.fromkeys(module.CHOICES), **choices})
 
 
 def image_shape(name):
@@ -34,7 +42,7 @@ def start(run_dir, *flags, script='TWTA_5_5_MNIST'):
     module = load_script(script)
     defaults = command_line.protocol(module.LEARNING_RATE, module.EPOCHS, module.BATCH_SIZE)
     argv = ['--run_dir', run_dir, '--dataset', module.DATASETS[1], *flags]
-    args = command_line.parse(SCRIPTS[script], '', module.DATASETS, defaults, getattr(module, 'CHOICES', ()),
+    args = command_line.parse(SCRIPTS[script], '', module.DATASETS, defaults, module.CHOICES,
                               list(map(str, argv)))
     experiment.run(script, module.model, args, defaults)
 

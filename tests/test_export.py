@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MNIST_SCRIPTS, QUICK, ROOT, SCRIPTS, load_script, random_packed, run_script, start
+from conftest import MNIST_SCRIPTS, QUICK, ROOT, SCRIPTS, chosen, load_script, random_packed, run_script, start
 
 from twta import TwtaError, command_line, datasets, experiment, interchange, packed_file, packed_report, packing
 from twta import packed as engines
@@ -44,8 +44,7 @@ def sample_of(name):
 def graph_of(name, dataset, parameters, **choices):
     """The evaluation graph of a script, in a session where its parameters are parameters(name, initial value)."""
     module = load_script(name)
-    choices = command_line.complete({**dict.fromkeys(module.CHOICES), **choices})
-    network = experiment.build(functools.partial(module.model, **choices), dataset, seed=0)
+    network = experiment.build(functools.partial(module.model, **chosen(module, **choices)), dataset, seed=0)
     with network.graph.as_default(), open_session(network.graph, 0) as session:
         session.run(tf.global_variables_initializer())
         for variable in network.net.all_params:

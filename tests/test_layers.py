@@ -8,6 +8,7 @@ from twta.ternary_layers import (
     Conv2dLayer,
     DenseLayer,
     Network,
+    PoolLayer,
     full_precision,
     ternarize_activations,
 )
@@ -196,3 +197,91 @@ def test_activations_between_layers_are_ternary_in_training_and_in_inference(ses
     for activations in found.values():
         values = [set(np.ravel(value)) for value in session.run(activations)]
         assert values == [{-1, 0, 1}] * 3
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Thresholds and pooling
+
+
+def test_a_runtime_threshold_is_the_batch_s_in_training_and_a_moving_average_in_evaluation(session):
+    x = [RNG.normal(0, spread, (50, 8)).astype(np.float32) for spread in (0.5, 1, 2)]
+    images = tf.placeholder(tf.float32, [None, 8])
+    layers = []
+    for is_train in (True, False):
+        with tf.variable_scope(tf.get_variable_scope(), reuse=not is_train):
+            layers.append(ActivationLayer(tl.layers.InputLayer(images, name='images'), threshold='runtime', value=0.7,
+                                          is_train=is_train))
+    session.run(tf.global_variables_initializer())
+    assert not tf.trainable_variables()
+    updates, moving = tf.get_collection(tf.GraphKeys.UPDATE_OPS), np.float32(0.7)
+    for batch in x:
+        d = np.float32(0.7) * np.abs(batch).mean()
+        trained, _ = session.run([layers[0].outputs, updates], {images: batch})
+        np.testing.assert_array_equal(trained, (batch >= d).astype(int) - (batch <= -d))
+        moving = 0.9 * moving + 0.1 * d
+        found, evaluated = session.run([layers[1].all_params[-1], layers[1].outputs], {images: batch})
+        np.testing.assert_allclose(found, moving, rtol=1e-5)
+        np.testing.assert_array_equal(evaluated, (batch >= found).astype(int) - (batch <= -found))
+
+
+@pytest.mark.parametrize('upstream, bound', [(1, 0.99), (-1, 0.01)])
+def test_a_trainable_threshold_stays_between_0_and_1(session, upstream, bound):
+    x = np.abs(RNG.normal(size=(20, 4))).astype(np.float32)
+    layer = ActivationLayer(input_layer(x), threshold='trainable', value=0.3)
+    d, = tf.trainable_variables()
+    step = tf.train.AdamOptimizer(0.1).minimize(tf.reduce_sum(upstream * layer.outputs))
+    session.run(tf.global_variables_initializer())
+    values = [session.run(d)]
+    for _ in range(20):
+        session.run(step)
+        values.append(session.run(d))
+    assert values[0] == np.float32(0.3) and (np.diff(values) * upstream >= 0).all()
+    assert values[-1] == np.float32(bound)
+
+
+@pytest.mark.parametrize('kind, pool', [('max', np.max), ('average', np.mean)])
+def test_pooling_against_numpy(session, kind, pool):
+    x = ternary_images(3, 9, 9, 5)
+    y = session.run(PoolLayer(input_layer(x), 2, 2, 'VALID', kind).outputs)
+    np.testing.assert_array_equal(y, pool(x[:, :8, :8].reshape(3, 4, 2, 4, 2, 5), axis=(2, 4)))
+
+
+def test_an_average_over_a_border_is_refused(session):
+    for size, side in ((2, 9), (4, 8)):
+        with pytest.raises(ValueError, match='border'):
+            PoolLayer(input_layer(ternary_images(1, side, side, 2)), size, 2, 'SAME', 'average')
+
+
+def test_pooling_takes_the_place_of_convolutions_that_keep_the_channels(session):
+    for pooling, kinds in (('conv', []), ('max', ['max']), ('average', ['average'])):
+        with tf.variable_scope(pooling):
+            net = Network(tf.zeros([1, 8, 8, 1]), True, pooling=pooling)
+            net.encode(4, 3)
+            net.pool(4, 2)
+            net.pool(8, 2)  # other channels: a convolution in any case
+            kinds_found, layer = [], net.net
+            while hasattr(layer, 'prev_layer'):
+                kinds_found += [layer.kind] if hasattr(layer, 'kind') else []
+                layer = layer.prev_layer
+            assert kinds_found == kinds
+
+
+def test_a_stem_is_real_valued_to_the_encoder_s_sums(session):
+    for is_train, dtype in ((True, tf.float32), (False, tf.float64)):
+        with tf.variable_scope(tf.get_variable_scope(), reuse=not is_train):
+            net = Network(tf.zeros([1, 8, 8, 1]), is_train)
+            net.stem(4, 3)
+            assert net.net.outputs.dtype == dtype and net.net.activation is tf.nn.relu
+            net.encode(4, 3)
+            assert net.net.outputs.dtype == tf.float32
+
+
+def test_batch_norm_in_float64_is_two_operations(session):
+    x = RNG.normal(size=(2, 3, 3, 4))
+    layer = BatchNormLayer(tl.layers.InputLayer(tf.constant(x), name='images'), is_train=False)
+    values = [RNG.normal(size=4).astype(np.float32) for _ in range(3)] + [np.float32([0, 1, 2, 1e-6])]
+    for variable, value in zip(layer.all_params, values, strict=True):
+        variable.load(value, session)
+    beta, gamma, mean, variance = (value.astype(np.float64) for value in values)
+    scale = gamma * (1 / np.sqrt(variance + 1e-5))
+    np.testing.assert_array_equal(session.run(layer.outputs), x * scale + (beta - mean * scale))

@@ -2,7 +2,15 @@
 import numpy as np
 import pytest
 
-from twta.ternary_layers import full_precision, ternarize_activations, ternarize_weights
+from twta.quantizers import (
+    binarize_activations,
+    binarize_weights,
+    full_precision,
+    median_quantizer,
+    ternarize_activations,
+    ternarize_weights,
+    three_level_activations,
+)
 from twta.tf1 import tf
 
 RNG = np.random.default_rng(0)
@@ -96,3 +104,70 @@ def test_each_group_has_a_threshold_of_its_own(session, groups):
 def test_full_precision_changes_nothing(session):
     w = tf.constant(RNG.normal(size=(4, 4)).astype(np.float32))
     assert full_precision(w) is w
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Binary, three levels, k and B
+
+
+def test_binary_weights(session):
+    w = np.concatenate([RNG.normal(0, 0.02, 400), [0, -0.0, 1e-37, -1e-37]]).astype(np.float32)
+    upstream = RNG.normal(0, 1.5, w.shape).astype(np.float32)
+    y, gradient = forward_and_gradient(session, binarize_weights, w, upstream)
+    np.testing.assert_array_equal(y, np.where(w >= 0, 1, -1))
+    assert set(y) == {-1, 1}
+    np.testing.assert_array_equal(gradient, np.clip(upstream, -1, 1))
+    assert (np.abs(upstream) > 1).any()
+
+
+@pytest.mark.parametrize('dtype', [tf.float32, tf.bfloat16])
+def test_binary_activations(session, dtype):
+    x = np.array([-3, -1, -0.5, -2.0 ** -100, -0.0, 0, 2.0 ** -100, 0.5, 1, 3])
+    y, gradient = forward_and_gradient(session, binarize_activations, x, np.full(10, 0.5), dtype)
+    np.testing.assert_array_equal(y, [0, 0, 0, 0, 1, 1, 1, 1, 1, 1])  # a tie fires
+    np.testing.assert_array_equal(gradient, [0, *[0.25] * 8, 0])
+    _, gradient = forward_and_gradient(session, binarize_activations, x, np.full(10, -8), dtype)
+    np.testing.assert_array_equal(gradient, [0, *[-1] * 8, 0])
+
+
+def test_three_levels(session):
+    d = np.float32(0.4)
+    x = np.array([-2, -d, np.nextafter(-d, np.float32(0)), 0, np.nextafter(d, np.float32(0)), d, 1, 2], np.float32)
+    y, gradient = forward_and_gradient(session, three_level_activations, x, np.full(8, 3))
+    np.testing.assert_array_equal(y, [0, 0, 0.5, 0.5, 0.5, 1, 1, 1])
+    np.testing.assert_array_equal(gradient, [0, 2, 2, 2, 2, 2, 2, 0])
+
+
+@pytest.mark.parametrize('k, B', [(0, 1), (0, 2), (0, 4), (1, 1), (1, 2), (1, 4), (2, 3)])
+def test_median_quantizer(session, k, B):
+    n = 2 ** k
+    quantizer = median_quantizer(k, B)
+    x = np.concatenate([RNG.uniform(-1, B + 1, 1000), np.arange(-1, n * B + 2) / n]).astype(np.float32)
+    upstream = RNG.normal(size=x.shape).astype(np.float32)
+    y, gradient = forward_and_gradient(session, quantizer, x, upstream)
+    np.testing.assert_array_equal(y, np.floor(np.clip(x, 0, B) * n + 0.5 + 1e-5) / n)
+    assert tuple(np.unique(y)) == quantizer.levels == tuple(i / n for i in range(n * B + 1))
+    np.testing.assert_array_equal(gradient, np.where((x > 0) & (x <= B), upstream, 0))
+    halves = (np.arange(n * B) + 0.5) / n  # exact halves go up
+    np.testing.assert_array_equal(session.run(quantizer(tf.constant(halves, tf.float32))), np.ceil(halves * n) / n)
+
+
+@pytest.mark.parametrize('quantizer', [binarize_activations, three_level_activations, ternarize_activations,
+                                       median_quantizer(1, 2)])
+def test_activations_rise_and_have_their_levels(session, quantizer):
+    x = np.sort(np.append(RNG.normal(0, 2, 2000), [-9, 9])).astype(np.float32)
+    y = session.run(quantizer(tf.constant(x)))
+    assert (np.diff(y) >= 0).all() and tuple(np.unique(y)) == quantizer.levels
+
+
+@pytest.mark.parametrize('d', [0.1, 0.5, 0.9])
+def test_the_gradient_of_a_threshold(session, d):
+    """Of sum(upstream * x'): -sum(sign(x) * upstream) where |x| <= 1; and x' has the steps at -d and d."""
+    x = RNG.normal(size=500).astype(np.float32)
+    upstream = RNG.normal(size=500).astype(np.float32)
+    threshold = tf.constant(d)
+    y = ternarize_activations(tf.constant(x), threshold)
+    gradient = tf.gradients(y, threshold, grad_ys=tf.constant(upstream))[0]
+    y, gradient = session.run([y, gradient])
+    np.testing.assert_array_equal(y, (x >= np.float32(d)).astype(int) - (x <= -np.float32(d)))
+    np.testing.assert_allclose(gradient, -np.sum((np.sign(x) * upstream)[np.abs(x) <= 1]), rtol=1e-4)

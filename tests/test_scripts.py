@@ -6,16 +6,22 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, SCRIPTS, image_shape, load_script
+from conftest import ROOT, SCRIPTS, chosen, image_shape, load_script
 
 # parameters, and the maps after each convolution, from the published architectures
 DOCUMENTED = {
+    'BWBA_CIFAR10_Model2': (3280136, [24, 24, 12, 12, 6, 4, 4, 2, 1, 1]),
     'FP_3_3_CIFAR10_VGG13': (5079232, [24, 24, 24, 12, 12, 12, 6, 6, 6, 3, 3, 1]),
+    'Quant_CIFAR10': (5079232, [24, 24, 24, 12, 12, 12, 6, 6, 6, 3, 3, 1]),
+    'TWBA_CIFAR10_Model2': (3280136, [24, 24, 12, 12, 6, 4, 4, 2, 1, 1]),
     'TWTA_3_3_CIFAR10_Group_V2': (1928456, [24, 24, 12, 12, 6, 4, 4, 2, 1, 1]),
     'TWTA_3_3_CIFAR10_VGG13': (5079232, [24, 24, 24, 12, 12, 12, 6, 6, 6, 3, 3, 1]),
     'TWTA_4_4_CIFAR10_Group_V2': (3015944, [24, 24, 12, 12, 6, 6, 6, 2, 1, 1]),
     'TWTA_4_4_CIFAR10_VGG13': (4030656, [24, 24, 24, 12, 12, 12, 6, 6, 6, 2, 1, 1]),
+    'BWBA_5_5_MNIST': (604744, [24, 12, 8, 4]),
     'FP_5_5_MNIST': (604744, [24, 12, 8, 4]),
+    'Quant_MNIST': (159824, [28, 24, 12, 8, 4, 1]),
+    'TWBA_5_5_MNIST': (604744, [24, 12, 8, 4]),
     'TWTA_2_2_MNIST': (238632, [28, 14, 14, 7, 6, 3, 2]),
     'TWTA_4_4_MNIST': (651816, [28, 14, 14, 7, 4]),
     'TWTA_5_5_MNIST': (604744, [24, 12, 8, 4]),
@@ -35,7 +41,7 @@ def test_shapes_and_parameters(session, name):
     script = load_script(name)
     for is_train in (True, False):
         with tf.variable_scope(tf.get_variable_scope(), reuse=not is_train):
-            net = script.model(tf.zeros([2, *image_shape(name)]), is_train)
+            net = script.model(tf.zeros([2, *image_shape(name)]), is_train, **chosen(script))
         assert net.outputs.shape.as_list() == [2, 10]
         assert net.count_params() == parameters
         convolutions = [layer for layer, _, _ in packing.read_blocks(net) if hasattr(layer, 'groups')]
@@ -53,7 +59,7 @@ def test_the_architecture_string_says_what_is_built(session, name):
     from twta.tf1 import tf
 
     script = load_script(name)
-    net = script.model(tf.zeros([2, *image_shape(name)]), True)
+    net = script.model(tf.zeros([2, *image_shape(name)]), True, **chosen(script))
     built, channels = [], None
     for layer, _, _ in packing.read_blocks(net):
         *kernel, n_in, n_out = layer.all_params[-1].shape.as_list()
@@ -62,7 +68,7 @@ def test_the_architecture_string_says_what_is_built(session, name):
         elif 'pool' in layer.name:
             token = f'{"" if n_out == channels else f"{n_out} "}{kernel[0]}P{layer.stride}'
         else:
-            token = f'{n_out}{"N" if kernel == [1, 1] else "C"}{kernel[0]}'
+            token = f'{n_out}{"N" if kernel == [1, 1] else "C"}{kernel[0]}' + ('s2' if layer.stride == 2 else '')
         groups = 1 if channels is None or not kernel else channels // n_in
         built.append(token if groups == 1 else f'{token}/{groups}')
         channels = n_out
@@ -71,16 +77,18 @@ def test_the_architecture_string_says_what_is_built(session, name):
 
 
 @pytest.mark.parametrize('name', SCRIPTS)
-def test_ternary_scripts_quantize_all_but_the_first_and_the_last_layer(session, name):
+def test_scripts_quantize_all_but_the_first_and_the_last_layer(session, name):
     from twta.tf1 import tf
 
-    net = load_script(name).model(tf.zeros([2, *image_shape(name)]), True)
+    script = load_script(name)
+    net = script.model(tf.zeros([2, *image_shape(name)]), True, **chosen(script))
     products = [layer.op for layer in net.all_layers if layer.op.type in ('Conv2D', 'MatMul')]
     session.run(tf.global_variables_initializer())
     levels = [len(np.unique(value)) for value in session.run([op.inputs[1] for op in products])]
-    ternary = [count == 3 for count in levels]
-    inner = len(products) - 2
-    assert ternary == [False] + [name.startswith('TWTA')] * inner + [False]
+    real = 2 if 'Model2' in name else 1  # a stem and the encoder
+    assert min(*levels[:real], levels[-1]) > 3
+    expected = {'TW': {3}, 'Qu': {3}, 'BW': {2}}.get(name[:2])
+    assert set(levels[real:-1]) == expected if expected else min(levels) > 3
 
 
 def test_siblings_differ_in_docstring_constants_and_model_only():

@@ -1,9 +1,11 @@
 """The command line that every script has. It answers --help and a bad flag before TensorFlow is imported."""
 import argparse
+import contextlib
 import math
 import os
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 from twta import TwtaError, UsageError
@@ -24,7 +26,7 @@ def run(script, description, model, datasets, learning_rate, epochs, batch_size,
     """
     script = Path(script).resolve()
     defaults = protocol(learning_rate, epochs, batch_size)
-    try:
+    with errors_in_a_line(script.name):
         args = parse(script, description, datasets, defaults, choices)
         if args.engine == 'packed':
             from twta import packed  # without TensorFlow
@@ -36,10 +38,17 @@ def run(script, description, model, datasets, learning_rate, epochs, batch_size,
         from twta import experiment  # imports TensorFlow
 
         experiment.run(script.stem, model, args, defaults)
+
+
+@contextlib.contextmanager
+def errors_in_a_line(name):
+    """Ends the process with a line where a fault comes up, or with --debug lets it through."""
+    try:
+        yield
     except (TwtaError, OSError) as error:
         if '--debug' in sys.argv:
             raise
-        print(f'{script.name}: error: {error}', file=sys.stderr)
+        print(f'{name}: error: {error}', file=sys.stderr)
         sys.exit(getattr(error, 'exit_code', TwtaError.exit_code))
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT
@@ -226,9 +235,9 @@ def share(text):
     return value
 
 
-def natural(text, least=0):
-    if not (text.isascii() and text.isdigit() and least <= int(text) < 2 ** 31):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from {least} to {2 ** 31 - 1}')
+def natural(text, least=0, most=2 ** 31 - 1):
+    if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from {least} to {most}')
     return int(text)
 
 
@@ -247,9 +256,9 @@ CHOICES = {  # flags that choose between networks of one architecture; a script 
     'pooling': ('conv', {'choices': ('conv', 'max', 'average'), 'help':
                 'what P tokens are: conv, learned, as published; max or average, without weights, where the number of '
                 'channels stays. Batch normalisation and activation follow. Default: conv'}),
-    'levels': (2, {'type': int, 'choices': (2, 3), 'help':
+    'levels': (2, {'type': partial(natural, least=2, most=3), 'metavar': '{2,3}', 'help':
                'of the activations: 2, {0, 1}, binary; 3, {0, 0.5, 1}, as the published code has it. Default: 2'}),
-    'k': (1, {'type': int, 'choices': range(5), 'metavar': 'K', 'help':
+    'k': (1, {'type': partial(natural, most=4), 'metavar': 'K', 'help':
           'activations go in steps of 1 / 2 ** K, 0 to 4, default: 1'}),
-    'B': (2, {'type': int, 'choices': range(1, 9), 'metavar': 'B', 'help': 'up to B, 1 to 8, default: 2'}),
+    'B': (2, {'type': partial(natural, least=1, most=8), 'metavar': 'B', 'help': 'up to B, 1 to 8, default: 2'}),
 }

@@ -24,8 +24,8 @@ EVALUATION_BATCH = 500  # images; it decides on memory and speed, not on the res
 NOTHING = {'steps': 0, 'loss': 0.0, 'correct': 0, 'seconds': 0.0}  # of an epoch is done
 
 
-def run(script, model, args, defaults):
-    """Trains or evaluates the network of a script, as the flags say."""
+def run(script, model, args, defaults, evaluate=None):
+    """Trains or evaluates the network of a script, as the flags say, or as a function does that stands for infer."""
     gpu = find_gpu(args.gpu)
     try:
         source, state = open_run(script, args) if args.resume else (None, None)
@@ -36,7 +36,8 @@ def run(script, model, args, defaults):
         if args.mode == 'training':
             train(script, model, args, defaults, dataset, choose_precision(args.precision, gpu), source, state)
         else:
-            {'inference': infer, 'export': export}[args.mode](script, model, args, dataset, source, state)
+            evaluate = evaluate or {'inference': infer, 'export': export}[args.mode]
+            evaluate(script, model, args, dataset, source, state)
     except tf.errors.OpError as error:  # a full disk, a damaged checkpoint, too little memory, ...
         raise TwtaError(error.message.splitlines()[0]) from None
 

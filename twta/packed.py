@@ -64,19 +64,25 @@ def fire(sums, layer):
 
 
 class NumpyEngine:
-    """Runs a packed network with numpy: ternary sums in float32, exact up to 2 ** 24."""
+    """Runs a packed network with numpy: ternary sums in float32, exact up to 2 ** 24.
+
+    neuron     from sums to activations, with the layer's thresholds
+    between    what happens to the encoder's activations before the next layer
+    """
 
     name, batch = 'numpy', 64
 
-    def __init__(self, packed):
-        self.packed = packed
+    def __init__(self, packed, neuron=fire, between=None):
+        self.packed, self.neuron, self.between = packed, neuron, between
 
     def run(self, images):
         """Logits float32 [n, classes] of at most `batch` images, and the activations of each layer, int8 NHWC."""
         encoder, *layers = self.packed.layers
-        maps = [fire(convolve(see(images, self.packed), encoder).astype(np.float32), encoder)]
+        maps = [self.neuron(convolve(see(images, self.packed), encoder).astype(np.float32), encoder)]
+        if self.between:
+            maps[0] = self.between(maps[0])
         for layer in layers:
-            maps.append(fire(convolve(maps[-1].astype(np.float32), layer), layer))
+            maps.append(self.neuron(convolve(maps[-1].astype(np.float32), layer), layer))
         features = maps[-1].reshape(len(images), -1).astype(np.float64)
         return finish(features @ self.packed.weights, self.packed), maps
 

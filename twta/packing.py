@@ -71,8 +71,8 @@ def fold(net, session, script):
     *blocks, (classifier, classifier_bn, _) = read_blocks(net)
     has_stem = len(blocks) > 1 and not hasattr(blocks[0][2].activation, 'levels')
     if any(not hasattr(activation.activation, 'levels') for _, _, activation in blocks[has_stem:]):
-        raise TwtaError(f'--mode export: {script} has full-precision activations, there is nothing to pack; export one '
-                        'of the networks with quantised activations')
+        raise TwtaError(f'{script} has full-precision activations, there is nothing to pack or to convert; take one of '
+                        'the networks with quantised activations')
     check_finite(net, session)
     stem = fold_stem(session, *blocks.pop(0)[:2]) if has_stem else None
     layers, unit = [], None  # unit: how many thresholds an activation of 1.0 has reached
@@ -105,7 +105,7 @@ def check_finite(net, session):
 
 def fold_stem(session, layer, batch_norm):
     beta, gamma, mean, variance = (values.astype(np.float64) for values in session.run(batch_norm.all_params[-4:]))
-    scale = gamma / np.sqrt(variance + ternary_layers.EPSILON)
+    scale = gamma * (1 / np.sqrt(variance + ternary_layers.EPSILON))
     return Stem(session.run(layer.quantized), scale, beta - mean * scale)
 
 

@@ -122,7 +122,7 @@ class BatchNormLayer(tl.layers.Layer):
             mean = get_variable('moving_mean', [channels], tf.zeros_initializer, trainable=False)
             variance = get_variable('moving_variance', [channels], tf.ones_initializer, trainable=False)
             if x.dtype == tf.float64:  # in evaluation; in two operations that any program can repeat bit for bit
-                scale = tf.cast(gamma, x.dtype) / tf.sqrt(tf.cast(variance, x.dtype) + EPSILON)
+                scale = tf.cast(gamma, x.dtype) * tf.rsqrt(tf.cast(variance, x.dtype) + EPSILON)
                 self.outputs = x * scale + (tf.cast(beta, x.dtype) - tf.cast(mean, x.dtype) * scale)
             else:
                 self.outputs = self.fused(x, channels, is_train, gamma, beta, mean, variance)

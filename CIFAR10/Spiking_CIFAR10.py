@@ -1,0 +1,16 @@
+#!/usr/bin/env python3
+"""Spiking_CIFAR10: a trained network on CIFAR-10 as integrate-and-fire neurons, with the same predictions.
+
+It is converted, spatially or temporally, simulated on the test images and compared with its graph, image by image;
+spikes and synaptic operations are counted, layer by layer. Definitions: twta/spikes.py and README.md.
+
+    python CIFAR10/Spiking_CIFAR10.py --network TWTA_3_3_CIFAR10_VGG13
+    python CIFAR10/Spiking_CIFAR10.py --network Quant_CIFAR10 --conversion temporal
+    python CIFAR10/Spiking_CIFAR10.py --network TWTA_3_3_CIFAR10_VGG13 --noise_ratio 0.1
+"""
+from twta.spikes import run
+
+DATASETS = ('cifar10', 'shapes')  # the first is the default
+
+if __name__ == '__main__':
+    run(__file__, __doc__, DATASETS, default='TWTA_3_3_CIFAR10_VGG13')

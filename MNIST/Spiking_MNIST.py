@@ -1,0 +1,16 @@
+#!/usr/bin/env python3
+"""Spiking_MNIST: a trained network on MNIST as integrate-and-fire neurons, with the same predictions.
+
+It is converted, spatially or temporally, simulated on the test images and compared with its graph, image by image;
+spikes and synaptic operations are counted, layer by layer. Definitions: twta/spikes.py and README.md.
+
+    python MNIST/Spiking_MNIST.py --network TWTA_4_4_MNIST
+    python MNIST/Spiking_MNIST.py --network Quant_MNIST --conversion temporal
+    python MNIST/Spiking_MNIST.py --network TWTA_4_4_MNIST --noise_ratio 0.1
+"""
+from twta.spikes import run
+
+DATASETS = ('mnist', 'digits')  # the first is the default
+
+if __name__ == '__main__':
+    run(__file__, __doc__, DATASETS, default='TWTA_4_4_MNIST')
