@@ -101,15 +101,20 @@ def finished_run(tmp_path_factory):
     return run_dir
 
 
-def random_packed(image, crop, specification, n_classes=3):
+def random_packed(image, crop, specification, n_classes=3, stem=0):
     """A packed network with random weights and thresholds that let a third of the activations be 0, or so.
 
     specification    of each layer: filters, kernel (0: the whole map), stride, padding, groups
+    stem             so many filters of 3*3 before the encoder, if any
     """
-    from twta.packed_file import Layer, Packed, fan_in, geometry
+    from twta.packed_file import Layer, Packed, Stem, fan_in, geometry
 
     rng = np.random.default_rng(0)
     shape, layers = (crop, crop, image[2]) if crop else image, []
+    if stem:
+        weights = rng.standard_normal((3, 3, shape[2], stem)).astype(np.float32)
+        stem = Stem(weights, rng.standard_normal(stem), rng.standard_normal(stem))
+        shape = (*shape[:2], len(stem.scale))
     for index, (filters, kernel, stride, padding, groups) in enumerate(specification):
         kernel = (kernel, kernel) if kernel else shape[:2]
         weights = rng.integers(-1, 2, (*kernel, shape[2] // groups, filters)).astype(np.int8)
@@ -124,4 +129,4 @@ def random_packed(image, crop, specification, n_classes=3):
         shape = geometry(shape, layers[-1])[1]
     weights = rng.standard_normal((np.prod(shape), n_classes)).astype(np.float32)
     return Packed('network', 'data', image, crop, tuple(f'class{k}' for k in range(n_classes)), tuple(layers), weights,
-                  np.ones(n_classes, np.float32), np.zeros(n_classes, np.float32), {'epoch': 3})
+                  np.ones(n_classes, np.float32), np.zeros(n_classes, np.float32), {'epoch': 3}, stem or None)

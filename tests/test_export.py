@@ -261,7 +261,8 @@ def test_the_default_file_is_in_the_current_folder(finished_run, tmp_path, monke
 ])
 def test_flags_of_deployment_that_contradict_each_other(flags, words):
     with pytest.raises(TwtaError) as error:
-        command_line.parse(SCRIPTS['TWTA_4_4_MNIST'], '', ('mnist', 'digits'), command_line.protocol(1, 1, 1), flags)
+        command_line.parse(SCRIPTS['TWTA_4_4_MNIST'], '', ('mnist', 'digits'), command_line.protocol(1, 1, 1),
+                           argv=flags)
     assert error.value.exit_code == 2
     for word in words:
         assert word in str(error.value)
@@ -371,6 +372,30 @@ def test_onnx(deployed, tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     with np.load(tmp_path / 'n.vectors.npz') as vectors:
         assert set(vectors.files) == {'images', 'logits', *(layer.name for layer in packed.layers)}
+
+
+def test_a_stem_in_the_other_formats(tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    dataset = sample_of('TWBA_CIFAR10_Model2')
+    packed, images = packed_and_graph('TWBA_CIFAR10_Model2', dataset, hostile, 1)[0], dataset.test.images[:20]
+    interchange.write_onnx(tmp_path / 'n.onnx', packed, images[:2])
+    found = onnxruntime.InferenceSession(tmp_path / 'n.onnx').run(None, {'images': images})[0]
+    np.testing.assert_allclose(found, engines.NumpyEngine(packed).logits(images), rtol=1e-5, atol=1e-5)
+    interchange.write_npz(tmp_path / 'n.npz', packed, images[:2])
+    with np.load(tmp_path / 'n.npz', allow_pickle=False) as file:
+        for field, value in packed.stem._asdict().items():
+            np.testing.assert_array_equal(file[f'stem/{field}'], value)
+    with pytest.raises(TwtaError, match=r'--format c: .*npz or onnx'):
+        interchange.write_c(tmp_path / 'n.h', packed, images[:2])
+    assert not (tmp_path / 'n.h').exists()
+
+
+def test_the_cost_of_a_stem():
+    dataset = sample_of('BWBA_CIFAR10_Model2')
+    packed = packed_and_graph('BWBA_CIFAR10_Model2', dataset, hostile, 1)[0]
+    stem, *_, total = packed_report.measure(engines.NumpyEngine(packed), dataset.test.images[:2])
+    assert (stem['layer'], stem['multiply_adds'], stem['additions']) == ('stem', 24 * 24 * 32 * 27, None)
+    assert total['weights'] == 3252064
 
 
 def test_names_that_a_header_could_not_bear():

@@ -25,6 +25,7 @@ NETWORKS = {  # image, crop, layers: filters, kernel (0: the whole map), stride,
     'pieces': ((12, 12, 3), 8, [(64, 1, 1, 'SAME', 1), (256, 4, 2, 'SAME', 4), (64, 3, 1, 'SAME', 16),
                                 (128, 2, 2, 'VALID', 8), (256, 1, 1, 'SAME', 32), (16, 2, 1, 'VALID', 1)]),
     'one bit': ((6, 6, 1), 0, [(16, 1, 1, 'SAME', 1), (16, 3, 1, 'SAME', 16), (1, 1, 1, 'SAME', 1)]),
+    'stem': ((11, 10, 3), 8, [(16, 3, 1, 'SAME', 1), (12, 2, 2, 'SAME', 2), (9, 0, 1, 'VALID', 1)], 3, 5),
     'many words': ((4, 4, 1), 0, [(512, 2, 1, 'SAME', 1), (520, 3, 1, 'SAME', 1)]),
 }
 
@@ -141,6 +142,9 @@ def assert_equal(found, expected):
             for a, b in zip(found.layers, value, strict=True):
                 for x, y in zip(a, b, strict=True):
                     np.testing.assert_array_equal(x, y)
+        elif name == 'stem' and value:
+            for x, y in zip(found.stem, value, strict=True):
+                np.testing.assert_array_equal(x, y)
         else:
             np.testing.assert_array_equal(getattr(found, name), value, err_msg=name)
 
@@ -247,6 +251,14 @@ def test_arrays_out_of_range_are_refused():
                 (encoder._replace(weights=encoder.weights * np.inf), layer, last)):
         assert 'out of range' in broken(rewritten(packed._replace(layers=bad)))
     assert 'NaN' in broken(rewritten(packed._replace(shift=packed.shift * np.nan)))
+    packed = random_packed(*NETWORKS['stem'])
+    for field in packed.stem._fields:
+        stem = packed.stem._replace(**{field: getattr(packed.stem, field) * np.inf})
+        assert 'its stem holds NaN' in broken(rewritten(packed._replace(stem=stem)))
+    data = rewritten(packed)
+    for change in (lambda header: header.pop('stem'), lambda header: header['stem'].update(filters=0),
+                   lambda header: header['stem'].update(kernel=[3])):
+        assert 'stem' in broken(with_header(data, change))
 
 
 def rewritten(packed):
