@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, SCRIPTS, chosen, image_shape, load_script
+from conftest import ROOT, SCRIPTS, chosen, image_shape, load_script, run_script
 
 # parameters, and the maps after each convolution, from the published architectures
 DOCUMENTED = {
@@ -115,6 +115,23 @@ def test_the_docstring_names_the_script_and_its_commands(name):
     assert doc.count(f'python {SCRIPTS[name].relative_to(ROOT)} --resume') == 3
     for label in ('Architecture:', 'Source:', 'Accuracy:', 'Speed:'):
         assert label in doc
+
+
+@pytest.mark.parametrize('kernel', [2, 3, 5])
+def test_another_kernel_size_takes_the_three_lines_of_the_readme(tmp_path, kernel):
+    text = SCRIPTS['TWTA_4_4_MNIST'].read_text()
+    for line in ('net.encode(32, {})', 'net.conv(64, {})', "net.conv(64, {}, padding='VALID')"):
+        assert text.count(line.format(4)) == 1
+        assert kernel != 3 or line.format(3) in (ROOT / 'README.md').read_text()
+        text = text.replace(line.format(4), line.format(kernel))
+    script = tmp_path / 'MNIST' / f'TWTA_{kernel}_{kernel}_again.py'
+    script.parent.mkdir()
+    script.write_text(text)
+    flags = '--dataset', 'digits', '--run_dir', tmp_path / 'run'
+    finished = run_script(script, *flags, '--epochs', 1)
+    assert finished.returncode == 0 and 'test acc' in finished.stdout, finished.stderr
+    finished = run_script(script, *flags, '--mode', 'export', cwd=tmp_path)
+    assert finished.returncode == 0 and 'checked: the same predictions' in finished.stdout, finished.stderr
 
 
 def test_importing_a_script_has_no_side_effect():
