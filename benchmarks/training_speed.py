@@ -68,9 +68,7 @@ def project(name, precision):
         session.run(tf.global_variables_initializer())
         folder = Path(tempfile.mkdtemp(dir=os.getcwd()))
         store, events = checkpoints.Checkpoints(folder), records.Events(folder, 1)
-    run_step = session.make_callable(
-        [network.training.loss, network.training.predicted, network.training.step],
-        [network.images, network.labels, network.learning_rate, network.step])
+    run_step = experiment.step_callable(network, session)
 
     def train(steps):
         part = np.arange(steps * BATCH) % INFERRED
@@ -111,7 +109,7 @@ KINDS = {  # what an operation's name has in it; the first that fits
 def profile(name, repetitions):
     """Prints the share of each kind of operation in a training step, and the speed of the products."""
     from twta import experiment, packing
-    from twta.session import choose_precision
+    from twta.session import choose_precision, configuration
     from twta.tf1 import native_chatter_hidden, tf
 
     images, labels, crop = random_images(name)
@@ -123,8 +121,7 @@ def profile(name, repetitions):
     operations = 2 * BATCH * (3 * sum(products) - products[0])  # nobody wants the images' gradient
     feed = {network.images: images[:BATCH], network.labels: labels[:BATCH], network.learning_rate: 1e-4,
             network.step: 0}
-    config = tf.ConfigProto(inter_op_parallelism_threads=1)  # one operation at a time, each on all cores
-    config.graph_options.rewrite_options.remapping = config.graph_options.rewrite_options.OFF  # as twta.session
+    config = configuration(inter_op_parallelism_threads=1)  # one operation at a time, each on all cores
     options = tf.RunOptions(trace_level=tf.RunOptions.FULL_TRACE)
     spent = dict.fromkeys(KINDS, 0)
     with native_chatter_hidden(), network.graph.as_default(), tf.Session(config=config) as session:

@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,6 +47,24 @@ def start(run_dir, *flags, script='TWTA_5_5_MNIST'):
     args = command_line.parse(SCRIPTS[script], '', module.DATASETS, defaults, module.CHOICES,
                               list(map(str, argv)))
     experiment.run(script, module.model, args, defaults)
+
+
+def loss_and_gradients(name, images, labels, precision):
+    """Initial values by trainable variable, the loss of the first training step, its gradients."""
+    from twta import experiment
+    from twta.session import open_session
+    from twta.tf1 import tf
+
+    script = load_script(name)
+    data = SimpleNamespace(test=SimpleNamespace(images=images), crop=0 if name in MNIST_SCRIPTS else 24)
+    network = experiment.build(partial(script.model, **chosen(script)), data, 0, precision)
+    with network.graph.as_default(), open_session(network.graph, 0) as session:
+        session.run(tf.global_variables_initializer())
+        trained = tf.trainable_variables()
+        wanted = [trained, network.training.loss, tf.gradients(network.training.loss, trained)]
+        values, loss, gradients = session.run(wanted, {network.images: images, network.labels: labels, network.step: 0})
+        names = [variable.name for variable in trained]
+        return dict(zip(names, values, strict=True)), loss, dict(zip(names, gradients, strict=True))
 
 
 def variables(run_dir):

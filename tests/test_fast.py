@@ -1,9 +1,9 @@
 """The fast forms of the arithmetic against the plain ones: forward, gradients, whole networks."""
 import numpy as np
 import pytest
-from conftest import load_script
+from conftest import load_script, loss_and_gradients
 
-from twta import datasets, experiment, fast, ternary_layers
+from twta import datasets, fast, quantizers, ternary_layers
 from twta.tf1 import tf
 
 
@@ -76,29 +76,17 @@ def test_a_gpu_has_tensorflow_s_own_kernels(monkeypatch, session, geometry):
     assert fast.compiled(plain) is plain
 
 
-def loss_and_gradients(name, images, labels, precision):
-    """Of a training step from the initial weights, by variable."""
-    data = datasets.load(load_script(name).DATASETS[1], '')
-    network = experiment.build(load_script(name).model, data, 0, precision)
-    with network.graph.as_default(), tf.Session(graph=network.graph) as session:
-        session.run(tf.global_variables_initializer())
-        trained = tf.trainable_variables()
-        wanted = [network.training.loss, tf.gradients(network.training.loss, trained)]
-        loss, values = session.run(wanted, {network.images: images, network.labels: labels, network.step: 0})
-        return loss, {variable.name: value for variable, value in zip(trained, values, strict=True)}
-
-
 @pytest.mark.parametrize('name', ['TWTA_4_4_MNIST', 'TWTA_4_4_CIFAR10_VGG13', 'TWTA_3_3_CIFAR10_Group_V2'])
 def test_network_has_the_gradients_of_the_plain_one(monkeypatch, name):
     """In float32: the same loss, each gradient to 1e-4 of its norm (measured: 2e-6)."""
     data = datasets.load(load_script(name).DATASETS[1], '').train
     batch = data.images[:20], data.labels[:20]
-    loss, gradients = loss_and_gradients(name, *batch, tf.float32)
+    _, loss, gradients = loss_and_gradients(name, *batch, tf.float32)
     monkeypatch.setattr(ternary_layers, 'convolve', plain)
     for function in ('ternarize', 'pass_unclipped'):
-        compiled = getattr(ternary_layers, function)
-        monkeypatch.setattr(ternary_layers, function, getattr(compiled, 'python_function', compiled))
-    plain_loss, plain_gradients = loss_and_gradients(name, *batch, tf.float32)
+        compiled = getattr(quantizers, function)
+        monkeypatch.setattr(quantizers, function, getattr(compiled, 'python_function', compiled))
+    _, plain_loss, plain_gradients = loss_and_gradients(name, *batch, tf.float32)
     assert loss == pytest.approx(plain_loss, rel=1e-6)
     for variable, expected in plain_gradients.items():
         difference = np.linalg.norm(gradients[variable] - expected) / np.linalg.norm(expected)

@@ -140,9 +140,7 @@ def train(script, model, args, defaults, dataset, precision, source, state):
 def train_epochs(network, session, store, state, stage, epochs, dataset, run_dir, stop):
     """Trains until the last epoch or, where stop gets an item, the next step has ended; saved, either way."""
     last, seed, batch_size = epochs[-1], state['seed'], stage['batch_size']
-    training = network.training
-    run_step = session.make_callable([training.loss, training.predicted, training.step],
-                                     [network.images, network.labels, network.learning_rate, network.step])
+    run_step = step_callable(network, session)
     records.write_log(run_dir / 'log.csv', state['history'])
     events = records.Events(run_dir, epochs[0])
     n_steps = len(dataset.train.labels) // batch_size
@@ -179,6 +177,13 @@ def train_epochs(network, session, store, state, stage, epochs, dataset, run_dir
             part = NOTHING
             if stop:
                 return
+
+
+def step_callable(network, session):
+    """A training step as a function of images, labels, rate and number; it returns loss, predictions and None."""
+    training = network.training
+    return session.make_callable([training.loss, training.predicted, training.step],
+                                 [network.images, network.labels, network.learning_rate, network.step])
 
 
 def train_epoch(run_step, split, stage, epoch, part, seed, bar, stop):

@@ -12,12 +12,11 @@ kernels do everything.
 """
 import numpy as np
 
-from twta.tf1 import native_chatter_hidden, tf
+from twta.session import find_gpus
+from twta.tf1 import tf
 
 SHORT_ROW = 8  # with fewer sums in a row of the output, as measured, the product of matrices is faster
-
-with native_chatter_hidden():
-    ON_CPU = not tf.config.experimental.list_physical_devices('GPU')
+ON_CPU = not find_gpus()
 
 
 def compiled(function):

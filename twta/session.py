@@ -8,10 +8,15 @@ from twta import UsageError
 from twta.tf1 import native_chatter_hidden, tf
 
 
+def find_gpus():
+    """The GPUs that TensorFlow sees, as its devices."""
+    with native_chatter_hidden():
+        return tf.config.experimental.list_physical_devices('GPU')
+
+
 def find_gpu(index):
     """The GPU of that index as a TensorFlow device, None where there is no GPU; UsageError for a wrong index."""
-    with native_chatter_hidden():
-        gpus = tf.config.experimental.list_physical_devices('GPU')
+    gpus = find_gpus()
     if gpus and index >= len(gpus):
         raise UsageError(f'--gpu {index}: this machine has {len(gpus)}, valid are 0 to {len(gpus) - 1}')
     return gpus[index] if gpus else None
@@ -40,17 +45,23 @@ def describe(gpu):
     return f'no GPU found, using the CPU ({os.cpu_count()} cores)'
 
 
-def open_session(graph, gpu_index):
-    """A session on the graph that sees only the GPU of that index, if there is one, and takes its memory as needed.
+def configuration(**options):
+    """A tf.ConfigProto of those options that keeps convolution and batch normalisation apart.
 
-    Convolution and batch normalisation stay apart: fused by TensorFlow's remapper they round otherwise, 5 % faster,
-    and the thresholds that twta.packing reads off the batch normalisation would not be those of the whole graph.
+    Fused by TensorFlow's remapper they round otherwise, 5 % faster, and the thresholds that twta.packing reads off the
+    batch normalisation would not be those of the whole graph.
     """
-    config = tf.ConfigProto(gpu_options=tf.GPUOptions(allow_growth=True, visible_device_list=str(gpu_index)))
+    config = tf.ConfigProto(**options)
     rewrite = config.graph_options.rewrite_options
     rewrite.remapping = rewrite.OFF
+    return config
+
+
+def open_session(graph, gpu_index):
+    """A session on the graph that sees only the GPU of that index, if there is one, and takes its memory as needed."""
+    gpu_options = tf.GPUOptions(allow_growth=True, visible_device_list=str(gpu_index))
     with native_chatter_hidden():
-        return tf.Session(graph=graph, config=config)
+        return tf.Session(graph=graph, config=configuration(gpu_options=gpu_options))
 
 
 @contextlib.contextmanager
