@@ -41,6 +41,8 @@ def run(family, variant, seed, epochs, args):
                    *flags, *VARIANTS[variant], *(('--data_dir', str(args.data_dir)) if args.data_dir else ())]
         subprocess.run(command, check=True, stdout=sys.stderr)
     result = json.loads((run_dir / 'result.json').read_text())
+    if result['epoch'] != epochs:  # killed between the last checkpoint and the result, it has begun another training
+        sys.exit(f'choices.py: error: {run_dir} has {result["epoch"]} epochs, not {epochs}; remove it')
     with open(run_dir / 'log.csv', newline='') as file:
         *_, last = csv.DictReader(file)
     return {'script': script, 'variant': variant, 'seed': seed, 'epochs': epochs,
@@ -76,7 +78,9 @@ def main():
     parser.add_argument('--json', type=Path, default=Path(__file__).with_suffix('.json'), metavar='FILE',
                         help='default: benchmarks/choices.json')
     args = parser.parse_args()
-    rows = []
+    scripts = [STUDIES[family][0] for family in STUDIES if args.family in (None, family)]
+    rows = json.loads(args.json.read_text()) if args.json.exists() else []
+    rows = [row for row in rows if row['script'] not in scripts]
     for family, (_, _, epochs, seeds) in STUDIES.items():
         if args.family not in (None, family):
             continue

@@ -58,7 +58,7 @@ VALID = {
     '--mode': 'training', '--resume': 'True', '--learning_rate': 'a number above 0', '--epochs': 'from 1 to 2147483647',
     '--batch_size': 'from 1 to 2147483647', '--schedule': 'cosine', '--seed': 'from 0 to 2147483647',
     '--gpu': 'from 0 to 2147483647', '--dataset': 'digits', '--validation': 'from 0 to 2147483647',
-    '--threshold': 'trainable', '--threshold_value': 'above 0|between 0 and 1', '--pooling': 'average',
+    '--threshold': 'trainable', '--threshold_value': 'above 0|between 0.01 and 0.99', '--pooling': 'average',
     '--levels': 'from 2 to 3', '--k': 'from 0 to 4', '--B': 'from 1 to 8',
     '--precision': 'bfloat16', '--checkpoint': 'best', '--run_dir': '', '--data_dir': '', '--weights': '',
 }
@@ -101,6 +101,8 @@ def test_a_flag_without_its_value(flag):
     (['--mode', 'inference', '--validation', '0'], ['--validation 0', '--mode inference']),
     (['--mode', 'inference', '--checkpoint', 'best', '--weights', __file__], ['--checkpoint best', '--weights']),
     (['--resume', 'True', '--weights', __file__], ['--weights', '--resume True']),
+    (['--levels', '3', '--pooling', 'max'], ['--levels 3', '--pooling max', 'average or conv']),
+    (['--k', '2', '--B', '3'], ['--k 2 --B 3', '12 steps', 'up to 8']),
     (['--mode', 'inference', '--engine', 'packed', '--pooling', 'max'], ['--pooling', '--engine packed']),
     (['--checkpoint', 'best'], ['--checkpoint best', '--mode inference']),
     (['--resume', 'True', '--run_dir', '/absent/run'], ['/absent/run', '--resume False --mode training']),

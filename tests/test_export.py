@@ -146,8 +146,8 @@ def test_the_worked_example(session, gamma, upper, lower, sign):
     for variable, value in zip(batch_norm.all_params[-4:], (0.1, gamma, 2.3, 25), strict=True):
         variable.load(np.float32([value]), session)
     signs = packing.sign_of_gamma(session, batch_norm)
-    read = packing.Reader(session, batch_norm.inputs, activation.outputs, signs, 1)
-    packed = packing.fold_layer(session, layer, read, 1, 1)
+    read = packing.Reader(session, batch_norm.inputs, activation.outputs, signs, 1, 1)
+    packed = packing.fold_layer(session, layer, read, before=read)
     assert (packed.upper, packed.lower) == (upper, lower)
     np.testing.assert_array_equal(packed.weights, sign * session.run(layer.quantized))
 
@@ -159,8 +159,8 @@ def test_thresholds_of_the_encoder_are_the_very_floats(session):
     from twta.ternary_layers import ternarize_activations
 
     activations = ternarize_activations(sums * scale + shift)
-    read = packing.Reader(session, sums, activations, np.ones(4, np.int8), 1)
-    (upper,), lower = packing.real_thresholds(read, 1)
+    read = packing.Reader(session, sums, activations, np.ones(4, np.int8), 1, 1)
+    (upper,), lower = packing.real_thresholds(read)
     assert upper.dtype == np.float32 and upper[2] == -np.inf and lower[2] == -np.inf  # a constant +1
     for thresholds, value, inwards in ((upper, 1, -np.inf), (lower, -1, np.inf)):
         on = read(thresholds[np.newaxis])[0]

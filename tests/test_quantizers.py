@@ -149,7 +149,9 @@ def test_median_quantizer(session, k, B):
     assert tuple(np.unique(y)) == quantizer.levels == tuple(i / n for i in range(n * B + 1))
     np.testing.assert_array_equal(gradient, np.where((x > 0) & (x <= B), upstream, 0))
     halves = (np.arange(n * B) + 0.5) / n  # exact halves go up
-    np.testing.assert_array_equal(session.run(quantizer(tf.constant(halves, tf.float32))), np.ceil(halves * n) / n)
+    for dtype in (tf.float32, tf.bfloat16):
+        rounded = session.run(tf.cast(quantizer(tf.constant(halves, dtype)), tf.float32))
+        np.testing.assert_array_equal(rounded, np.ceil(halves * n) / n)
 
 
 @pytest.mark.parametrize('quantizer', [binarize_activations, three_level_activations, ternarize_activations,

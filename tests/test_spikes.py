@@ -12,6 +12,7 @@ from twta import TwtaError, UsageError, packed_file, packing, spikes
 from twta import packed as engines
 
 SCRIPT = ROOT / 'MNIST' / 'Spiking_MNIST.py'
+PACKED = ROOT / 'results'
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -33,14 +34,28 @@ def test_store_and_release_fires_once_for_each_threshold(levels, kind):
     np.testing.assert_array_equal(spikes.store_and_release(membrane, layer), expected)
 
 
+def saturated(name, value):
+    """Sums far beyond the fan-in: weights all alike, activations at B, thresholds there."""
+    if '/W' in name:
+        return np.full_like(value, 0.02) + np.sign(value) * (0.01 if name.startswith('conv1/') else 0)
+    if 'beta' in name:
+        return np.full_like(value, 2.0 if name.startswith('conv1/') else 0)
+    if 'moving_mean' in name and not name.startswith('conv1/'):
+        return np.linspace(0, 800, value.size, dtype=np.float32)
+    if 'moving_variance' in name and not name.startswith('conv1/'):
+        return np.full_like(value, 4e4)
+    return value
+
+
+@pytest.mark.parametrize('parameters', [hostile, saturated])
 @pytest.mark.parametrize('name, choices', [('Quant_MNIST', {'k': 0, 'B': 1}), ('Quant_MNIST', {'k': 1, 'B': 2}),
-                                           ('Quant_MNIST', {'k': 2, 'B': 2}), ('TWBA_5_5_MNIST', {'levels': 3}),
+                                           ('Quant_MNIST', {'k': 0, 'B': 8}), ('TWBA_5_5_MNIST', {'levels': 3}),
                                            ('BWBA_CIFAR10_Model2', {'levels': 3})])
-def test_temporal_and_spatial_conversion_of_hostile_networks(name, choices):
+def test_temporal_and_spatial_conversion_of_hostile_networks(name, choices, parameters):
     """The activations of every layer and the predictions are the graph's, in both."""
     dataset = sample_of(name)
     few = dataset.test.images[:6]
-    with graph_of(name, dataset, hostile, **choices) as (network, session):
+    with graph_of(name, dataset, parameters, **choices) as (network, session):
         packed = packing.pack(network, session, name, 'data', dataset, {})
         _, layers, weights, _, _ = packing.fold(network.net, session, name)
         lanes = list(packing.read_out(network.net))
@@ -217,18 +232,24 @@ def test_other_predictions_are_an_error_and_write_nothing(finished_run, tmp_path
 @pytest.mark.parametrize('flags, words', [
     (['--network', 'FP_5_5_MNIST'], ['--network', 'FP_5_5_MNIST', 'TWTA_4_4_MNIST']),
     (['--conversion', 'both'], ['--conversion', 'both', 'temporal']),
-    (['--noise_ratio', '1'], ['--noise_ratio', "'1'", 'between 0 and 1']),
+    (['--noise_ratio', '1'], ['--noise_ratio', "'1'", 'from 0 to below 1']),
     (['--noise_ratio', '-0.1'], ['--noise_ratio', "'-0.1'"]),
     (['--noise_ratio', 'nan'], ['--noise_ratio', "'nan'"]),
     (['--images', '0'], ['--images', "'0'"]),
     (['--output', __file__], ['--output', __file__, 'not a directory']),
     (['--file', '/absent.twta', '--conversion', 'temporal'], ['--file', '--conversion']),
+    (['--file', '/absent.twta', '--network', 'Quant_MNIST'], ['--network', '--file']),
+    (['--file', '/absent.twta', '--checkpoint', 'best'], ['--checkpoint', '--file']),
+    (['--file', PACKED / 'TWTA_4_4_MNIST-mnist-0-resumed' / 'TWTA_4_4_MNIST.twta', '--dataset', 'digits'],
+     ['for mnist, not digits', '--dataset mnist']),
+    (['--file', PACKED / 'TWTA_3_3_CIFAR10_Group_V2-cifar10-0-cosine12' / 'TWTA_3_3_CIFAR10_Group_V2.twta'],
+     ['for cifar10, not for mnist or digits', 'Spiking script of its data set']),
     (['--file', '/absent.twta'], ['/absent.twta', '--mode export']),
     (['--run_dir', '/absent'], ['/absent', 'TWTA_5_5_MNIST.py --resume False --mode training']),
 ])
 def test_mistakes(flags, words):
     with pytest.raises(TwtaError) as error:
-        spikes.start(SCRIPT, '', ('mnist', 'digits'), 'TWTA_5_5_MNIST', flags)
+        spikes.start(SCRIPT, '', ('mnist', 'digits'), 'TWTA_5_5_MNIST', list(map(str, flags)))
     assert '\n' not in str(error.value)
     for word in words:
         assert word in str(error.value)

@@ -104,7 +104,8 @@ def parse(script, description, datasets, defaults, choices=(), argv=None):
         help='which one inference or export reads: after the last epoch (default), or the best on validation; without '
              'validation images that is the last')
     add('--weights', type=path, metavar='NPZ',
-        help='a model.npz to start from, to evaluate or to export, instead of a checkpoint')
+        help='a model.npz to start from, to evaluate or to export, instead of a checkpoint; it does not tell what '
+             '--threshold, --pooling, ... it was trained with: give them again')
     add('--engine', choices=('tensorflow', 'packed'), default='tensorflow',
         help='of inference; packed: reads --file and needs no TensorFlow. Default: tensorflow')
     add('--file', type=path, metavar='FILE',
@@ -131,6 +132,13 @@ def parse(script, description, datasets, defaults, choices=(), argv=None):
 
 def check(args, script):
     """Raises UsageError where the flags contradict each other or ask for a file that is not there."""
+    chosen = complete(args.choices)
+    if chosen.get('levels') == 3 and chosen.get('pooling') == 'max':
+        raise UsageError('--levels 3 with --pooling max: such a network cannot be exported; use --pooling average or '
+                         'conv')
+    if 'k' in chosen and chosen['B'] * 2 ** chosen['k'] > 8:
+        raise UsageError(f'--k {chosen["k"]} --B {chosen["B"]}: {chosen["B"] * 2 ** chosen["k"]} steps, valid are up '
+                         'to 8; make one smaller')
     evaluation = args.mode != 'training'
     packed = args.engine == 'packed'
     if args.weights and not args.weights.is_file():
@@ -228,10 +236,10 @@ def positive_number(text):
     return value
 
 
-def share(text):
+def threshold(text):
     value = positive_number(text)
-    if value >= 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not between 0 and 1')
+    if not 0.01 <= value <= 0.99:
+        raise argparse.ArgumentTypeError(f'{text!r} is not between 0.01 and 0.99')
     return value
 
 
@@ -250,15 +258,16 @@ CHOICES = {  # flags that choose between networks of one architecture; a script 
                   'd of the activations, +1 where x >= d, -1 where x <= -d: fixed, the published 0.5; trainable, one a '
                   'layer, trained with the weights; runtime, from the mean of |x|, of the batch in training, of a '
                   'moving average in evaluation. Default: fixed'}),
-    'threshold_value': (None, {'type': share, 'metavar': 'D', 'help':
+    'threshold_value': (None, {'type': threshold, 'metavar': 'D', 'help':
                         'fixed: d itself, default 0.5; trainable: where d begins, default 0.5; runtime: d / mean|x|, '
-                        'default 0.7. Between 0 and 1'}),
+                        'default 0.7. Between 0.01 and 0.99'}),
     'pooling': ('conv', {'choices': ('conv', 'max', 'average'), 'help':
                 'what P tokens are: conv, learned, as published; max or average, without weights, where the number of '
                 'channels stays. Batch normalisation and activation follow. Default: conv'}),
     'levels': (2, {'type': partial(natural, least=2, most=3), 'metavar': '{2,3}', 'help':
                'of the activations: 2, {0, 1}, binary; 3, {0, 0.5, 1}, as the published code has it. Default: 2'}),
     'k': (1, {'type': partial(natural, most=4), 'metavar': 'K', 'help':
-          'activations go in steps of 1 / 2 ** K, 0 to 4, default: 1'}),
-    'B': (2, {'type': partial(natural, least=1, most=8), 'metavar': 'B', 'help': 'up to B, 1 to 8, default: 2'}),
+          'activations go in steps of 1 / 2 ** K, default: 1. No more than 8 steps up to B: on export each is a '
+          'neuron of its own, with the weights of its own and in the next layer'}),
+    'B': (2, {'type': partial(natural, least=1, most=8), 'metavar': 'B', 'help': 'up to B, default: 2'}),
 }

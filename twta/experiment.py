@@ -29,7 +29,8 @@ def run(script, model, args, defaults, evaluate=None):
     gpu = find_gpu(args.gpu)
     try:
         source, state = open_run(script, args) if args.resume else (None, None)
-        model = functools.partial(model, **(state['choices'] if state else complete(args.choices)))
+        args.choices = state['choices'] if state else complete(args.choices)
+        model = functools.partial(model, **args.choices)
         dataset = datasets.load(args.dataset, args.data_dir, state['validation'] if state else args.validation)
         say(f'data: {dataset}')
         say(f'device: {describe(gpu)}')
@@ -253,7 +254,7 @@ def evaluate(network, session, split):
 def new_run(script, args, dataset):
     return {'format': checkpoints.FORMAT, 'script': script, 'dataset': args.dataset, 'data_sha256': dataset.sha256,
             'seed': args.seed or 0, 'validation': len(dataset.validation.labels),
-            'choices': complete(args.choices), 'epoch': 0, 'part': None,
+            'choices': args.choices, 'epoch': 0, 'part': None,
             'stages': [], 'history': [], 'best_validation_accuracy': -1.0}
 
 
@@ -338,13 +339,12 @@ def report(script, network, session, dataset, args, epoch):
     """Evaluates the weights after an epoch, or, where that is None, of --weights, on the test images."""
     loss, confusion = evaluate(network, session, dataset.test)
     kind, weights = ('weights', args.weights.resolve()) if epoch is None else (args.checkpoint, args.checkpoint)
-    records.report(script, args, dataset, kind, weights, epoch, loss, confusion)
+    records.report(script, args, args.choices, dataset, kind, weights, epoch, loss, confusion)
 
 
 def describe_network(script, net, choices, source, verbose):
     if verbose:
         net.print_layers()
         net.print_params(details=False)
-    usual = complete(dict.fromkeys(choices))
-    chosen = ''.join(f', {name} {value}' for name, value in choices.items() if value != usual[name])
+    chosen = ''.join(f', {name} {value}' for name, value in choices.items())
     say(f'network: {script}{chosen}, {net.count_params():,} parameters, {source}')

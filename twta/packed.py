@@ -135,10 +135,7 @@ def infer(script, args):
         raise TwtaError(f'{args.file}: {packed.network} on {packed.dataset}, not {script} on {args.dataset}; choose '
                         'another --file')
     dataset = datasets.load(args.dataset, args.data_dir, None)
-    shape = dataset.test.images.shape[1:]
-    if (packed.image, packed.classes) != (shape, tuple(dataset.classes)):
-        raise TwtaError(f'{args.file}: for images {list(packed.image)} of {len(packed.classes)} classes, but those of '
-                        f'{args.dataset} are {list(shape)} of {len(dataset.classes)}; choose another --file')
+    check_images(packed, dataset, args)
     records.say(f'data: {dataset}')
     engine = started(packed, 'auto', args.threads)
     epoch = packed.record.get('epoch') if isinstance(packed.record.get('epoch'), int) else None
@@ -150,9 +147,18 @@ def infer(script, args):
     values -= values.max(1, keepdims=True)
     loss = np.log(np.exp(values).sum(1)) - values[np.arange(len(labels)), labels]
     confusion = records.confuse(labels, values.argmax(1), len(packed.classes))
-    records.report(script, args, dataset, 'packed', args.file, epoch, float(loss.mean()), confusion)
+    records.report(script, args, packed.record.get('choices'), dataset, 'packed', args.file, epoch, float(loss.mean()),
+                   confusion)
     if args.report:
         packed_report.report(engine, images, args.run_dir)
+
+
+def check_images(packed, dataset, args):
+    """Raises TwtaError where a network of --file is for other images than those of --dataset."""
+    shape = dataset.test.images.shape[1:]
+    if (packed.image, packed.classes) != (shape, tuple(dataset.classes)):
+        raise TwtaError(f'{args.file}: for images {list(packed.image)} of {len(packed.classes)} classes, but those of '
+                        f'{args.dataset} are {list(shape)} of {len(dataset.classes)}; choose another --file')
 
 
 def started(packed, engine, threads):

@@ -51,11 +51,16 @@ def read_blocks(layer):
             activation = layer
         elif isinstance(layer, ternary_layers.BatchNormLayer):
             batch_norm = layer
-        elif hasattr(layer, 'quantized') or hasattr(layer, 'kind'):
+        elif hasattr(layer, 'quantized') or pooling(layer):
             blocks.append((layer, batch_norm, activation))
             batch_norm = activation = None
         layer = layer.prev_layer
     return blocks[::-1]
+
+
+def pooling(layer):
+    """'max' or 'average', '' where a layer has weights."""
+    return layer.kind if isinstance(layer, ternary_layers.PoolLayer) else ''
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -75,18 +80,16 @@ def fold(net, session, script):
                         'the networks with quantised activations')
     check_finite(net, session)
     stem = fold_stem(session, *blocks.pop(0)[:2]) if has_stem else None
-    layers, unit = [], None  # unit: how many thresholds an activation of 1.0 has reached
+    layers, before = [], None  # before: the Reader of the layer before
     for layer, batch_norm, activation in blocks:
         levels = np.array(activation.activation.levels)
         steps = np.count_nonzero(levels > 0)
-        read = Reader(session, batch_norm.inputs, activation.outputs, sign_of_gamma(session, batch_norm),
+        read = Reader(session, batch_norm.inputs, activation.outputs, sign_of_gamma(session, batch_norm), steps,
                       round(steps / levels[-1]))
-        if getattr(layer, 'kind', '') == 'max':
-            layers.append(fold_maximum(layer, read, unit, steps))
-        else:
-            layers.append(fold_layer(session, layer, read, unit, steps))
-        unit = read.unit
-    weights = session.run(classifier.quantized) / np.float32(unit)
+        layers.append(fold_maximum(layer, read, before) if pooling(layer) == 'max' else
+                      fold_layer(session, layer, read, before))
+        before = read
+    weights = session.run(classifier.quantized) / np.float32(before.unit)
     scale, shift = np.ones(weights.shape[1], np.float32), np.zeros(weights.shape[1], np.float32)
     if classifier_bn:
         beta, gamma, mean, variance = session.run(classifier_bn.all_params[-4:])
@@ -119,6 +122,7 @@ class Reader(NamedTuple):
     sums: object  # the tensor [batch, ..., filters] that batch normalisation reads
     activations: object  # the tensor that the activation gives
     sign: np.ndarray  # int8 [filters], of gamma: sums are taken times it, so that activations rise with them
+    steps: int  # thresholds of the activation above 0
     unit: int  # thresholds that an activation of 1.0 has reached
 
     def __call__(self, values):
@@ -130,35 +134,36 @@ class Reader(NamedTuple):
         return np.rint(found[:len(values)] * self.unit).astype(np.int32)
 
 
-def fold_layer(session, layer, read, unit, steps):
-    """A convolution, dense layer or average-pooling as a Layer; unit None: the encoder."""
-    if hasattr(layer, 'kind'):  # an average: each channel is a group of its own
+def fold_layer(session, layer, read, before):
+    """A convolution, dense layer or average-pooling as a Layer; before: the Reader of its inputs, None: the encoder."""
+    if pooling(layer):  # an average: each channel is a group of its own
         channels = int(layer.inputs.shape[-1])
         area = layer.filter_size ** 2
         weights, groups = np.ones((layer.filter_size, layer.filter_size, 1, channels), np.int8), channels
     else:
         weights, groups, area = session.run(layer.quantized), getattr(layer, 'groups', 1), 1
     if weights.ndim == 2:  # dense on a flattened map: a kernel as large as the map
-        before = layer.prev_layer.inputs.shape[1:] if hasattr(layer.prev_layer, 'inputs') else ()
-        shape = before.as_list() if len(before) == 3 else [1, 1, weights.shape[0]]
+        flat = layer.prev_layer.inputs.shape[1:] if hasattr(layer.prev_layer, 'inputs') else ()
+        shape = flat.as_list() if len(flat) == 3 else [1, 1, weights.shape[0]]
         weights = weights.reshape(*shape, -1)
-    if unit is None:
-        upper, lower = real_thresholds(read, steps)
+    if before is None:
+        upper, lower = real_thresholds(read)
     else:
         weights = weights.astype(np.int8)
-        upper, lower = integer_thresholds(read, steps, unit * fan_in(weights), unit * area)
+        upper, lower = integer_thresholds(read, before.steps * fan_in(weights), before.unit * area)
     return Layer(layer.name, weights * read.sign, upper, lower, getattr(layer, 'stride', 1),
                  getattr(layer, 'padding', 'VALID'), groups)
 
 
-def integer_thresholds(read, steps, most, unit):
-    """For sums times sign, in units, from -most to most: the least that reaches each step, the greatest that gives -1.
+def integer_thresholds(read, most, divisor):
+    """For sums times sign from -most to most: the least that reaches each step, the greatest that gives -1.
 
-    upper [steps, filters], most + 1 where none does; lower [filters], -most - 1 where none does.
+    In the graph they are divided by the divisor. Returns upper [steps, filters], most + 1 where none does, and lower
+    [filters], -most - 1 where none does.
     """
     values = np.arange(-most, most + 1)[:, np.newaxis]
-    response = read((values * read.sign / unit).astype(np.float32))
-    reached = [response > step for step in range(steps)]
+    response = read((values * read.sign / divisor).astype(np.float32))
+    reached = [response > step for step in range(read.steps)]
     upper = np.stack([np.where(any_of.any(0), any_of.argmax(0) - most, most + 1) for any_of in reached])
     lower = np.where((response < 0).any(0), most - (response < 0)[::-1].argmax(0), -most - 1)
     if not np.array_equal(response, sum((values >= step).astype(int) for step in upper) - (values <= lower)):
@@ -166,10 +171,11 @@ def integer_thresholds(read, steps, most, unit):
     return upper.astype(np.int32), lower.astype(np.int32)
 
 
-def real_thresholds(read, steps):
+def real_thresholds(read):
     """For float32 sums times sign: the least that reaches each step (infinity: none), the greatest that gives -1."""
     n_filters = len(read.sign)
-    upper = [bisect(lambda values, step=step: read(values * read.sign) > step, n_filters) for step in range(steps)]
+    upper = [bisect(lambda values, step=step: read(values * read.sign) > step, n_filters)
+             for step in range(read.steps)]
     return np.stack(upper), -bisect(lambda values: read(-values * read.sign) < 0, n_filters)
 
 
@@ -191,8 +197,8 @@ def to_float(order):
     return np.copysign(np.abs(order).astype(np.int32).view(np.float32), order).astype(np.float32)
 
 
-def fold_maximum(layer, read, unit, steps):
-    if unit != 1 or steps != 1:
+def fold_maximum(layer, read, before):
+    if before.unit != 1 or read.steps != 1:
         raise TwtaError(f'{layer.name}: max-pooling is exported of ternary and of binary activations only; train with '
                         '--pooling conv or average')
     values = np.repeat(np.float32([[-1], [0], [1]]), len(read.sign), axis=1)
@@ -215,6 +221,8 @@ def spatial(layers, weights):
             continue  # built with the layer before it
         layer = layer._replace(weights=gather(layer.weights, layer.groups, groups, worth) if index else layer.weights)
         groups, maximum = layer.groups, layers[index + 1] if index + 1 < len(layers) else None
+        if any(isinstance(later, Maximum) for later in layers[index + 2:index + 3]) and isinstance(maximum, Maximum):
+            raise TwtaError(f'{layers[index + 2].name}: a maximum of maxima is not exported')
         if not isinstance(maximum, Maximum):
             worth = np.ones(len(layer.upper), np.int8)
             physical.append(split(layer, layer.upper) if len(worth) > 1 else layer._replace(upper=layer.upper[0]))
@@ -285,7 +293,7 @@ def read_out(net):
     """Of each layer of the spatial network, the activations in the graph, and groups and worth of the lanes that they
     are the sum of; None where the lanes feed a maximum."""
     blocks = [block for block in read_blocks(net)[:-1] if hasattr(block[2].activation, 'levels')]
-    kinds = [getattr(layer, 'kind', '') for layer, _, _ in blocks]
+    kinds = [pooling(layer) for layer, _, _ in blocks]
     for index, (layer, _, activation) in enumerate(blocks):
         positive = [level for level in activation.activation.levels if level > 0]
         worth, groups = np.full(len(positive), positive[0]), getattr(layer, 'groups', 1)
@@ -299,8 +307,8 @@ def read_out(net):
 
 def add_lanes(spikes, groups, worth):
     """Activations [n, height, width, channels] of the spikes [n, height, width, lanes * channels] of a layer."""
-    by_lane = spikes.reshape(*spikes.shape[:3], groups, len(worth), -1)
-    return np.tensordot(by_lane, worth, (4, 0)).reshape(*spikes.shape[:3], -1)
+    lanes = spikes.reshape(*spikes.shape[:3], groups, len(worth), -1)
+    return np.tensordot(lanes, worth, (4, 0)).reshape(*spikes.shape[:3], -1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -311,7 +319,7 @@ def describe_run(args, state):
     """What the file tells of the training that it comes from."""
     files = [args.weights] if args.weights else [args.run_dir / name for name in ('config.json', 'log.csv')]
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
-    return {'epoch': state['epoch'] if state else None, 'sha256': hashes}
+    return {'epoch': state['epoch'] if state else None, 'choices': args.choices, 'sha256': hashes}
 
 
 def compare(packed, network, session, dataset):
@@ -345,8 +353,11 @@ def write(packed, dataset, args):
         ternary = packed.layers[1:]
         parameters = sum(layer.weights.size for layer in ternary)
         integers = sum(map(packed_file.layer_bytes, ternary))
-        say(f'ternary layers: {parameters:,} weights and their thresholds in {integers:,} bytes, '
-            f'{4 * parameters / integers:.1f} times less than float32 weights')
+        is_converted = not args.choices.keys().isdisjoint(('k', 'B')) or args.choices.get('levels') == 3 \
+            or args.choices.get('pooling', 'conv') != 'conv'
+        say(f'quantised layers: {parameters:,} weights and their thresholds in {integers:,} bytes, '
+            + ('of the neurons, one or two thresholds each, that the network became' if is_converted else
+               f'{4 * parameters / integers:.1f} times less than float32 weights'))
     else:
         size = interchange.WRITERS[args.format](args.file, packed, dataset.test.images[:interchange.VECTORS])
         beside = f', in {args.file.with_suffix(".vectors.npz")}' if args.format == 'onnx' else ''

@@ -111,7 +111,7 @@ three_level_activations.levels = 0, 0.5, 1
 def median_quantizer(k, B):
     """The quantiser of Spatio_temporal_SNNs: activations x' in {0, 1/n, 2/n, ..., B} of x, n = 2 ** k.
 
-    forward   x' = round(n * clip(x, 0, B) + 1e-5) / n: i/n where n * x is in [i - 0.5, i + 0.5)
+    forward   x' = floor(n * clip(x, 0, B) + 0.5 + 1e-5) / n: i/n where n * x is in [i - 0.5, i + 0.5)
     backward  dL/dx = dL/dx' where 0 < x <= B, else 0
     """
     n = 2 ** k
@@ -121,7 +121,7 @@ def median_quantizer(k, B):
         def backward(gradient):
             return tf.where((x > 0) & (x <= B), gradient, tf.zeros_like(gradient))
 
-        return tf.round(n * tf.clip_by_value(x, 0, B) + 1e-5) / n, backward
+        return tf.floor(n * tf.clip_by_value(x, 0, B) + (0.5 + 1e-5)) / n, backward
 
     quantize.levels = tuple(i / n for i in range(n * B + 1))
     return quantize

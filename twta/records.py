@@ -66,9 +66,10 @@ def move_aside(run_dir):
     return earlier
 
 
-def report(script, args, dataset, kind, weights, epoch, loss, confusion):
+def report(script, args, choices, dataset, kind, weights, epoch, loss, confusion):
     """Prints loss and accuracy on the test images; writes result.json and confusion.png.
 
+    choices   what the network was built with
     kind      which network: 'last', 'best', 'weights' or 'packed'; the files are result-best.json, ... but for the last
     weights   the same in words, a path where it is a file; epoch: after which, or None
     """
@@ -78,9 +79,9 @@ def report(script, args, dataset, kind, weights, epoch, loss, confusion):
     args.run_dir.mkdir(parents=True, exist_ok=True)
     suffix = '' if kind == 'last' else f'-{kind}'
     write_json(args.run_dir / f'result{suffix}.json', {
-        'script': script, 'weights': str(weights), 'epoch': epoch, 'test_loss': loss, 'test_accuracy': share,
-        'test_images': len(dataset.test.labels), 'confusion': confusion.tolist(), 'data': describe_data(dataset),
-        **environment()})
+        'script': script, 'choices': choices, 'weights': str(weights), 'epoch': epoch, 'test_loss': loss,
+        'test_accuracy': share, 'test_images': len(dataset.test.labels), 'confusion': confusion.tolist(),
+        'data': describe_data(dataset), **environment()})
     picture = args.run_dir / f'confusion{suffix}.png'
     title = (f'{script} on {dataset.title}\n{share:.2%} of {len(dataset.test.labels):,} test images, '
              + (Path(weights).name if epoch is None else f'after epoch {epoch}'))

@@ -19,7 +19,8 @@ accuracy.txt     right predictions
 spike_num.txt    spikes of all neurons, a negative one is one, the encoder's included
 sop_num.txt      synaptic operations: for each spike the neurons that it reaches, in all convolutions and dense layers
                  but encoder and classifier. Borders end at the map; connections of weight 0 count (the table has the
-                 number without them). The published counter has twice that number: it takes 2 for an addition.
+                 number without them). The published counter, of the spatial conversion, has twice that number: it takes
+                 2 for an addition.
 """
 import argparse
 import csv
@@ -43,14 +44,13 @@ FIELDS = ('layer', 'neurons', 'spikes', 'negative', 'rate', 'operations', 'nonze
 
 
 def store_and_release(membrane, layer):
-    """Spikes int8 of neurons with thresholds [levels, filters], in as many steps, one a step at most."""
-    thresholds = np.clip(layer.upper.astype(np.float64), -2.0 ** 64, 2.0 ** 64)  # never and always, without infinity
-    membrane = membrane.astype(np.float64)
+    """Spikes int8 of neurons with thresholds [levels, filters], in as many steps, one a step at most.
+
+    After each spike the threshold is raised by what the membrane would lose: the same, without rounding.
+    """
     spikes = np.zeros(membrane.shape, np.int8)
-    for distance in np.diff(thresholds, axis=0, append=thresholds[-1:]):
-        fired = membrane >= thresholds[0]
-        spikes += fired
-        membrane -= fired * distance
+    for step, threshold in enumerate(layer.upper):
+        spikes += (spikes == step) & (membrane >= threshold)
     return spikes
 
 
@@ -123,7 +123,9 @@ class Engine:
         self.batch = min(self.engine.batch, BATCH)
 
     def run(self, images):
-        return self.engine.logits(images), self.engine.activations(images)
+        maps = self.engine.activations(images)
+        features = maps[-1].reshape(len(images), -1).astype(np.float64)
+        return engines.finish(features @ self.packed.weights, self.packed), maps
 
 
 def convert(flags, script, model, args, dataset, source, state):
@@ -132,43 +134,41 @@ def convert(flags, script, model, args, dataset, source, state):
 
     images = dataset.test.images[:flags.images]
     with experiment.trained(script, model, args, dataset, source) as (network, session):
-        packed = packing.pack(network, session, script, args.dataset, dataset, packing.describe_run(args, state))
-        _, layers, weights, _, _ = packing.fold(network.net, session, script)
+        stem, layers, weights, scale, shift = packing.fold(network.net, session, script)
+        record = packing.describe_run(args, state)
         predicted = np.concatenate([session.run(network.evaluation.predicted, {
             network.images: images[start:start + BATCH]}) for start in range(0, len(images), BATCH)])
     steps = max(len(layer.upper) if hasattr(layer, 'upper') else 1 for layer in layers)
-    if flags.conversion == 'temporal' and steps > 1:
-        packed = packed._replace(layers=tuple(layers), weights=weights)
-        neuron = store_and_release
-    else:
-        if flags.conversion == 'temporal':
-            say('temporal: one level is one step, the same as spatial')
-        steps, neuron = 1, engines.fire
-    plain = Engine(packed) if steps == 1 else engines.NumpyEngine(packed, neuron)
-    report(flags, plain, neuron, steps, predicted, 'the graph', dataset, images)
+    if flags.conversion == 'temporal' and steps == 1:
+        say('temporal: one level is one step, the same as spatial')
+    if flags.conversion == 'spatial' or steps == 1:
+        steps, (layers, weights) = 1, packing.spatial(layers, weights)
+    packed = packed_file.Packed(script, args.dataset, dataset.test.images.shape[1:], dataset.crop,
+                                tuple(dataset.classes), tuple(layers), weights, scale, shift, record, stem)
+    plain = Engine(packed) if steps == 1 else engines.NumpyEngine(packed, store_and_release)
+    report(flags, plain, steps, predicted, 'the graph', dataset, images)
 
 
-def convert_file(flags):
+def convert_file(flags, packed):
     """Simulates a packed network, which is one of neurons, and compares it with the packed engine."""
     from twta import datasets
 
-    packed = packed_file.read(flags.file)
-    if packed.dataset != flags.dataset:
-        raise TwtaError(f'{flags.file}: a network for {packed.dataset}, not {flags.dataset}; choose another --dataset')
     dataset = datasets.load(flags.dataset, flags.data_dir, None)
+    engines.check_images(packed, dataset, flags)
     say(f'data: {dataset}')
+    say(f'network: {packed.network}, {flags.file}')
     images = dataset.test.images[:flags.images]
     predicted = engines.logits(engines.started(packed, 'auto', None), images).argmax(1)
-    report(flags, engines.NumpyEngine(packed), engines.fire, 1, predicted, 'the packed engine', dataset, images)
+    report(flags, engines.NumpyEngine(packed), 1, predicted, 'the packed engine', dataset, images)
 
 
-def report(flags, plain, neuron, steps, expected, whose, dataset, images):
+def report(flags, plain, steps, expected, whose, dataset, images):
     """Simulates without noise, checks every prediction, simulates with noise where that is asked for, writes it all."""
     labels = dataset.test.labels[:len(images)]
     say(f'{flags.conversion} conversion, {steps} step{"s" * (steps > 1)}: '
         f'{len(images):,} test images in batches of {BATCH}')
     start = time.perf_counter()
-    predicted, spikes, operations, rows = simulate(plain, images, steps)
+    predicted, *counts = simulate(plain, images, steps)
     seconds = time.perf_counter() - start
     differ = int(np.sum(predicted != expected))
     if differ:
@@ -178,29 +178,35 @@ def report(flags, plain, neuron, steps, expected, whose, dataset, images):
     without = float(np.mean(predicted == labels))
     say(f'accuracy: {without:.4f}')
     if flags.noise_ratio:
+        neuron = engines.fire if steps == 1 else store_and_release
         noisy = engines.NumpyEngine(plain.packed, neuron, deletion(flags.noise_ratio, flags.seed))
-        predicted, spikes, operations, rows = simulate(noisy, images, steps)
+        predicted, *counts = simulate(noisy, images, steps)
         say(f'accuracy with {flags.noise_ratio:.0%} of the encoder\'s spikes deleted: '
             f'{np.mean(predicted == labels):.4f}; the table and the files are of that')
-    for line in table(rows):
+    for line in table(counts[2]):
         say(line)
-    flags.output.mkdir(parents=True, exist_ok=True)
-    right = [int(np.sum((predicted == labels)[start:start + BATCH])) for start in range(0, len(images), BATCH)]
-    for name, numbers in (('accuracy', right), ('spike_num', spikes), ('sop_num', operations)):
-        with replacing(flags.output / f'{name}.txt') as part:
-            part.write_text(''.join(f'{number}\n' for number in numbers))
-    with replacing(flags.output / 'spikes.csv') as part, open(part, 'w', newline='') as file:
+    packed = plain.packed
+    write(flags.output, f'{packed.network} on {dataset.title}, {flags.conversion}', predicted == labels, *counts, {
+        'network': packed.network, 'dataset': flags.dataset, 'conversion': flags.conversion, 'steps': steps,
+        'noise_ratio': flags.noise_ratio, 'seed': flags.seed, 'accuracy_without_noise': without, 'seconds': seconds,
+        'record': packed.record})
+
+
+def write(folder, title, right, spikes, operations, rows, record):
+    """The files, into a folder; right: for each image whether its class was predicted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = [int(np.sum(right[start:start + BATCH])) for start in range(0, len(right), BATCH)]
+    for name, lines in (('accuracy', numbers), ('spike_num', spikes), ('sop_num', operations)):
+        with replacing(folder / f'{name}.txt') as part:
+            part.write_text(''.join(f'{number}\n' for number in lines))
+    with replacing(folder / 'spikes.csv') as part, open(part, 'w', newline='') as file:
         writer = csv.DictWriter(file, FIELDS)
         writer.writeheader()
         writer.writerows(rows)
-    name = plain.packed.network
-    write_json(flags.output / 'spikes.json', {
-        'network': name, 'dataset': flags.dataset, 'images': len(images), 'conversion': flags.conversion,
-        'steps': steps, 'noise_ratio': flags.noise_ratio, 'seed': flags.seed, 'accuracy': float(np.mean(
-            predicted == labels)), 'accuracy_without_noise': without, 'seconds': seconds, 'layers': rows,
-        'record': plain.packed.record, **environment()})
-    save_figure(flags.output / 'spikes.png', draw(f'{name} on {dataset.title}, {flags.conversion}', rows))
-    say(f'accuracy.txt, spike_num.txt, sop_num.txt, spikes.csv, spikes.json, spikes.png: {flags.output}')
+    write_json(folder / 'spikes.json', {**record, 'images': len(right), 'accuracy': float(np.mean(right)),
+                                        'layers': rows, **environment()})
+    save_figure(folder / 'spikes.png', draw(title, rows))
+    say(f'accuracy.txt, spike_num.txt, sop_num.txt, spikes.csv, spikes.json, spikes.png: {folder}')
 
 
 def table(rows):
@@ -260,12 +266,12 @@ def start(script, description, datasets, default, argv=None):
     parser = command_line.Parser(prog=script.name, description=description, allow_abbrev=False,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('--network', choices=networks, default=default,
+    add('--network', choices=networks,
         help=f'which trained network, of {", ".join(networks)}; default: {default}')
     add('--conversion', choices=('spatial', 'temporal'), default='spatial',
         help='spatial: a neuron a level, one step; temporal: a step a level, store and release. Default: spatial')
-    add('--noise_ratio', type=command_line.share, metavar='P', default=0.0,
-        help='delete each spike of the encoder with this probability; default: none')
+    add('--noise_ratio', type=probability, metavar='P', default=0.0,
+        help='delete each spike of the encoder with this probability; default: 0')
     add('--seed', type=command_line.natural, default=0, metavar='N', help='of the noise, default: 0')
     add('--images', type=command_line.positive_integer, metavar='N', help='of the test images; default: all')
     add('--dataset', choices=datasets, default=datasets[0], help=f'default: {datasets[0]}')
@@ -274,28 +280,49 @@ def start(script, description, datasets, default, argv=None):
         help="the network's; default: runs/NETWORK-DATASET beside README.md")
     add('--checkpoint', choices=('last', 'best'), help='of the network, default: last')
     add('--file', type=command_line.path, metavar='FILE',
-        help='a packed network, from --mode export, in place of a checkpoint; without TensorFlow, spatial only')
+        help='a packed network, from --mode export, in place of --network; without TensorFlow, spatial only')
     add('--output', type=command_line.path, metavar='DIR', help='default: spikes/ in the run directory')
     add('--debug', action='store_true', help='show the traceback of an error')
     flags = parser.parse_args(argv)
-    root = script.parent.parent
+    for flag in ('network', 'run_dir', 'checkpoint'):
+        if flags.file and getattr(flags, flag) is not None:
+            raise UsageError(f'--{flag} has no meaning with --file, which has its network; leave one out')
+    if flags.file and flags.conversion == 'temporal':
+        raise UsageError('--conversion temporal with --file, whose network has been converted spatially; use --network')
+    packed = packed_file.read(flags.file) if flags.file else None
+    if packed and packed.dataset not in datasets:
+        raise TwtaError(f'{flags.file}: a network for {packed.dataset}, not for {" or ".join(datasets)}; use the '
+                        'Spiking script of its data set')
+    if packed and packed.dataset != flags.dataset:
+        raise TwtaError(f'{flags.file}: a network for {packed.dataset}, not {flags.dataset}; give --dataset '
+                        f'{packed.dataset}')
+    root, name = script.parent.parent, packed.network if packed else flags.network or default
     flags.data_dir = (flags.data_dir or root / 'data').resolve()
-    flags.run_dir = (flags.run_dir or root / 'runs' / f'{flags.network}-{flags.dataset}').resolve()
+    flags.run_dir = (flags.run_dir or root / 'runs' / f'{name}-{flags.dataset}').resolve()
     flags.output = (flags.output or flags.run_dir / 'spikes').resolve()
     if flags.output.exists() and not flags.output.is_dir():
         raise UsageError(f'--output {flags.output}: not a directory')
-    if flags.file:
-        if flags.conversion == 'temporal' or flags.checkpoint:
-            raise UsageError('--file is for --conversion spatial, without --checkpoint; leave one out')
-        convert_file(flags)
+    if packed:
+        convert_file(flags, packed)
         return
-    network = script.parent / f'{flags.network}.py'
+    network = script.parent / f'{name}.py'
     module = SimpleNamespace(**runpy.run_path(str(network)))
+    if not hasattr(module, 'model'):
+        raise UsageError(f'--network {name}: {network} has no model(x, is_train); choose another')
     defaults = command_line.protocol(module.LEARNING_RATE, module.EPOCHS, module.BATCH_SIZE)
-    args = command_line.parse(network, '', module.DATASETS, defaults, module.CHOICES, [
+    args = command_line.parse(network, '', module.DATASETS, defaults, getattr(module, 'CHOICES', ()), [
         '--mode', 'inference', '--dataset', flags.dataset, '--data_dir', str(flags.data_dir), '--run_dir',
         str(flags.run_dir), '--checkpoint', flags.checkpoint or 'last'])
     from twta import experiment  # imports TensorFlow
 
-    experiment.run(flags.network, module.model, args, defaults,
-                   lambda *arguments: convert(flags, *arguments))
+    experiment.run(name, module.model, args, defaults, lambda *arguments: convert(flags, *arguments))
+
+
+def probability(text):
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number from 0 to below 1')
+    return value

@@ -161,17 +161,19 @@ class ActivationLayer(tl.layers.Layer):
         self.prev_layer, self.activation = prev_layer, activation
         x = self.inputs = prev_layer.outputs
         with tf.variable_scope(name):
-            if threshold in (None, 'fixed'):
-                self.outputs = activation(x, value) if threshold else activation(x)
-            else:
-                d = get_variable('d', [], tf.constant_initializer, threshold == 'trainable',
-                                 lambda d: tf.clip_by_value(d, 0.01, 0.99), value=value)
-                self.all_params.append(d)
-                if threshold == 'runtime' and is_train:
-                    batch = tf.stop_gradient(value * tf.reduce_mean(tf.abs(tf.cast(x, tf.float32))))
-                    tf.add_to_collection(tf.GraphKeys.UPDATE_OPS, d.assign(DECAY * d + (1 - DECAY) * batch))
-                    d = batch
-                self.outputs = activation(x, d)
+            arguments = () if threshold is None else (value,)
+            if threshold == 'trainable':
+                arguments = get_variable('d', [], tf.constant_initializer, value=value,
+                                         constraint=lambda d: tf.clip_by_value(d, 0.01, 0.99)),
+            elif threshold == 'runtime':
+                arguments = get_variable('d', [], tf.constant_initializer, trainable=False, value=value),
+            if threshold in ('trainable', 'runtime'):
+                self.all_params.extend(arguments)
+            if threshold == 'runtime' and is_train:
+                moving, batch = *arguments, tf.stop_gradient(value * tf.reduce_mean(tf.abs(tf.cast(x, tf.float32))))
+                tf.add_to_collection(tf.GraphKeys.UPDATE_OPS, moving.assign(DECAY * moving + (1 - DECAY) * batch))
+                arguments = batch,
+            self.outputs = activation(x, *arguments)
         self.all_layers.append(self.outputs)
 
 
