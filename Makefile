@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(VENV)/python MNIST/TWTA_4_4_MNIST.py --dataset digits --resume True --mode inference
 
 test: .venv/installed
-	$(VENV)/python -m pytest
+	$(VENV)/python -m pytest -n 2
 
 lint: .venv/installed
 	$(VENV)/ruff check .
