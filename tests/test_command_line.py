@@ -48,7 +48,7 @@ BAD_VALUES = {
     '--threshold_value': ['0', '1', '-0.5', '1.5', 'nan', 'half', '', '0,5', 'inf'],
     '--pooling': ['avg', 'MAX', '2', '', 'none'],
     '--levels': ['1', '4', '2.0', 'two', ''],
-    '--k': ['-1', '5', '1.5', 'x', ''],
+    '--k': ['-1', '4', '1.5', 'x', ''],
     '--B': ['0', '9', '1.0', '-1', ''],
     '--run_dir': ['', ' ', LONG, __file__],
     '--data_dir': ['', ' ', LONG, __file__],
@@ -58,8 +58,8 @@ VALID = {
     '--mode': 'training', '--resume': 'True', '--learning_rate': 'a number above 0', '--epochs': 'from 1 to 2147483647',
     '--batch_size': 'from 1 to 2147483647', '--schedule': 'cosine', '--seed': 'from 0 to 2147483647',
     '--gpu': 'from 0 to 2147483647', '--dataset': 'digits', '--validation': 'from 0 to 2147483647',
-    '--threshold': 'trainable', '--threshold_value': 'above 0|between 0.01 and 0.99', '--pooling': 'average',
-    '--levels': 'from 2 to 3', '--k': 'from 0 to 4', '--B': 'from 1 to 8',
+    '--threshold': 'trainable', '--threshold_value': 'from 0.01 to 0.99', '--pooling': 'average',
+    '--levels': 'from 2 to 3', '--k': 'from 0 to 3', '--B': 'from 1 to 8',
     '--precision': 'bfloat16', '--checkpoint': 'best', '--run_dir': '', '--data_dir': '', '--weights': '',
 }
 

@@ -1,6 +1,7 @@
 """The conversion to spikes: neurons against the network, counts against a slow loop, the command and its files."""
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -232,11 +233,11 @@ def test_other_predictions_are_an_error_and_write_nothing(finished_run, tmp_path
 @pytest.mark.parametrize('flags, words', [
     (['--network', 'FP_5_5_MNIST'], ['--network', 'FP_5_5_MNIST', 'TWTA_4_4_MNIST']),
     (['--conversion', 'both'], ['--conversion', 'both', 'temporal']),
-    (['--noise_ratio', '1'], ['--noise_ratio', "'1'", 'from 0 to below 1']),
+    (['--noise_ratio', '1'], ['--noise_ratio', "'1'", 'from 0 to 0.99']),
     (['--noise_ratio', '-0.1'], ['--noise_ratio', "'-0.1'"]),
     (['--noise_ratio', 'nan'], ['--noise_ratio', "'nan'"]),
     (['--images', '0'], ['--images', "'0'"]),
-    (['--output', __file__], ['--output', __file__, 'not a directory']),
+    (['--output', __file__], ['--output', __file__, 'not a directory', 'choose another']),
     (['--file', '/absent.twta', '--conversion', 'temporal'], ['--file', '--conversion']),
     (['--file', '/absent.twta', '--network', 'Quant_MNIST'], ['--network', '--file']),
     (['--file', '/absent.twta', '--checkpoint', 'best'], ['--checkpoint', '--file']),
@@ -253,3 +254,16 @@ def test_mistakes(flags, words):
     assert '\n' not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+def test_outputs_do_not_overwrite_each_other(finished_run, tmp_path, monkeypatch):
+    run_dir = tmp_path / 'run'
+    shutil.copytree(finished_run, run_dir)
+    common = ['--dataset', 'digits', '--run_dir', str(run_dir), '--images', '20']
+    for flags in ([], ['--conversion', 'temporal'], ['--noise_ratio', '0.25']):
+        spikes.start(SCRIPT, '', ('mnist', 'digits'), 'TWTA_5_5_MNIST', common + flags)
+    folders = ['spikes-spatial', 'spikes-spatial-noise-0.25', 'spikes-temporal']
+    assert sorted(path.name for path in run_dir.glob('spikes*')) == folders
+    start(run_dir, *QUICK[2:], '--resume', 'False', '--epochs', 1)  # another network: they go with the old one
+    assert sorted(path.name for path in run_dir.glob('earlier-1/spikes*')) == folders
+    assert not list(run_dir.glob('spikes*'))

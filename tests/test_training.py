@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import MNIST_SCRIPTS, QUICK, ROOT, load_script, log, loss_and_gradients, run_script, start, variables
 
-from twta import checkpoints, command_line, datasets, experiment
+from twta import UsageError, checkpoints, command_line, datasets, experiment
 from twta.ternary_layers import Conv2dLayer
 from twta.tf1 import tf, tl
 
@@ -113,6 +113,12 @@ def test_weights_hand_a_network_on(finished_run, tmp_path, capsys):
         np.testing.assert_array_equal(session.run(net.all_params[0]), weights['conv1/W:0'])
     start(tmp_path / 'tuned', *QUICK[2:], '--epochs', 1, '--weights', finished_run / 'model.npz')
     assert float(log(tmp_path / 'tuned')[0]['training_accuracy']) > 0.9
+
+
+def test_weights_with_other_choices_than_they_were_trained_with(finished_run, tmp_path):
+    with pytest.raises(UsageError, match=r'--pooling max: .* were trained with --pooling conv'):
+        start(tmp_path, '--mode', 'inference', '--weights', finished_run / 'model.npz', '--pooling', 'max')
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_of_the_run_that_is_moved_aside(tmp_path):

@@ -104,8 +104,8 @@ def parse(script, description, datasets, defaults, choices=(), argv=None):
         help='which one inference or export reads: after the last epoch (default), or the best on validation; without '
              'validation images that is the last')
     add('--weights', type=path, metavar='NPZ',
-        help='a model.npz to start from, to evaluate or to export, instead of a checkpoint; it does not tell what '
-             '--threshold, --pooling, ... it was trained with: give them again')
+        help='a model.npz to start from, to evaluate or to export, instead of a checkpoint; with the same '
+             'flags of the network as it was trained with')
     add('--engine', choices=('tensorflow', 'packed'), default='tensorflow',
         help='of inference; packed: reads --file and needs no TensorFlow. Default: tensorflow')
     add('--file', type=path, metavar='FILE',
@@ -237,9 +237,16 @@ def positive_number(text):
 
 
 def threshold(text):
-    value = positive_number(text)
-    if not 0.01 <= value <= 0.99:
-        raise argparse.ArgumentTypeError(f'{text!r} is not between 0.01 and 0.99')
+    return number(text, 0.01, 0.99)
+
+
+def number(text, least, most):
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number from {least} to {most}')
     return value
 
 
@@ -266,7 +273,7 @@ CHOICES = {  # flags that choose between networks of one architecture; a script 
                 'channels stays. Batch normalisation and activation follow. Default: conv'}),
     'levels': (2, {'type': partial(natural, least=2, most=3), 'metavar': '{2,3}', 'help':
                'of the activations: 2, {0, 1}, binary; 3, {0, 0.5, 1}, as the published code has it. Default: 2'}),
-    'k': (1, {'type': partial(natural, most=4), 'metavar': 'K', 'help':
+    'k': (1, {'type': partial(natural, most=3), 'metavar': 'K', 'help':
           'activations go in steps of 1 / 2 ** K, default: 1. No more than 8 steps up to B: on export each is a '
           'neuron of its own, with the weights of its own and in the next layer'}),
     'B': (2, {'type': partial(natural, least=1, most=8), 'metavar': 'B', 'help': 'up to B, default: 2'}),

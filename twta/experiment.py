@@ -6,6 +6,7 @@ One graph holds the network twice over the same variables: as it trains (augment
 import contextlib
 import functools
 import itertools
+import json
 import math
 import sys
 import time
@@ -31,6 +32,8 @@ def run(script, model, args, defaults, evaluate=None):
         source, state = open_run(script, args) if args.resume else (None, None)
         args.choices = state['choices'] if state else complete(args.choices)
         model = functools.partial(model, **args.choices)
+        if args.weights:
+            check_choices(args)
         dataset = datasets.load(args.dataset, args.data_dir, state['validation'] if state else args.validation)
         say(f'data: {dataset}')
         say(f'device: {describe(gpu)}')
@@ -277,6 +280,18 @@ def open_run(script, args):
             raise UsageError(f'--{flag} {value}: the network in {args.run_dir} has --{flag} {state["choices"][flag]}; '
                              f'leave --{flag} out, or train another with --resume False and its own --run_dir')
     return source, state
+
+
+def check_choices(args):
+    """UsageError where the config.json beside --weights tells of other choices than the flags."""
+    try:
+        trained_with = json.loads((args.weights.parent / 'config.json').read_text())['flags']['choices']
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # weights may lie anywhere
+    for flag, value in args.choices.items():
+        if trained_with.get(flag, value) != value:
+            raise UsageError(f'--{flag} {value}: the weights in {args.weights} were trained with --{flag} '
+                             f'{trained_with[flag]}; give that')
 
 
 def next_stage(state, args, defaults):

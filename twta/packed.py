@@ -153,6 +153,13 @@ def infer(script, args):
         packed_report.report(engine, images, args.run_dir)
 
 
+def is_expanded(packed):
+    """Whether its layers are not those that were trained: one neuron a level, pooling as neurons (twta.packing)."""
+    choices = packed.record.get('choices') or {}
+    steps = choices['B'] * 2 ** choices['k'] if 'k' in choices else choices.get('levels', 2) - 1
+    return steps > 1 or choices.get('pooling', 'conv') != 'conv'
+
+
 def check_images(packed, dataset, args):
     """Raises TwtaError where a network of --file is for other images than those of --dataset."""
     shape = dataset.test.images.shape[1:]

@@ -10,10 +10,10 @@
     last 32    SHA-256 of everything before
 
 Numbers are little-endian. A header of version 2 has an entry `stem`. The first layer, the encoder, has float32 weights
-and thresholds, the stem float32 weights, float64 scale and shift. The others have ternary weights, five to a byte:
-t0 + 3 t1 + 9 t2 + 27 t3 + 81 t4 with t = w + 1, filter by filter, in a filter row by row, from left to right, channel by
-channel, the last byte filled up with 0; and int16 thresholds (int32 where a sum may pass 32,766). docs/deployment.md has
-it field by field.
+and thresholds; the stem float32 weights, float64 scale and shift. The others have ternary weights, five to a byte: t0 +
+3 t1 + 9 t2 + 27 t3 + 81 t4 with t = w + 1, filter by filter, in a filter row by row, from left to right, channel by
+channel, the last byte filled up with 0; and int16 thresholds (int32 where a sum may pass 32,766). docs/deployment.md
+has it field by field.
 """
 import hashlib
 import json

@@ -13,7 +13,7 @@ import math
 import numpy as np
 
 from twta import packed_file, records, replacing
-from twta.packed import convolve
+from twta.packed import convolve, is_expanded
 
 PICOJOULES_MULTIPLY_ADD = 3.7 + 0.9  # float32
 PICOJOULES_ADD = 0.1  # int32
@@ -27,6 +27,9 @@ def report(engine, images, run_dir):
     rows = measure(engine, images[:IMAGES])
     for line in table(rows):
         records.say(line)
+    if is_expanded(engine.packed):
+        records.say('levels and pooling have become neurons: the float32 network here has as many, which is '
+                    'more than the one that was trained')
     records.say('zero x: of the inputs; nJ: an estimate of the arithmetic alone, 45 nm (Horowitz, ISSCC 2014)')
     with replacing(run_dir / 'cost.csv') as part, open(part, 'w', newline='') as file:
         writer = csv.DictWriter(file, FIELDS)
@@ -113,7 +116,8 @@ def draw(packed, rows):
     left.set(xlabel='operations an image (millions)')
     right.set(xlabel='energy an image (µJ): arithmetic only, 45 nm, Horowitz 2014', xscale='log')
     less = total['float_nJ'] / total['packed_nJ']
-    figure.suptitle(f'{packed.network} on {packed.dataset}: {total["bits"] / 8000:,.0f} KB, '
+    neurons = ', levels and pooling as neurons' if is_expanded(packed) else ''
+    figure.suptitle(f'{packed.network} on {packed.dataset}{neurons}: {total["bits"] / 8000:,.0f} KB, '
                     f'{total["additions"] / 1e6:,.1f} M additions for {total["multiply_adds"] / 1e6:,.1f} M '
                     f'multiply-adds,\n{less:.0f} times less energy for the arithmetic (estimate)')
     return figure

@@ -353,10 +353,8 @@ def write(packed, dataset, args):
         ternary = packed.layers[1:]
         parameters = sum(layer.weights.size for layer in ternary)
         integers = sum(map(packed_file.layer_bytes, ternary))
-        is_converted = not args.choices.keys().isdisjoint(('k', 'B')) or args.choices.get('levels') == 3 \
-            or args.choices.get('pooling', 'conv') != 'conv'
         say(f'quantised layers: {parameters:,} weights and their thresholds in {integers:,} bytes, '
-            + ('of the neurons, one or two thresholds each, that the network became' if is_converted else
+            + ('as neurons of one or two thresholds each' if engines.is_expanded(packed) else
                f'{4 * parameters / integers:.1f} times less than float32 weights'))
     else:
         size = interchange.WRITERS[args.format](args.file, packed, dataset.test.images[:interchange.VECTORS])

@@ -29,7 +29,7 @@ except ImportError:  # Windows: without the lock
 FIELDS = ('epoch', 'learning_rate', 'loss', 'training_accuracy', 'validation_accuracy', 'images_per_second', 'seconds')
 PACKAGES = 'tensorflow', 'tensorflow-cpu', 'tensorlayer', 'numpy', 'numba'
 OURS = ('checkpoint*', 'last-*', 'best-*', '*_temp', 'events.out.tfevents*', 'config.json', 'log.csv', 'curve.png',
-        'result*.json', 'confusion*.png', 'cost.csv', 'cost.png', 'model.npz')
+        'result*.json', 'confusion*.png', 'cost.csv', 'cost.png', 'model.npz', 'spikes-*')
 
 
 @contextlib.contextmanager

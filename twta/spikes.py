@@ -24,8 +24,10 @@ sop_num.txt      synaptic operations: for each spike the neurons that it reaches
 """
 import argparse
 import csv
+import os
 import runpy
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -186,7 +188,11 @@ def report(flags, plain, steps, expected, whose, dataset, images):
     for line in table(counts[2]):
         say(line)
     packed = plain.packed
-    write(flags.output, f'{packed.network} on {dataset.title}, {flags.conversion}', predicted == labels, *counts, {
+    choices = ''.join(f', {name} {value}' for name, value in (packed.record.get('choices') or {}).items())
+    title = (f'{packed.network}{choices}, on {dataset.title}\n'
+             f'{flags.conversion} conversion, {steps} step{"s" * (steps > 1)}'
+             + (f', {flags.noise_ratio:.0%} of the encoder\'s spikes deleted' if flags.noise_ratio else ''))
+    write(flags.output, title, predicted == labels, *counts, {
         'network': packed.network, 'dataset': flags.dataset, 'conversion': flags.conversion, 'steps': steps,
         'noise_ratio': flags.noise_ratio, 'seed': flags.seed, 'accuracy_without_noise': without, 'seconds': seconds,
         'record': packed.record})
@@ -223,7 +229,7 @@ def draw(title, rows):
     from matplotlib.figure import Figure  # here: only some commands draw
 
     *rows, total = rows
-    figure = Figure(figsize=(10, 2 + 0.32 * len(rows)), layout='constrained')
+    figure = Figure(figsize=(10, 2.2 + 0.32 * len(rows)), layout='constrained')
     left, right = figure.subplots(1, 2, sharey=True)
     places = np.arange(len(rows))
     positive = np.array([row['spikes'] - row['negative'] for row in rows])
@@ -236,7 +242,7 @@ def draw(title, rows):
     left.margins(x=0.12)
     left.set_yticks(places, [row['layer'] for row in rows])
     left.invert_yaxis()
-    left.set(xlabel='spikes an image, and the share of neurons that fire')
+    left.set(xlabel='spikes an image, and their rate (a neuron and step)')
     for shift, field, label, colour in ((-0.2, 'operations', 'all connections', 'tab:grey'),
                                         (0.2, 'nonzero_operations', 'weights that are not 0', 'tab:blue')):
         right.barh(places + shift, [row[field] / 1e6 for row in rows], 0.4, color=colour, label=label)
@@ -270,7 +276,7 @@ def start(script, description, datasets, default, argv=None):
         help=f'which trained network, of {", ".join(networks)}; default: {default}')
     add('--conversion', choices=('spatial', 'temporal'), default='spatial',
         help='spatial: a neuron a level, one step; temporal: a step a level, store and release. Default: spatial')
-    add('--noise_ratio', type=probability, metavar='P', default=0.0,
+    add('--noise_ratio', type=partial(command_line.number, least=0, most=0.99), metavar='P', default=0.0,
         help='delete each spike of the encoder with this probability; default: 0')
     add('--seed', type=command_line.natural, default=0, metavar='N', help='of the noise, default: 0')
     add('--images', type=command_line.positive_integer, metavar='N', help='of the test images; default: all')
@@ -281,7 +287,9 @@ def start(script, description, datasets, default, argv=None):
     add('--checkpoint', choices=('last', 'best'), help='of the network, default: last')
     add('--file', type=command_line.path, metavar='FILE',
         help='a packed network, from --mode export, in place of --network; without TensorFlow, spatial only')
-    add('--output', type=command_line.path, metavar='DIR', help='default: spikes/ in the run directory')
+    add('--output', type=command_line.path, metavar='DIR',
+        help='default: spikes-CONVERSION (with noise, spikes-CONVERSION-noise-P) in the run directory; of a --file, '
+             'FILE-spikes-... in the current folder')
     add('--debug', action='store_true', help='show the traceback of an error')
     flags = parser.parse_args(argv)
     for flag in ('network', 'run_dir', 'checkpoint'):
@@ -299,9 +307,12 @@ def start(script, description, datasets, default, argv=None):
     root, name = script.parent.parent, packed.network if packed else flags.network or default
     flags.data_dir = (flags.data_dir or root / 'data').resolve()
     flags.run_dir = (flags.run_dir or root / 'runs' / f'{name}-{flags.dataset}').resolve()
-    flags.output = (flags.output or flags.run_dir / 'spikes').resolve()
-    if flags.output.exists() and not flags.output.is_dir():
-        raise UsageError(f'--output {flags.output}: not a directory')
+    folder = f'spikes-{flags.conversion}' + (f'-noise-{flags.noise_ratio:g}' if flags.noise_ratio else '')
+    usual = Path(f'{flags.file.stem}-{folder}') if packed else flags.run_dir / folder
+    flags.output = (flags.output or usual).resolve()
+    there = next(path for path in (flags.output, *flags.output.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UsageError(f'--output {flags.output}: {there} is not a directory that can be written to; choose another')
     if packed:
         convert_file(flags, packed)
         return
@@ -318,11 +329,3 @@ def start(script, description, datasets, default, argv=None):
     experiment.run(name, module.model, args, defaults, lambda *arguments: convert(flags, *arguments))
 
 
-def probability(text):
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number from 0 to below 1')
-    return value
