@@ -236,6 +236,8 @@ def test_a_newer_version_is_refused_as_such(file):
     (lambda header: header.update(network='two\nlines'), 'network'),
     (lambda header: header.update(classes=['\ud800', 'b', 'c']), 'classes'),
     (lambda header: header['layers'][1].update(name='\x1b[31m'), 'name'),
+    (lambda header: header['record'].update(choices=[1]), 'choices'),
+    (lambda header: header['record'].update(choices={'k': '\x1b[31m'}), 'choices'),
 ])
 def test_a_header_that_contradicts_itself(file, change, word):
     assert re.search(word, broken(with_header(file.read_bytes(), change)))

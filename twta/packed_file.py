@@ -205,6 +205,9 @@ def parse(data):
     except (ValueError, RecursionError):
         raise Bad('its header is not JSON') from None
     check_keys('header', header, KEYS)
+    choices = header['record'].get('choices') or {}  # older files have none
+    if not isinstance(choices, dict) or not all(is_name(str(value)) for item in choices.items() for value in item):
+        raise Bad('choices of its record are no JSON object of names')
     take = Taker(body[length:])
     *image, channels = sizes('image', header['image'], 3)
     crop, classes = size('crop', header['crop'], least=0), header['classes']
