@@ -226,25 +226,22 @@ def path(text):
     return Path(text)
 
 
-def positive_number(text):
+def real(text):
     try:
-        value = float(text)
+        return float(text)
     except ValueError:
-        value = math.nan
+        return math.nan
+
+
+def positive_number(text):
+    value = real(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0')
     return value
 
 
-def threshold(text):
-    return number(text, 0.01, 0.99)
-
-
 def number(text, least, most):
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    value = real(text)
     if not least <= value <= most:
         raise argparse.ArgumentTypeError(f'{text!r} is not a number from {least} to {most}')
     return value
@@ -265,7 +262,7 @@ CHOICES = {  # flags that choose between networks of one architecture; a script 
                   'd of the activations, +1 where x >= d, -1 where x <= -d: fixed, the published 0.5; trainable, one a '
                   'layer, trained with the weights; runtime, from the mean of |x|, of the batch in training, of a '
                   'moving average in evaluation. Default: fixed'}),
-    'threshold_value': (None, {'type': threshold, 'metavar': 'D', 'help':
+    'threshold_value': (None, {'type': partial(number, least=0.01, most=0.99), 'metavar': 'D', 'help':
                         'fixed: d itself, default 0.5; trainable: where d begins, default 0.5; runtime: d / mean|x|, '
                         'default 0.7. Between 0.01 and 0.99'}),
     'pooling': ('conv', {'choices': ('conv', 'max', 'average'), 'help':

@@ -118,7 +118,7 @@ def train(script, model, args, defaults, dataset, precision, source, state):
         else:
             session.run(tf.global_variables_initializer())
         set_weights(network.net, weights, session)
-        describe_network(script, network.net, model.keywords, args.weights or args.run_dir, args.verbose)
+        describe_network(script, network.net, args.choices, args.weights or args.run_dir, args.verbose)
         say(f'training: epochs {first} to {last}, learning rate {stage["learning_rate"]:g}'
             f'{" (cosine)" if stage["schedule"] == "cosine" else ""}, batches of {stage["batch_size"]}, '
             f'seed {state["seed"]}, {precision.name}')
@@ -340,7 +340,7 @@ def trained(script, model, args, dataset, source):
             set_weights(network.net, records.read_weights(args.weights, network.net), session)
         else:
             checkpoints.restore(session, source, network.net, network.net.all_params)
-        describe_network(script, network.net, model.keywords, source or args.weights, args.verbose)
+        describe_network(script, network.net, args.choices, source or args.weights, args.verbose)
         yield network, session
 
 

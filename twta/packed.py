@@ -83,14 +83,18 @@ class NumpyEngine:
             maps[0] = self.between(maps[0])
         for layer in layers:
             maps.append(self.neuron(convolve(maps[-1].astype(np.float32), layer), layer))
-        features = maps[-1].reshape(len(images), -1).astype(np.float64)
-        return finish(features @ self.packed.weights, self.packed), maps
+        return classify(maps[-1], self.packed), maps
 
     def logits(self, images):
         return self.run(images)[0]
 
     def activations(self, images):
         return self.run(images)[1]
+
+
+def classify(activations, packed):
+    """Logits from the last layer's activations [n, height, width, channels]."""
+    return finish(activations.reshape(len(activations), -1).astype(np.float64) @ packed.weights, packed)
 
 
 def finish(sums, packed):
@@ -156,8 +160,8 @@ def infer(script, args):
 def is_expanded(packed):
     """Whether its layers are not those that were trained: one neuron a level, pooling as neurons (twta.packing)."""
     choices = packed.record.get('choices') or {}
-    steps = choices['B'] * 2 ** choices['k'] if 'k' in choices else choices.get('levels', 2) - 1
-    return steps > 1 or choices.get('pooling', 'conv') != 'conv'
+    return (choices.get('k', 0), choices.get('B', 1), choices.get('levels', 2), choices.get('pooling', 'conv')) != (
+        0, 1, 2, 'conv')
 
 
 def check_images(packed, dataset, args):

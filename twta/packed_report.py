@@ -7,12 +7,11 @@ the packed one adds where weight and activation are both non-zero, as hardware d
 here do not). Encoder and classifier stay real-valued and are charged as float32, though the engine here sums them in
 float64. Comparisons with thresholds are not counted.
 """
-import csv
 import math
 
 import numpy as np
 
-from twta import packed_file, records, replacing
+from twta import packed_file, records
 from twta.packed import convolve, is_expanded
 
 PICOJOULES_MULTIPLY_ADD = 3.7 + 0.9  # float32
@@ -31,10 +30,7 @@ def report(engine, images, run_dir):
         records.say('levels and pooling have become neurons: the float32 network here has as many, which is '
                     'more than the one that was trained')
     records.say('zero x: of the inputs; nJ: an estimate of the arithmetic alone, 45 nm (Horowitz, ISSCC 2014)')
-    with replacing(run_dir / 'cost.csv') as part, open(part, 'w', newline='') as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+    records.write_csv(run_dir / 'cost.csv', FIELDS, rows)
     records.save_figure(run_dir / 'cost.png', draw(engine.packed, rows))
     records.say(f'the table and its picture: {run_dir / "cost.csv"}, {run_dir / "cost.png"}')
 

@@ -32,13 +32,15 @@ class Maximum(NamedTuple):
     response: np.ndarray  # int8 [3, channels]: the activation where the maximum is -1, 0, +1
 
 
-def pack(network, session, script, name, dataset, record):
+def pack(network, session, script, name, dataset, record, temporal=False):
     """The network in the session, trained on the data set of that name, as Packed.
 
-    TwtaError where its activations are not quantised or a parameter is no number.
+    temporal: layers of several levels stay as `fold` gives them, for twta.spikes. TwtaError where its activations are
+    not quantised or a parameter is no number.
     """
     stem, layers, weights, scale, shift = fold(network.net, session, script)
-    layers, weights = spatial(layers, weights)
+    if not temporal or max(len(layer.upper) for layer in layers if isinstance(layer, Layer)) == 1:
+        layers, weights = spatial(layers, weights)
     return Packed(script, name, dataset.test.images.shape[1:], dataset.crop, tuple(dataset.classes), tuple(layers),
                   weights, scale, shift, record, stem)
 
@@ -217,12 +219,12 @@ def spatial(layers, weights):
     """
     physical, groups, worth = [], 1, np.ones(1, np.int8)  # of the map before: groups of its writer, its lanes
     for index, layer in enumerate(layers):
-        if isinstance(layer, Maximum):
-            continue  # built with the layer before it
+        if isinstance(layer, Maximum):  # built with the layer before it
+            if isinstance(layers[index - 1], Maximum):
+                raise TwtaError(f'{layer.name}: a maximum of maxima is not exported')
+            continue
         layer = layer._replace(weights=gather(layer.weights, layer.groups, groups, worth) if index else layer.weights)
         groups, maximum = layer.groups, layers[index + 1] if index + 1 < len(layers) else None
-        if any(isinstance(later, Maximum) for later in layers[index + 2:index + 3]) and isinstance(maximum, Maximum):
-            raise TwtaError(f'{layers[index + 2].name}: a maximum of maxima is not exported')
         if not isinstance(maximum, Maximum):
             worth = np.ones(len(layer.upper), np.int8)
             physical.append(split(layer, layer.upper) if len(worth) > 1 else layer._replace(upper=layer.upper[0]))
@@ -326,24 +328,26 @@ def compare(packed, network, session, dataset):
     """Runs both networks on test images; TwtaError where a prediction or, on some of them, an activation differs."""
     engine = engines.open_engine(packed)
     images = dataset.test.images[:COMPARED]
-    for layer, lanes, of_engine in zip(packed.layers, read_out(network.net), engine.activations(images), strict=True):
-        if lanes is None:
-            continue
-        outputs, groups, worth = lanes
-        of_graph = session.run(outputs, {network.images: images})
+    found = zip(packed.layers, engine.activations(images), read_out(network.net), strict=True)
+    found = [(layer, of_engine, *lanes) for layer, of_engine, lanes in found if lanes]
+    expected = session.run([outputs for _, _, outputs, _, _ in found], {network.images: images})
+    for (layer, of_engine, _, groups, worth), of_graph in zip(found, expected, strict=True):
         if not np.array_equal(add_lanes(of_engine, groups, worth).reshape(of_graph.shape), of_graph):
             raise TwtaError(f'{layer.name}: the packed network computes other activations than the graph; nothing was '
                             'written. This is a fault of the scripts')
-    differ = 0
-    for start in range(0, len(dataset.test.images), COMPARED):
-        batch = dataset.test.images[start:start + COMPARED]
-        predicted = session.run(network.evaluation.predicted, {network.images: batch})
-        differ += np.sum(engines.logits(engine, batch).argmax(1) != predicted)
+    predicted = predict(network, session, dataset.test.images)
+    differ = np.sum(engines.logits(engine, dataset.test.images).argmax(1) != predicted)
     if differ:
         raise TwtaError(f'the packed network predicts {differ} test images otherwise than the graph; nothing was '
                         'written. This is a fault of the scripts')
     say(f'checked: the same predictions as the graph on all {len(dataset.test.images):,} test images, the same '
         f'activations on {len(images)} ({engine.name} engine)')
+
+
+def predict(network, session, images):
+    """The classes that the graph gives to any number of images."""
+    return np.concatenate([session.run(network.evaluation.predicted, {network.images: images[start:start + COMPARED]})
+                           for start in range(0, len(images), COMPARED)])
 
 
 def write(packed, dataset, args):

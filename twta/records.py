@@ -150,10 +150,14 @@ def processor():
 
 def write_log(path, history):
     """log.csv, a row an epoch, from the state's history: rewritten whole, no epoch is missing or there twice."""
+    write_csv(path, FIELDS, history)
+
+
+def write_csv(path, fields, rows):
     with replacing(path) as part, open(part, 'w', newline='') as file:
-        writer = csv.DictWriter(file, FIELDS)
+        writer = csv.DictWriter(file, fields)
         writer.writeheader()
-        writer.writerows(history)
+        writer.writerows(rows)
 
 
 def draw_curve(title, history):

@@ -23,7 +23,6 @@ sop_num.txt      synaptic operations: for each spike the neurons that it reaches
                  2 for an addition.
 """
 import argparse
-import csv
 import os
 import runpy
 import time
@@ -35,7 +34,7 @@ import numpy as np
 
 from twta import TwtaError, UsageError, command_line, packed_file, replacing
 from twta import packed as engines
-from twta.records import environment, save_figure, say, write_json
+from twta.records import environment, save_figure, say, write_csv, write_json
 
 BATCH = 200  # images to a line of the .txt files
 FIELDS = ('layer', 'neurons', 'spikes', 'negative', 'rate', 'operations', 'nonzero_operations')
@@ -126,8 +125,7 @@ class Engine:
 
     def run(self, images):
         maps = self.engine.activations(images)
-        features = maps[-1].reshape(len(images), -1).astype(np.float64)
-        return engines.finish(features @ self.packed.weights, self.packed), maps
+        return engines.classify(maps[-1], self.packed), maps
 
 
 def convert(flags, script, model, args, dataset, source, state):
@@ -136,17 +134,13 @@ def convert(flags, script, model, args, dataset, source, state):
 
     images = dataset.test.images[:flags.images]
     with experiment.trained(script, model, args, dataset, source) as (network, session):
-        stem, layers, weights, scale, shift = packing.fold(network.net, session, script)
-        record = packing.describe_run(args, state)
-        predicted = np.concatenate([session.run(network.evaluation.predicted, {
-            network.images: images[start:start + BATCH]}) for start in range(0, len(images), BATCH)])
-    steps = max(len(layer.upper) if hasattr(layer, 'upper') else 1 for layer in layers)
+        packed = packing.pack(network, session, script, args.dataset, dataset, packing.describe_run(args, state),
+                              flags.conversion == 'temporal')
+        predicted = packing.predict(network, session, images)
+    thresholds = packed.layers[0].upper
+    steps = len(thresholds) if thresholds.ndim == 2 else 1
     if flags.conversion == 'temporal' and steps == 1:
         say('temporal: one level is one step, the same as spatial')
-    if flags.conversion == 'spatial' or steps == 1:
-        steps, (layers, weights) = 1, packing.spatial(layers, weights)
-    packed = packed_file.Packed(script, args.dataset, dataset.test.images.shape[1:], dataset.crop,
-                                tuple(dataset.classes), tuple(layers), weights, scale, shift, record, stem)
     plain = Engine(packed) if steps == 1 else engines.NumpyEngine(packed, store_and_release)
     report(flags, plain, steps, predicted, 'the graph', dataset, images)
 
@@ -205,10 +199,7 @@ def write(folder, title, right, spikes, operations, rows, record):
     for name, lines in (('accuracy', numbers), ('spike_num', spikes), ('sop_num', operations)):
         with replacing(folder / f'{name}.txt') as part:
             part.write_text(''.join(f'{number}\n' for number in lines))
-    with replacing(folder / 'spikes.csv') as part, open(part, 'w', newline='') as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(folder / 'spikes.csv', FIELDS, rows)
     write_json(folder / 'spikes.json', {**record, 'images': len(right), 'accuracy': float(np.mean(right)),
                                         'layers': rows, **environment()})
     save_figure(folder / 'spikes.png', draw(title, rows))

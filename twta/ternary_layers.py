@@ -26,6 +26,10 @@ def get_variable(name, shape, initializer, trainable=True, constraint=None, **ar
                            constraint=constraint)
 
 
+def update_moving(moving, batch):
+    tf.add_to_collection(tf.GraphKeys.UPDATE_OPS, moving.assign(DECAY * moving + (1 - DECAY) * batch))
+
+
 class Conv2dLayer(tl.layers.Layer):
     """Convolution without a bias; its weights W go through the quantiser.
 
@@ -139,8 +143,8 @@ class BatchNormLayer(tl.layers.Layer):
             is_training=is_train)
         if is_train:
             n = tf.cast(tf.size(image) // channels, tf.float32)  # the fused variance is over n - 1, ours over n
-            for moving, batch in ((mean, batch_mean), (variance, batch_variance * ((n - 1) / n))):
-                tf.add_to_collection(tf.GraphKeys.UPDATE_OPS, moving.assign(DECAY * moving + (1 - DECAY) * batch))
+            update_moving(mean, batch_mean)
+            update_moving(variance, batch_variance * ((n - 1) / n))
         return y if x.shape.rank == 4 else tf.reshape(y, [-1, channels])
 
 
@@ -161,19 +165,15 @@ class ActivationLayer(tl.layers.Layer):
         self.prev_layer, self.activation = prev_layer, activation
         x = self.inputs = prev_layer.outputs
         with tf.variable_scope(name):
-            arguments = () if threshold is None else (value,)
-            if threshold == 'trainable':
-                arguments = get_variable('d', [], tf.constant_initializer, value=value,
-                                         constraint=lambda d: tf.clip_by_value(d, 0.01, 0.99)),
-            elif threshold == 'runtime':
-                arguments = get_variable('d', [], tf.constant_initializer, trainable=False, value=value),
+            d = value
             if threshold in ('trainable', 'runtime'):
-                self.all_params.extend(arguments)
+                d = get_variable('d', [], tf.constant_initializer, threshold == 'trainable',
+                                 lambda d: tf.clip_by_value(d, 0.01, 0.99), value=value)
+                self.all_params.append(d)
             if threshold == 'runtime' and is_train:
-                moving, batch = *arguments, tf.stop_gradient(value * tf.reduce_mean(tf.abs(tf.cast(x, tf.float32))))
-                tf.add_to_collection(tf.GraphKeys.UPDATE_OPS, moving.assign(DECAY * moving + (1 - DECAY) * batch))
-                arguments = batch,
-            self.outputs = activation(x, *arguments)
+                moving, d = d, tf.stop_gradient(value * tf.reduce_mean(tf.abs(tf.cast(x, tf.float32))))
+                update_moving(moving, d)
+            self.outputs = activation(x) if threshold is None else activation(x, d)
         self.all_layers.append(self.outputs)
 
 
