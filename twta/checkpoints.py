@@ -14,7 +14,7 @@ from twta import TwtaError
 from twta.records import check_shapes
 from twta.tf1 import tf
 
-FORMAT = 3  # 1 knew no --validation, no --schedule and no part of an epoch, 2 no choices
+FORMAT = 4  # 1 knew no --validation, no --schedule and no part of an epoch, 2 no choices, 3 no --augmentation
 KEYS = {'format', 'script', 'dataset', 'data_sha256', 'seed', 'validation', 'epoch', 'part', 'stages', 'history',
         'best_validation_accuracy', 'choices'}
 UNREADABLE = ValueError, KeyError, TypeError, IndexError, RuntimeError, OSError, tf.errors.OpError  # by TensorFlow
@@ -89,7 +89,11 @@ def read_state(path, script, dataset):
             for stage in state['stages']:
                 stage['schedule'] = 'constant'
         if state['format'] == 2:
-            state.update(format=FORMAT, choices={})
+            state.update(format=3, choices={})
+        if state['format'] == 3:
+            state['format'] = FORMAT
+            for stage in state['stages']:
+                stage.update(augmentation='published', protocol='published')
         absent = KEYS - state.keys()
         if absent and not is_newer:
             raise KeyError(f'its state lacks {min(absent)}')

@@ -37,6 +37,8 @@ def run(script, description, model, datasets, learning_rate, epochs, batch_size,
             os.environ['TF_CPP_MIN_LOG_LEVEL'] = '0'
         from twta import experiment  # imports TensorFlow
 
+        if args.protocol == 'short':
+            defaults |= SHORT[datasets[0]]
         experiment.run(script.stem, model, args, defaults)
 
 
@@ -56,7 +58,8 @@ def errors_in_a_line(name):
 
 def protocol(learning_rate, epochs, batch_size):
     """How a script trains where its flags do not say otherwise."""
-    return {'learning_rate': learning_rate, 'epochs': epochs, 'batch_size': batch_size, 'schedule': 'constant'}
+    return {'learning_rate': learning_rate, 'epochs': epochs, 'batch_size': batch_size, 'schedule': 'constant',
+            'augmentation': 'published', 'protocol': 'published'}
 
 
 def parse(script, description, datasets, defaults, choices=(), argv=None):
@@ -82,6 +85,14 @@ def parse(script, description, datasets, defaults, choices=(), argv=None):
     add('--schedule', choices=('constant', 'cosine'),
         help='of the learning rate over --epochs; cosine: up from 0 in the first epoch, then half a cosine down to '
              f'0. Default: {defaults["schedule"]}')
+    short = SHORT[datasets[0]]
+    add('--augmentation', choices=('published', 'geometric'),
+        help='of training images; published: none of MNIST; crop, flip, brightness and contrast of CIFAR-10. '
+             'geometric: a random affine map of MNIST; crop and flip of CIFAR-10. Default: published')
+    add('--protocol', choices=('published', 'short'),
+        help='the defaults of the four flags before; published, the default: as above. short: --learning_rate '
+             f'{short["learning_rate"]:g} --epochs {short["epochs"]} --schedule {short["schedule"]} --augmentation '
+             f'{short["augmentation"]}')
     for name in choices:
         add(f'--{name}', **CHOICES[name][1])
     add('--batch_size', type=positive_integer, metavar='N', help=f'default: {defaults["batch_size"]}')
@@ -148,7 +159,7 @@ def check(args, script):
     if evaluation and args.resume is False and not args.weights:
         raise UsageError(f'--resume False with --mode {args.mode}: there is nothing but random weights; use --resume '
                          'True, or --weights model.npz')
-    for flag in ('epochs', 'learning_rate', 'schedule', 'batch_size', 'seed', 'validation'):
+    for flag in ('epochs', 'learning_rate', 'schedule', 'augmentation', 'protocol', 'batch_size', 'seed', 'validation'):
         if evaluation and getattr(args, flag) is not None:
             raise UsageError(f'--{flag} {getattr(args, flag)} has no meaning with --mode {args.mode}; leave it out')
     if args.checkpoint == 'best' and (not evaluation or args.weights):
@@ -256,6 +267,13 @@ def natural(text, least=0, most=2 ** 31 - 1):
 def positive_integer(text):
     return natural(text, least=1)
 
+
+SHORT = {  # --protocol short, by the first data set of a script: what it sets
+    'mnist': {'protocol': 'short', 'learning_rate': 2e-3, 'epochs': 30, 'schedule': 'cosine',
+              'augmentation': 'geometric'},
+    'cifar10': {'protocol': 'short', 'learning_rate': 5e-3, 'epochs': 40, 'schedule': 'cosine',
+                'augmentation': 'geometric'},
+}
 
 CHOICES = {  # flags that choose between networks of one architecture; a script says which it has
     'threshold': ('fixed', {'choices': ('fixed', 'trainable', 'runtime'), 'help':

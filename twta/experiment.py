@@ -50,7 +50,7 @@ def run(script, model, args, defaults, evaluate=None):
 # The graph
 
 
-def build(model, dataset, seed, precision=None):
+def build(model, dataset, seed, precision=None, augmentation='published'):
     """The graph: placeholders, the network for evaluation, and, where a precision to train in is given, for training.
 
     images         uint8 [batch, height, width, channels]
@@ -58,6 +58,7 @@ def build(model, dataset, seed, precision=None):
     step           of the run: with the seed, it decides on the augmentation of training images
     evaluation     .loss the summed cross-entropy over the batch and .predicted, the classes [batch]
     training       the same, as it trains; .step applies Adam with learning_rate to the mean cross-entropy
+    shares         of negative and positive values, see packing.shares, where a precision is given
     net            the network as a TensorLayer layer
     """
     graph = tf.Graph()
@@ -69,16 +70,17 @@ def build(model, dataset, seed, precision=None):
         step = tf.placeholder(tf.int32, [], 'step')
         net = model(preprocessing.for_evaluation(images, dataset.crop), False)
         evaluation = measure(net, labels)
-        training = None
+        training = shares = None
         if precision:
-            x = preprocessing.for_training(images, dataset.crop, seed, step)
+            shares = packing.shares(net)
+            x = preprocessing.for_training(images, dataset.crop, seed, step, augmentation)
             with tf.variable_scope(tf.get_variable_scope(), reuse=True):
                 training = measure(model(tf.cast(x, precision), True), labels)
             with tf.control_dependencies(tf.get_collection(tf.GraphKeys.UPDATE_OPS)):
                 mean_loss = training.loss / tf.cast(tf.size(labels), tf.float32)
                 training.step = tf.train.AdamOptimizer(learning_rate).minimize(mean_loss)
     return SimpleNamespace(graph=graph, images=images, labels=labels, learning_rate=learning_rate, step=step, net=net,
-                           evaluation=evaluation, training=training)
+                           evaluation=evaluation, training=training, shares=shares)
 
 
 def measure(net, labels):
@@ -105,7 +107,7 @@ def train(script, model, args, defaults, dataset, precision, source, state):
     if stage['batch_size'] > len(dataset.train.labels):
         raise UsageError(f'--batch_size {stage["batch_size"]}: more than the {len(dataset.train.labels):,} training '
                          'images')
-    network = build(model, dataset, state['seed'], precision)
+    network = build(model, dataset, state['seed'], precision, stage['augmentation'])
     weights = records.read_weights(args.weights, network.net) if args.weights else {}
     args.run_dir.mkdir(parents=True, exist_ok=True)
     with records.locked(args.run_dir), network.graph.as_default(), open_session(network.graph, args.gpu) as session:
@@ -120,12 +122,13 @@ def train(script, model, args, defaults, dataset, precision, source, state):
         set_weights(network.net, weights, session)
         describe_network(script, network.net, args.choices, args.weights or args.run_dir, args.verbose)
         say(f'training: epochs {first} to {last}, learning rate {stage["learning_rate"]:g}'
-            f'{" (cosine)" if stage["schedule"] == "cosine" else ""}, batches of {stage["batch_size"]}, '
+            f'{" (cosine)" if stage["schedule"] == "cosine" else ""}, {stage["augmentation"]} augmentation, '
+            f'batches of {stage["batch_size"]}, '
             f'seed {state["seed"]}, {precision.name}')
-        record = {'script': script, 'command': sys.argv, 'flags': vars(args), 'stages': state['stages'],
+        config = {'script': script, 'command': sys.argv, 'flags': vars(args), 'stages': state['stages'],
                   'seed': state['seed'], 'precision': precision.name, 'data': records.describe_data(dataset),
                   **records.environment()}
-        records.write_json(args.run_dir / 'config.json', record)
+        records.write_json(args.run_dir / 'config.json', config)
         try:
             with stop_signals() as stop:
                 train_epochs(network, session, store, state, stage, range(first, last + 1), dataset, args.run_dir, stop)
@@ -138,7 +141,22 @@ def train(script, model, args, defaults, dataset, precision, source, state):
             if state['history']:
                 figure = records.draw_curve(f'{script} on {dataset.title}', state['history'])
                 records.save_figure(args.run_dir / 'curve.png', figure)
-        report(script, network, session, dataset, args, state['epoch'])
+        loss, confusion = report(script, network, session, dataset, args, state['epoch'])
+        best = test_best(network, session, dataset, store, state)
+        records.write_record(args.run_dir, config, state, network.net.count_params(), loss, confusion, best)
+
+
+def test_best(network, session, dataset, store, state):
+    """Epoch, validation and test accuracy of the best on validation, whose weights the session has after it; or None.
+
+    The test images do not choose it: the run's result remains that of its last epoch.
+    """
+    if not store.savers['best'].last_checkpoints:
+        return None
+    best = max(state['history'], key=lambda row: row['validation_accuracy'])  # of equal ones the first
+    checkpoints.restore(session, store.savers['best'].last_checkpoints[-1], network.net, network.net.all_params)
+    return {'epoch': best['epoch'], 'validation_accuracy': best['validation_accuracy'],
+            'test_accuracy': accuracy(evaluate(network, session, dataset.test)[1])}
 
 
 def train_epochs(network, session, store, state, stage, epochs, dataset, run_dir, stop):
@@ -168,6 +186,7 @@ def train_epochs(network, session, store, state, stage, epochs, dataset, run_dir
                 validation = accuracy(evaluate(network, session, dataset.validation)[1])
             row = dict(zip(records.FIELDS, (epoch, rate, loss, train_accuracy, validation, round(speed, 1),
                                             round(part['seconds'], 3)), strict=True))
+            row['shares'] = measure_shares(network, session, dataset)
             is_best = validation is not None and validation > state['best_validation_accuracy']
             after = {**state, 'epoch': epoch, 'part': None, 'history': state['history'] + [row],
                      'best_validation_accuracy': validation if is_best else state['best_validation_accuracy']}
@@ -248,6 +267,14 @@ def evaluate(network, session, split):
         predicted.append(batch_predicted)
     n_classes = int(network.net.outputs.shape[-1])
     return loss / len(split.labels), records.confuse(split.labels, np.concatenate(predicted), n_classes)
+
+
+def measure_shares(network, session, dataset):
+    """network.shares on a batch of validation images (training images where there are none), rounded to 4 decimals."""
+    split = dataset.validation if len(dataset.validation.labels) else dataset.train
+    shares = session.run(network.shares, {network.images: split.images[:EVALUATION_BATCH]})
+    return {kind: {name: [round(float(share), 4) for share in pair] for name, pair in layers.items()}
+            for kind, layers in shares.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -351,10 +378,11 @@ def set_weights(net, weights, session):
 
 
 def report(script, network, session, dataset, args, epoch):
-    """Evaluates the weights after an epoch, or, where that is None, of --weights, on the test images."""
+    """Evaluates the weights after an epoch, or, where that is None, of --weights, on the test images; returns that."""
     loss, confusion = evaluate(network, session, dataset.test)
     kind, weights = ('weights', args.weights.resolve()) if epoch is None else (args.checkpoint, args.checkpoint)
     records.report(script, args, args.choices, dataset, kind, weights, epoch, loss, confusion)
+    return loss, confusion
 
 
 def describe_network(script, net, choices, source, verbose):

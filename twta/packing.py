@@ -18,6 +18,7 @@ from twta import TwtaError, interchange, packed_file, ternary_layers
 from twta import packed as engines
 from twta.packed_file import Layer, Packed, Stem, fan_in
 from twta.records import say
+from twta.tf1 import tf
 
 LARGEST_FLOAT = 2.0 ** 64  # beyond any real sum of the encoder
 COMPARED = 200  # test images whose activations export compares with the graph's, as it does all predictions
@@ -63,6 +64,16 @@ def read_blocks(layer):
 def pooling(layer):
     """'max' or 'average', '' where a layer has weights."""
     return layer.kind if isinstance(layer, ternary_layers.PoolLayer) else ''
+
+
+def shares(net):
+    """Shares [negative, positive] of the quantised weights and of the activations of each layer, by its name."""
+    blocks = [block for block in read_blocks(net) if block[2] and hasattr(block[2].activation, 'levels')]
+    found = {'weights': {layer.name: layer.quantized for layer, *_ in blocks[1:] if not pooling(layer)},
+             'activations': {layer.name: activation.outputs for layer, _, activation in blocks}}
+    return {kind: {name: tf.stack([tf.reduce_mean(tf.cast(values < 0, tf.float32)),
+                                   tf.reduce_mean(tf.cast(values > 0, tf.float32))])
+                   for name, values in layers.items()} for kind, layers in found.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import numpy as np
 from tqdm import tqdm
 
 from twta import TwtaError, UsageError, replacing
+from twta.command_line import complete
 
 try:
     import fcntl
@@ -27,9 +28,10 @@ except ImportError:  # Windows: without the lock
     fcntl = None
 
 FIELDS = ('epoch', 'learning_rate', 'loss', 'training_accuracy', 'validation_accuracy', 'images_per_second', 'seconds')
+SIGNS = 'negative', 'positive'
 PACKAGES = 'tensorflow', 'tensorflow-cpu', 'tensorlayer', 'numpy', 'numba'
 OURS = ('checkpoint*', 'last-*', 'best-*', '*_temp', 'events.out.tfevents*', 'config.json', 'log.csv', 'curve.png',
-        'result*.json', 'confusion*.png', 'cost.csv', 'cost.png', 'model.npz', 'spikes-*')
+        'result*.json', 'record.json', 'confusion*.png', 'cost.csv', 'cost.png', 'model.npz', 'spikes-*')
 
 
 @contextlib.contextmanager
@@ -89,6 +91,36 @@ def report(script, args, choices, dataset, kind, weights, epoch, loss, confusion
     say(f'confusion matrix: {picture}')
 
 
+def write_record(run_dir, config, state, parameters, loss, confusion, best):
+    """record.json: all that a finished run is judged by, in one file; twta.report reads it.
+
+    config, state    the run's config.json and checkpointed state
+    loss, confusion  on the test images after the last epoch
+    best             of the epoch that is best on validation: see experiment.test_best
+    """
+    history = state['history']
+    columns = {field: [row[field] for row in history] for field in FIELDS}
+    shares = [row['shares'] for row in history if 'shares' in row]  # absent from epochs of older versions
+    shares = {kind: {layer: {sign: [row[kind][layer][i] for row in shares] for i, sign in enumerate(SIGNS)}
+                     for layer in layers} for kind, layers in (shares[0] if shares else {}).items()}
+    write_json(run_dir / 'record.json', {
+        'name': name_run(state), 'dataset': state['dataset'], 'choices': state['choices'],
+        'parameters': parameters, 'epochs': state['epoch'], 'wall_seconds': sum(columns['seconds']),
+        'last': {'epoch': state['epoch'], 'validation_accuracy': columns['validation_accuracy'][-1],
+                 'test_accuracy': accuracy(confusion), 'test_loss': loss},
+        'best_validation': best, 'confusion': confusion.tolist(), **config,
+        'stages': state['stages'], 'curve': columns, 'shares': shares})
+
+
+def name_run(state):
+    """SCRIPT-DATASET-SEED-PROTOCOL, e.g. TWTA_4_4_MNIST-mnist-0-constant150, and the choices that are not default."""
+    stages = '+'.join(f'{"short" if stage["protocol"] == "short" else stage["schedule"]}{stage["epochs"]}'
+                      for stage in state['stages'])
+    usual = complete(dict.fromkeys(state['choices']))
+    choices = ''.join(f'-{name}_{value}' for name, value in state['choices'].items() if value != usual[name])
+    return f'{state["script"]}-{state["dataset"]}-{state["seed"]}-{stages}{choices}'
+
+
 def describe_data(dataset):
     return {'name': dataset.name, 'origin': dataset.origin, 'folder': dataset.folder, 'published': dataset.published,
             'sha256': dataset.sha256, 'training_images': len(dataset.train.labels),
@@ -113,7 +145,7 @@ def say(line):
 
 def write_json(path, record):
     text = json.dumps(record, indent=2, default=str)
-    text = re.sub(r'\[[\d\s,]+\]', lambda numbers: ' '.join(numbers[0].split()), text)  # a row a line
+    text = re.sub(r'\[[^][{}"]+\]', lambda numbers: ' '.join(numbers[0].split()), text)  # a row a line
     with replacing(path) as part:
         part.write_text(text + '\n')
 
@@ -150,7 +182,7 @@ def processor():
 
 def write_log(path, history):
     """log.csv, a row an epoch, from the state's history: rewritten whole, no epoch is missing or there twice."""
-    write_csv(path, FIELDS, history)
+    write_csv(path, FIELDS, [{field: row[field] for field in FIELDS} for row in history])
 
 
 def write_csv(path, fields, rows):
