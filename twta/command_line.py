@@ -121,7 +121,7 @@ def parse(script, description, datasets, defaults, choices=(), argv=None):
         help='of inference; packed: reads --file and needs no TensorFlow. Default: tensorflow')
     add('--file', type=path, metavar='FILE',
         help='the packed network that export writes and --engine packed reads; default: SCRIPT.twta (.npz, .h, .onnx) '
-             'in the current folder')
+             'in the current folder; where it is not there, packed reads the one in pretrained/')
     add('--format', choices=tuple(SUFFIXES), default='twta',
         help='of export: twta, the packed file (default); npz, plain arrays; c, a header; onnx')
     add('--threads', type=positive_integer, metavar='N', help='of --engine packed; default: one a core')
@@ -137,11 +137,11 @@ def parse(script, description, datasets, defaults, choices=(), argv=None):
     root = script.parent.parent
     args.data_dir = (args.data_dir or root / 'data').resolve()
     args.run_dir = (args.run_dir or root / 'runs' / f'{script.stem}-{args.dataset}').resolve()
-    check(args, script)
+    check(args, script, datasets[0])
     return args
 
 
-def check(args, script):
+def check(args, script, trained_on):
     """Raises UsageError where the flags contradict each other or ask for a file that is not there."""
     chosen = complete(args.choices)
     if chosen.get('levels') == 3 and chosen.get('pooling') == 'max':
@@ -180,7 +180,11 @@ def check(args, script):
     if args.file and not packed and args.mode != 'export':
         raise UsageError('--file is for --mode export and --engine packed; leave it out')
     if packed or args.mode == 'export':
-        args.file = (args.file or Path(script.stem + SUFFIXES[args.format])).resolve()
+        exported = Path(script.stem + SUFFIXES[args.format])
+        trained = script.parent.parent / 'pretrained' / exported
+        if packed and not exported.exists() and args.dataset == trained_on and trained.is_file():
+            exported = trained
+        args.file = (args.file or exported).resolve()
     if args.mode == 'export' and args.file.suffix != SUFFIXES[args.format]:
         raise UsageError(f'--file {args.file}: with --format {args.format} its name ends in {SUFFIXES[args.format]}')
     if args.mode == 'export' and not args.file.parent.is_dir():

@@ -17,7 +17,7 @@ import numpy as np
 from twta import TwtaError, interchange, packed_file, ternary_layers
 from twta import packed as engines
 from twta.packed_file import Layer, Packed, Stem, fan_in
-from twta.records import say
+from twta.records import name_run, say
 from twta.tf1 import tf
 
 LARGEST_FLOAT = 2.0 ** 64  # beyond any real sum of the encoder
@@ -332,7 +332,8 @@ def describe_run(args, state):
     """What the file tells of the training that it comes from."""
     files = [args.weights] if args.weights else [args.run_dir / name for name in ('config.json', 'log.csv')]
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
-    return {'epoch': state['epoch'] if state else None, 'choices': args.choices, 'sha256': hashes}
+    run, epoch = (name_run(state), state['epoch']) if state else (None, None)
+    return {'run': run, 'epoch': epoch, 'choices': args.choices, 'sha256': hashes}
 
 
 def compare(packed, network, session, dataset):
