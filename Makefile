@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 VENV := .venv/bin
 
-.PHONY: demo test lint
+.PHONY: demo test lint report reproduce-table pdf
 
 # A few epochs on the embedded sample, then inference; needs no network once installed.
 demo: .venv/installed
@@ -13,6 +13,19 @@ test: .venv/installed
 
 lint: .venv/installed
 	$(VENV)/ruff check .
+
+# README.md's tables and pictures, from the records.
+report: .venv/installed
+	$(VENV)/python -m twta.report
+
+# Evaluates every network in pretrained/ and compares it with its record.
+reproduce-table: .venv/installed
+	$(VENV)/python -m twta.report --reproduce
+
+# PDF/README.pdf; its tools are in no other use.
+pdf: .venv/installed
+	$(VENV)/pip install --quiet --disable-pip-version-check -r PDF/requirements.txt
+	$(VENV)/python PDF/make.py
 
 .venv/installed: requirements.txt pyproject.toml
 	@echo "installing into .venv: TensorFlow and what it needs, 2.5 GB on disk; a few minutes"

@@ -3,9 +3,8 @@
 
 Architecture: 64C3-64C3-64C3-2P2-128C3-128C3-2P2-256C3-256C3-2P2-512C3-512C3
 Source:       github.com/edwardzcl/TWTA, published accuracy not given
-Accuracy:     not run for 400 epochs; 45.63 % test after 1 at 0.01 and 1 at 0.001 (seed 0, JPEG-recompressed
-              images, NOT the published files)
-Speed:        434 images/s in training (benchmarks/training_speed.py; 2 cores of an AMD EPYC, bfloat16)
+Accuracy:     not run
+Speed:        434 images/s in training (benchmarks/training_speed.json; 2 cores of an AMD EPYC, bfloat16)
 
     python CIFAR10/FP_3_3_CIFAR10_VGG13.py --resume False --learning_rate 0.01 --mode training
     python CIFAR10/FP_3_3_CIFAR10_VGG13.py --resume True --learning_rate 0.001 --mode training

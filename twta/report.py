@@ -13,6 +13,7 @@ import json
 import re
 import shutil
 import statistics
+import textwrap
 from itertools import groupby
 from pathlib import Path
 
@@ -47,6 +48,10 @@ def main(argv=None):
 
         records = load_records()
         write_tables(records)
+        for file, text in docstrings(records).items():
+            with replacing(file) as part:
+                part.write_text(text)
+                shutil.copymode(file, part)
         pictures.write_all(records, args.data_dir)
 
 
@@ -64,7 +69,7 @@ def load_records(folder=RESULTS):
 def protocol(record):
     """How a run was trained, its seed apart: epochs, words, choices; runs that agree in it share a row."""
     stages = record['stages']
-    words = [f'{"short" if stage["protocol"] == "short" else stage["schedule"]} {stage["learning_rate"]:g}'
+    words = [f'{"short" if stage["protocol"] == "short" else stage["schedule"]} ' + f'{stage["learning_rate"]:.8f}'.rstrip('0')
              for stage in stages]
     epochs = ' + '.join(str(stage['epochs']) for stage in stages)
     return -record['epochs'], epochs, ', '.join(words), json.dumps(record['choices'])
@@ -133,17 +138,21 @@ def write_tables(records, readme=README):
 
 def tables(records):
     """Markdown by name."""
-    benchmarks = {name: json.loads((ROOT / 'benchmarks' / f'{name}.json').read_text())
-                  for name in ('choices', 'training_speed', 'inference_speed')}
     return {
-        'mnist': accuracies([record for record in records if record['dataset'] == 'mnist']),
-        'cifar10': accuracies([record for record in records if record['dataset'] == 'cifar10']),
+        'mnist': accuracies(records, r'(FP|TWTA)_.*MNIST'),
+        'cifar10': accuracies(records, r'(FP|TWTA)_.*CIFAR10'),
+        'siblings': accuracies(records, r'(TWBA|BWBA|Quant)_'),
+        'short': choices(benchmark('short')),
         'architectures': architectures(records),
-        'choices': choices(benchmarks['choices']),
+        'choices': choices(benchmark('choices')),
         'spikes': spikes([json.loads(file.read_text()) for file in sorted((RESULTS / 'spikes').glob('*.json'))]),
-        'training_speed': training_speed(benchmarks['training_speed']['rows']),
-        'inference_speed': inference_speed(benchmarks['inference_speed']['rows']),
+        'training_speed': training_speed(benchmark('training_speed')['rows']),
+        'inference_speed': inference_speed(benchmark('inference_speed')['rows']),
     }
+
+
+def benchmark(name):
+    return json.loads((ROOT / 'benchmarks' / f'{name}.json').read_text())
 
 
 def fill(text, found):
@@ -173,9 +182,13 @@ def percent(values):
     return f'{statistics.mean(values):.2f}{spread}'
 
 
-def accuracies(records):
-    rows = []
-    for runs in by_protocol(records):
+def accuracies(records, pattern):
+    """A row for each protocol that a script of this name was trained with; 'not run' where there is none."""
+    of_data = [record for record in records if record['dataset'] in TITLES and re.match(pattern, record['script'])]
+    absent = [script for script in script_files() if re.match(pattern, script)
+              and script not in {record['script'] for record in of_data}]
+    rows = [(script, '', '', '', '', 'not run', '', published(script), '') for script in absent]
+    for runs in by_protocol(of_data):
         first = runs[0]
         _, epochs, words, _ = protocol(first)
         best = [run['best_validation'] and run['best_validation']['test_accuracy'] for run in runs]
@@ -185,7 +198,7 @@ def accuracies(records):
                      percent(best), published(first['script']),
                      f'{statistics.median(run["wall_seconds"] for run in runs) / 60:.0f} min'))
     return table(('network', 'learning rate', 'epochs', 'seeds', 'validation, %', 'test, %',
-                  'test at best validation, %', 'published', 'training'), rows)
+                  'test at best validation, %', 'published', 'training'), sorted(rows, key=lambda row: row[0]))
 
 
 def script_files():
@@ -203,15 +216,41 @@ def architectures(records):
     for script, file in script_files().items():
         found = re.search(r'Architecture: +(.+?)\n[A-Z]', file.read_text(), re.DOTALL)
         if found:
-            rows.append((f'`{file.parent.name}/{file.name}`', ' '.join(found[1].split()), parameters.get(script, '')))
+            rows.append((f'`{file.parent.name}/{file.name}`', ' '.join(found[1].partition('(')[0].split()), parameters.get(script, '')))
     return table(('script', 'architecture', 'parameters'), rows)
+
+
+def docstrings(records):
+    """By a script's file: its text, with Accuracy and Speed in the docstring as the records have them."""
+    rows = benchmark('training_speed')['rows']
+    speeds = {row['network']: row['training_images_per_second'] for row in rows if row['way'] == 'project'}
+    texts = {}
+    for script, file in script_files().items():
+        lines = []
+        for runs in by_protocol([record for record in records if record['script'] == script]):
+            _, epochs, words, _ = protocol(runs[0])
+            seeds = ', '.join(str(run['seed']) for run in runs)
+            lines.append(f'{percent([run["last"]["test_accuracy"] for run in runs])} % test after {epochs} epochs '
+                         f'(learning rate {words}; seed {seeds})')
+        if lines and 'CIFAR10' in script:
+            lines.append('JPEG-recompressed images, NOT the published files')
+        speed = 'not run'
+        if script in speeds:
+            speed = (f'{speeds[script]:,.0f} images/s in training (benchmarks/training_speed.json; 2 cores of an AMD '
+                     'EPYC, bfloat16)')
+        text = file.read_text()
+        for label, value, end in (('Accuracy:', '; '.join(lines) or 'not run', 'Speed:'), ('Speed:', speed, '\n')):
+            line = textwrap.fill(f'{label:14}{value}', 110, subsequent_indent=14 * ' ', break_on_hyphens=False)
+            text = re.sub(rf'{label} .*?\n(?={end})', lambda _, line=line: line + '\n', text, count=1, flags=re.DOTALL)
+        texts[file] = text
+    return texts
 
 
 def choices(rows):
     groups = groupby(rows, lambda row: (row['script'], row['variant'], row['epochs']))
     return table(('network', 'choice', 'epochs', 'seeds', 'validation, %', 'test, %'), (
         (script, variant, str(epochs), str(len(runs)), percent([run['validation_accuracy'] for run in runs]),
-         percent([run['test_accuracy'] for run in runs]))
+         percent([run.get('test_accuracy') for run in runs]))
         for (script, variant, epochs), runs in ((key, list(group)) for key, group in groups)))
 
 
