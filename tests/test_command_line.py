@@ -38,6 +38,8 @@ BAD_VALUES = {
     '--epochs': ['0', '-1', '1.5', 'abc', '', '1e3', '9' * 30, '2147483648', '+5', ' 5', '٣', '1_000', 'None'],
     '--batch_size': ['0', '-3', '2.0', 'all', '', '9' * 30, '²'],
     '--schedule': ['step', 'COSINE', 'cos', '', '0.1'],
+    '--augmentation': ['none', 'Geometric', '', 'flip'],
+    '--protocol': ['ours', 'SHORT', '', '30'],
     '--seed': ['-1', '1.5', 'x', '', '2147483648', 'nan'],
     '--gpu': ['-1', 'a', '0,1', '', 'cpu', '1.0'],
     '--dataset': ['cifar10', 'MNIST', 'mnist ', '', '/etc/passwd'],
@@ -56,7 +58,8 @@ BAD_VALUES = {
 }
 VALID = {
     '--mode': 'training', '--resume': 'True', '--learning_rate': 'a number above 0', '--epochs': 'from 1 to 2147483647',
-    '--batch_size': 'from 1 to 2147483647', '--schedule': 'cosine', '--seed': 'from 0 to 2147483647',
+    '--batch_size': 'from 1 to 2147483647', '--schedule': 'cosine', '--augmentation': 'geometric',
+    '--protocol': 'short', '--seed': 'from 0 to 2147483647',
     '--gpu': 'from 0 to 2147483647', '--dataset': 'digits', '--validation': 'from 0 to 2147483647',
     '--threshold': 'trainable', '--threshold_value': 'from 0.01 to 0.99', '--pooling': 'average',
     '--levels': 'from 2 to 3', '--k': 'from 0 to 3', '--B': 'from 1 to 8',
@@ -139,5 +142,6 @@ def test_help_without_tensorflow(name, tmp_path):
         assert finished.returncode == code
     finished = run_script(SCRIPTS[name], '--help', PYTHONPATH=str(tmp_path))
     for flag in ('--resume', '--learning_rate', '--mode', '--epochs', '--batch_size', '--seed', '--gpu', '--dataset',
-                 '--data_dir', '--run_dir', '--schedule', '--validation', '--precision', '--verbose', name):
+                 '--data_dir', '--run_dir', '--schedule', '--augmentation', '--protocol', '--validation', '--precision',
+                 '--verbose', name):
         assert flag in finished.stdout

@@ -5,6 +5,7 @@ What was drawn for an image is read off the result, so that nothing here knows h
 import numpy as np
 import pytest
 from numpy.lib.stride_tricks import sliding_window_view
+from scipy.ndimage import affine_transform
 from scipy.stats import chisquare, kstest
 
 from twta import preprocessing
@@ -18,6 +19,12 @@ IMAGES = RNG.integers(0, 256, (N, 32, 32, 3), np.uint8)  # noise: every crop of 
 def run(function, images, *arguments):
     with tf.Graph().as_default(), tf.Session() as session:
         return session.run(function(tf.constant(images), *arguments))
+
+
+def augment(images, size, seed, step):
+    """As for_training augments, without standardising."""
+    draws = tf.random.stateless_uniform([len(IMAGES), 5], [seed, step])
+    return preprocessing.jitter(preprocessing.crop_and_flip(images, size, draws[:, :3]), draws[:, 3:])
 
 
 def centred(x):
@@ -45,14 +52,14 @@ def read_off(image, augmented):
 
 @pytest.fixture(scope='module')
 def drawn():
-    augmented = run(preprocessing.augment, IMAGES, 24, 3, 7)
+    augmented = run(augment, IMAGES, 24, 3, 7)
     assert augmented.shape == (N, 24, 24, 3) and augmented.dtype == np.float32
     return np.array([read_off(image, result) for image, result in zip(IMAGES, augmented, strict=True)]).T
 
 
 def test_every_image_is_cropped_flipped_brightened_and_stretched(drawn):
     """read_off has compared each with its own numpy version; here: TensorFlow's operations agree with what was read."""
-    augmented = run(preprocessing.augment, IMAGES, 24, 3, 7)
+    augmented = run(augment, IMAGES, 24, 3, 7)
 
     def published(image, top, left, flipped, brightness, contrast):
         x = tf.cast(image[top:top + 24, left:left + 24], tf.float32)
@@ -123,3 +130,59 @@ def test_evaluation_takes_the_central_crop():
                                    lambda x, crop: preprocessing.for_training(x, crop, 0, 1)])
 def test_without_a_crop_pixels_are_divided_by_256(treat):
     np.testing.assert_array_equal(run(treat, IMAGES[:5], 0), IMAGES[:5].astype(np.float32) / 256)
+
+
+def test_geometric_augmentation_of_crops_leaves_brightness_and_contrast():
+    images = IMAGES[:50]
+    found = run(preprocessing.for_training, images, 24, 3, 7, 'geometric')
+    same = [any(np.abs(found[i] - standardised(crop)).max() < 1e-4 for crop in crops(image))
+            for i, image in enumerate(images)]
+    assert all(same)
+
+
+def crops(image):
+    for top in range(9):
+        for left in range(9):
+            crop = image[top:top + 24, left:left + 24].astype(np.float32)
+            yield from (crop, crop[:, ::-1])
+
+
+def standardised(image):
+    return (image - image.mean()) / image.std()
+
+
+def warp(images, *draws):
+    return run(lambda x: preprocessing.warp(tf.cast(x, tf.float32), tf.constant([draws] * len(images), tf.float32)),
+               images)
+
+
+def test_the_middle_of_every_draw_is_the_identity_and_the_last_two_shift():
+    images = IMAGES[:3, :28, :28, :1]
+    middle = (0.5,) * 4
+    np.testing.assert_array_equal(warp(images, *middle, 0.5, 0.5), images)
+    right = warp(images, *middle, 1, 0.5)  # two pixels: what comes in from beyond the border is 0
+    np.testing.assert_allclose(right[:, :, :26], images[:, :, 2:], atol=1e-3)
+    assert not right[:, :, 26:].any()
+    up = warp(images, *middle, 0.5, 0)
+    np.testing.assert_allclose(up[:, 2:], images[:, :26], atol=1e-3)
+
+
+def test_a_warp_is_scipys_affine_transform():
+    images = IMAGES[:4, :28, :28, :1]
+    draws = RNG.random(6)
+    a, b, c, d, right, down = 2 * draws - 1
+    matrix = np.eye(2) + 0.15 * np.array([[d, c], [b, a]])  # of (row, column)
+    offset = 13.5 - matrix @ [13.5, 13.5] + 2 * np.array([down, right])
+    expected = [affine_transform(image[..., 0].astype(np.float64), matrix, offset, order=1, mode='grid-constant')
+                for image in images]
+    np.testing.assert_allclose(warp(images, *draws)[..., 0], expected, atol=0.02)
+
+
+def test_whole_images_are_warped_each_in_its_own_way_by_seed_and_step():
+    images = np.repeat(IMAGES[:1, :28, :28, :1], 20, axis=0)
+    first = run(preprocessing.for_training, images, 0, 3, 7, 'geometric')
+    assert first.shape == images.shape and first.min() >= 0 and first.max() < 1
+    assert all(np.abs(first[0] - other).max() > 0.1 for other in first[1:])
+    np.testing.assert_array_equal(first, run(preprocessing.for_training, images, 0, 3, 7, 'geometric'))
+    for seed, step in ((4, 7), (3, 8)):
+        assert np.abs(first - run(preprocessing.for_training, images, 0, seed, step, 'geometric')).max() > 0.1

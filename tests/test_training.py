@@ -28,7 +28,8 @@ def test_resuming_a_finished_run_counts_on_with_the_new_learning_rate(finished_r
 
 def test_stages():
     class Flags:
-        learning_rate = epochs = batch_size = schedule = None
+        learning_rate = epochs = batch_size = schedule = augmentation = protocol = None
+        dataset = 'digits'
 
     args = Flags()
     state = {'epoch': 0, 'stages': []}
@@ -48,6 +49,10 @@ def test_stages():
     args.learning_rate = 1e-6
     assert experiment.next_stage(state, args, DEFAULTS) == {**stage, 'first_epoch': 191, 'learning_rate': 1e-6}
     assert len(state['stages']) == 3 and state['part'] is None
+    args.protocol, args.epochs = 'short', 5  # one name for four flags, of which one is given otherwise
+    assert experiment.next_stage(state, args, DEFAULTS) == {
+        'first_epoch': 191, 'learning_rate': 1e-6, 'epochs': 5, 'batch_size': 200, 'schedule': 'cosine',
+        'augmentation': 'geometric', 'protocol': 'short'}
 
 
 def test_batches_depend_on_seed_and_epoch_and_hold_each_image_at_most_once():

@@ -37,8 +37,6 @@ def run(script, description, model, datasets, learning_rate, epochs, batch_size,
             os.environ['TF_CPP_MIN_LOG_LEVEL'] = '0'
         from twta import experiment  # imports TensorFlow
 
-        if args.protocol == 'short':
-            defaults |= SHORT[datasets[0]]
         experiment.run(script.stem, model, args, defaults)
 
 
@@ -272,12 +270,10 @@ def positive_integer(text):
     return natural(text, least=1)
 
 
-SHORT = {  # --protocol short, by the first data set of a script: what it sets
-    'mnist': {'protocol': 'short', 'learning_rate': 2e-3, 'epochs': 30, 'schedule': 'cosine',
-              'augmentation': 'geometric'},
-    'cifar10': {'protocol': 'short', 'learning_rate': 5e-3, 'epochs': 40, 'schedule': 'cosine',
-                'augmentation': 'geometric'},
-}
+SHORT = {dataset: {'protocol': 'short', 'learning_rate': learning_rate, 'epochs': epochs, 'schedule': 'cosine',
+                   'augmentation': 'geometric'}  # what --protocol short stands for, by data set
+         for dataset, learning_rate, epochs in (('mnist', 2e-3, 30), ('digits', 2e-3, 30),
+                                                ('cifar10', 5e-3, 40), ('shapes', 5e-3, 40))}
 
 CHOICES = {  # flags that choose between networks of one architecture; a script says which it has
     'threshold': ('fixed', {'choices': ('fixed', 'trainable', 'runtime'), 'help':

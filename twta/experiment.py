@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from twta import TwtaError, UsageError, checkpoints, datasets, packing, preprocessing, records
-from twta.command_line import complete
+from twta.command_line import SHORT, complete
 from twta.records import accuracy, say
 from twta.session import choose_precision, describe, find_gpu, open_session, stop_signals
 from twta.tf1 import tf
@@ -324,6 +324,7 @@ def check_choices(args):
 def next_stage(state, args, defaults):
     """The stage to train, the last in state['stages']: an interrupted one where the flags are its own, or a new one."""
     flags = {flag: getattr(args, flag) for flag in defaults if getattr(args, flag) is not None}
+    defaults = {**defaults, **SHORT[args.dataset]} if args.protocol == 'short' else defaults
     if state['stages']:
         stage = state['stages'][-1]
         done = state['epoch'] - stage['first_epoch'] + 1

@@ -69,8 +69,8 @@ def load_records(folder=RESULTS):
 def protocol(record):
     """How a run was trained, its seed apart: epochs, words, choices; runs that agree in it share a row."""
     stages = record['stages']
-    words = [f'{"short" if stage["protocol"] == "short" else stage["schedule"]} ' + f'{stage["learning_rate"]:.8f}'.rstrip('0')
-             for stage in stages]
+    names = ['short' if stage['protocol'] == 'short' else stage['schedule'] for stage in stages]
+    words = [f'{name} {stage["learning_rate"]:.8f}'.rstrip('0') for name, stage in zip(names, stages, strict=True)]
     epochs = ' + '.join(str(stage['epochs']) for stage in stages)
     return -record['epochs'], epochs, ', '.join(words), json.dumps(record['choices'])
 
@@ -216,7 +216,8 @@ def architectures(records):
     for script, file in script_files().items():
         found = re.search(r'Architecture: +(.+?)\n[A-Z]', file.read_text(), re.DOTALL)
         if found:
-            rows.append((f'`{file.parent.name}/{file.name}`', ' '.join(found[1].partition('(')[0].split()), parameters.get(script, '')))
+            tokens = found[1].partition('(')[0].split()
+            rows.append((f'`{file.parent.name}/{file.name}`', ' '.join(tokens), parameters.get(script, '')))
     return table(('script', 'architecture', 'parameters'), rows)
 
 
