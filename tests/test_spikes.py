@@ -13,7 +13,7 @@ from twta import TwtaError, UsageError, packed_file, packing, spikes
 from twta import packed as engines
 
 SCRIPT = ROOT / 'MNIST' / 'Spiking_MNIST.py'
-PACKED = ROOT / 'results'
+PACKED = ROOT / 'pretrained'
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -241,9 +241,9 @@ def test_other_predictions_are_an_error_and_write_nothing(finished_run, tmp_path
     (['--file', '/absent.twta', '--conversion', 'temporal'], ['--file', '--conversion']),
     (['--file', '/absent.twta', '--network', 'Quant_MNIST'], ['--network', '--file']),
     (['--file', '/absent.twta', '--checkpoint', 'best'], ['--checkpoint', '--file']),
-    (['--file', PACKED / 'TWTA_4_4_MNIST-mnist-0-resumed' / 'TWTA_4_4_MNIST.twta', '--dataset', 'digits'],
+    (['--file', PACKED / 'TWTA_4_4_MNIST.twta', '--dataset', 'digits'],
      ['for mnist, not digits', '--dataset mnist']),
-    (['--file', PACKED / 'TWTA_3_3_CIFAR10_Group_V2-cifar10-0-cosine12' / 'TWTA_3_3_CIFAR10_Group_V2.twta'],
+    (['--file', PACKED / 'TWTA_3_3_CIFAR10_Group_V2.twta'],
      ['for cifar10, not for mnist or digits', 'Spiking script of its data set']),
     (['--file', '/absent.twta'], ['/absent.twta', '--mode export']),
     (['--run_dir', '/absent'], ['/absent', 'TWTA_5_5_MNIST.py --resume False --mode training']),

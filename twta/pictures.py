@@ -8,6 +8,7 @@ import json
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from twta import TwtaError, datasets, packed, packed_file, replacing
 from twta.records import say
@@ -63,59 +64,69 @@ def save(name, figure, source):
 
 
 def draw_curves(title, records):
-    """Accuracy by epoch, a line a protocol of each network, of its first seed: on validation, or in training."""
-    figure = Figure(figsize=(10, 4.5), layout='constrained')
+    """Accuracy on validation or in training by epoch, a line a protocol of each FP and TWTA network, its first seed."""
+    figure = Figure(figsize=(10, 5), layout='constrained')
     axes = figure.subplots()
-    held_out = all(record['data']['validation_images'] for record in records)
+    held_out = all(record['last']['validation_accuracy'] for record in records)
     key = 'validation_accuracy' if held_out else 'training_accuracy'
-    scripts = list(dict.fromkeys(record['script'] for record in records))
-    for runs in by_protocol(records):
-        first = runs[0]
+    networks = [record for record in records if record['script'].startswith(('FP', 'TWTA'))]
+    scripts = list(dict.fromkeys(record['script'] for record in networks))
+    for first, *_ in by_protocol(networks):
         _, epochs, words, _ = protocol(first)
-        dashed = 'constant' in words
         axes.plot(first['curve']['epoch'], [100 * value for value in first['curve'][key]],
-                  color=f'C{scripts.index(first["script"])}', linestyle='--' if dashed else '-', linewidth=1,
-                  label=f'{first["script"]}, {words}, {epochs} epochs')
-    kind = 'validation accuracy' if held_out else 'accuracy in training, on augmented images'
+                  color=f'C{scripts.index(first["script"])}', linestyle='--' if 'constant' in words else '-',
+                  linewidth=1, label=f'{first["script"]}, {words}, {epochs} epochs')
+    kind = 'validation accuracy' if held_out else 'accuracy on augmented training images'
     axes.set(xlabel='epoch', ylabel=f'{kind} (%)', xscale='log')
+    label_log(axes)
     if held_out:
-        axes.set_ylim(98, 99.8)
+        axes.set_ylim(98.5, 99.8)
     axes.grid(alpha=0.3, which='both')
-    axes.legend(fontsize=7, loc='center left', bbox_to_anchor=(1, 0.5))
+    axes.legend(fontsize=8, loc='lower right')
     figure.suptitle(f'{title}: {kind} by epoch, one seed each')
     return figure
 
 
 def draw_cost(title, records):
     """Test accuracy against bytes of the model and operations an image; of float32 networks, 4 bytes a parameter."""
-    figure = Figure(figsize=(10, 4.5), layout='constrained')
+    figure = Figure(figsize=(10, 5), layout='constrained')
     left, right = figure.subplots(1, 2, sharey=True)
-    operations = {record['script'].split('_', 1)[1]: record['packed']['multiply_adds'] for record in records
-                  if 'packed' in record}
+    of_float = {record['script'].split('_', 1)[1]: record['packed']['float_multiply_adds'] for record in records
+                if 'packed' in record}
     seen = set()
     for runs in by_protocol(records):
-        cost = [run['packed'] for run in runs if 'packed' in run]
-        script, value = runs[0]['script'], 100 * float(np.mean([run['last']['test_accuracy'] for run in runs]))
-        family, architecture = script.split('_', 1)
-        label, colour, marker = FAMILIES[family]
-        points = [(left, cost[0]['bytes'], right, cost[0]['additions'])] if cost else []
+        family, architecture = runs[0]['script'].split('_', 1)
+        costs = [(run['packed']['bytes'], run['packed']['additions'] + run['packed']['multiply_adds']) for run in runs
+                 if 'packed' in run]
         if family == 'FP':
-            points = [(left, 4 * runs[0]['parameters'], right, operations.get(architecture))]
-        for bytes_axes, size, operation_axes, count in points:
-            for axes, x in ((bytes_axes, size / 1000), (operation_axes, count and count / 1e6)):
+            costs = [(4 * runs[0]['parameters'], of_float.get(architecture))]
+        label, colour, marker = FAMILIES[family]
+        y = 100 * float(np.mean([run['last']['test_accuracy'] for run in runs]))
+        for size, operations in costs[:1]:
+            for axes, x in ((left, size / 1000), (right, operations and operations / 1e6)):
                 if x:
-                    axes.plot(x, value, marker, color=colour, label=None if (label, axes) in seen else label)
-                    axes.annotate(script, (x, value), fontsize=7, xytext=(4, 4), textcoords='offset points')
-                    seen.add((label, axes))
-    left.set(xlabel='model (KB; float32: 4 bytes a parameter)', ylabel='test accuracy (%)', xscale='log')
-    right.set(xlabel='operations an image (millions): additions where neither\nweight nor activation is 0; float32: '
-                     'multiply-adds', xscale='log')
+                    axes.plot(x, y, marker, color=colour, label=None if family in seen else label)
+                    axes.annotate(f'{runs[0]["script"]}, {runs[0]["epochs"]} epochs', (x, y), fontsize=7, ha='center',
+                                  xytext=(0, -11 if family == 'BWBA' else 6), textcoords='offset points')
+            seen.add(family)
+    left.set(xlabel='model (KB; float32: 4 bytes a parameter)', ylabel='test accuracy, mean of the seeds (%)')
+    right.set(xlabel='operations an image (millions): additions where neither\nweight nor activation is 0, and '
+                     'the multiply-adds\nof real-valued layers')
     for axes in (left, right):
+        axes.set_xscale('log')
+        label_log(axes)
         axes.grid(alpha=0.3, which='both')
-        axes.margins(0.25, 0.15)
-    left.legend(loc='lower right')
+        axes.margins(0.45, 0.12)
+    left.legend()
     figure.suptitle(f'{title}: accuracy against size and work')
     return figure
+
+
+def label_log(axes):
+    """Labels 1, 2, 5, 10, 20, ... on a logarithmic x axis."""
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter('{x:g}')
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def draw_shares(record):

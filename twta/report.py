@@ -95,9 +95,11 @@ def add(run_dir, file, data_dir):
             raise UsageError(f'--packed {file}: of the run {found[0]}, epoch {found[1]}, not of {name}, epoch '
                              f'{record["epochs"]}; export it with --mode export --run_dir {run_dir}')
         images = datasets.load(record['dataset'], data_dir, None).test.images[:packed_report.IMAGES]
-        total = packed_report.measure(packed.open_engine(network), images)[-1]
-        record['packed'] = {'bytes': file.stat().st_size, 'bits': total['bits'], 'additions': total['additions'],
-                            'multiply_adds': total['multiply_adds'], 'images': len(images)}
+        *layers, total = packed_report.measure(packed.open_engine(network), images)
+        record['packed'] = {  # operations are of an image
+            'bytes': file.stat().st_size, 'float_multiply_adds': total['multiply_adds'], 'images': len(images),
+            'additions': total['additions'],
+            'multiply_adds': sum(layer['multiply_adds'] for layer in layers if layer['additions'] is None)}
         with replacing(PRETRAINED / f'{network.network}.twta') as part:
             shutil.copyfile(file, part)
     write_json(RESULTS / f'{name}.json', record)
