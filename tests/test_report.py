@@ -121,7 +121,7 @@ def test_a_run_is_added_and_reproduced(repository, finished_run, capsys):
     report.add(finished_run, repository / 'TWTA_5_5_MNIST.twta', repository)
     path, = (repository / 'RESULTS').glob('*.json')
     record = json.loads(path.read_text())
-    assert path.stem == record['name'] == 'TWTA_5_5_MNIST-digits-0-constant3'
+    assert path.stem == record['name'] == 'TWTA_5_5_MNIST-digits-0-constant4'
     assert record['packed']['images'] == 300 and (
         record['packed']['multiply_adds'] < record['packed']['additions'] < record['packed']['float_multiply_adds'])
     report.reproduce(repository)
@@ -141,8 +141,8 @@ def test_what_cannot_be_added_is_refused(repository, finished_run, tmp_path):
         report.add(tmp_path, None, tmp_path)
     shutil.copytree(finished_run, tmp_path / 'other')
     record = json.loads((finished_run / 'record.json').read_text())
-    (tmp_path / 'other' / 'record.json').write_text(json.dumps({**record, 'name': 'TWTA_5_5_MNIST-digits-1-constant3'}))
-    with pytest.raises(UsageError, match='of the run TWTA_5_5_MNIST-digits-0-constant3, epoch 3, not of'):
+    (tmp_path / 'other' / 'record.json').write_text(json.dumps({**record, 'name': 'TWTA_5_5_MNIST-digits-1-constant4'}))
+    with pytest.raises(UsageError, match='of the run TWTA_5_5_MNIST-digits-0-constant4, epoch 4, not of'):
         report.add(tmp_path / 'other', repository / 'TWTA_5_5_MNIST.twta', tmp_path)
     assert not list((repository / 'RESULTS').iterdir()) and not list((repository / 'PRETRAINED').iterdir())
     with pytest.raises(SystemExit) as error:
