@@ -114,11 +114,22 @@ def write_record(run_dir, config, state, parameters, loss, confusion, best):
 
 def name_run(state):
     """SCRIPT-DATASET-SEED-PROTOCOL, e.g. TWTA_4_4_MNIST-mnist-0-constant150, and the choices that are not default."""
-    stages = '+'.join(f'{"short" if stage["protocol"] == "short" else stage["schedule"]}{stage["epochs"]}'
-                      for stage in state['stages'])
-    usual = complete(dict.fromkeys(state['choices']))
-    choices = ''.join(f'-{name}_{value}' for name, value in state['choices'].items() if value != usual[name])
+    stages = '+'.join(f'{name_stage(stage)}{stage["epochs"]}' for stage in state['stages'])
+    choices = ''.join(f'-{choice.replace(" ", "_")}' for choice in list_choices(state['choices']))
     return f'{state["script"]}-{state["dataset"]}-{state["seed"]}-{stages}{choices}'
+
+
+def name_stage(stage):
+    """constant, cosine, short for cosine with geometric augmentation, or constant-geometric."""
+    if stage['augmentation'] == 'published':
+        return stage['schedule']
+    return 'short' if stage['schedule'] == 'cosine' else f'{stage["schedule"]}-{stage["augmentation"]}'
+
+
+def list_choices(choices):
+    """Those that are not the default, as words."""
+    usual = complete(dict.fromkeys(choices))
+    return [f'{name} {value}' for name, value in choices.items() if value != usual[name]]
 
 
 def describe_data(dataset):

@@ -1,12 +1,12 @@
-"""The evidence: tables of README.md and pictures, made from the records of finished runs.
+"""The evidence: tables of README.md, figures in the scripts' docstrings, pictures, from the records of finished runs.
 
-    python -m twta.report                                  # writes README.md's tables and results/pictures
-    python -m twta.report --add runs/TWTA_4_4_MNIST-mnist  # a finished run becomes a record in results/
+    python -m twta.report                                  # writes them: README.md, MNIST/*.py, CIFAR10/*.py, pictures
+    python -m twta.report --add runs/TWTA_4_4_MNIST-mnist  # before that, a finished run becomes a record in results/
     python -m twta.report --add RUN_DIR --packed TWTA_4_4_MNIST.twta  # and its network one in pretrained/
-    python -m twta.report --reproduce                      # the networks in pretrained/, evaluated and compared
+    python -m twta.report --reproduce                      # only evaluates the networks in pretrained/ and compares
 
-A record is results/SCRIPT-DATASET-SEED-PROTOCOL.json (twta.records.write_record); results/spikes has what the Spiking
-scripts write, benchmarks/*.json what the benchmarks do. README.md holds the tables between two comments each.
+Records: twta.evidence. results/spikes has what the Spiking scripts write, benchmarks/*.json what the benchmarks do.
+README.md holds each table between two comments.
 """
 import argparse
 import json
@@ -14,25 +14,22 @@ import re
 import shutil
 import statistics
 import textwrap
-from itertools import groupby
-from pathlib import Path
 
-from twta import TwtaError, UsageError, datasets, packed, packed_file, packed_report, replacing
-from twta.command_line import errors_in_a_line, path
-from twta.records import accuracy, confuse, say, write_json
+from twta import TwtaError, UsageError, evidence, replacing
+from twta.command_line import Parser, errors_in_a_line, path
+from twta.evidence import ROOT, by_protocol, load_records, protocol
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS, PRETRAINED, README = ROOT / 'results', ROOT / 'pretrained', ROOT / 'README.md'
-TITLES = {'mnist': 'MNIST', 'cifar10': 'CIFAR-10'}
+README = ROOT / 'README.md'
 PUBLISHED = re.compile(r'published accuracy ([\d.]+ %)')  # in a script's docstring
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog='python -m twta.report', description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--add', type=path, metavar='RUN_DIR', help='a finished run, whose record.json to take in')
+    parser = Parser(prog='python -m twta.report', description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument('--add', type=path, metavar='RUN_DIR', help='a finished run, whose record.json to take in')
+    either.add_argument('--reproduce', action='store_true', help='evaluate pretrained/ and compare with the records')
     parser.add_argument('--packed', type=path, metavar='FILE', help='with --add: its network, from --mode export')
-    parser.add_argument('--reproduce', action='store_true', help='evaluate pretrained/ and compare with the records')
     parser.add_argument('--data_dir', type=path, default=ROOT / 'data', help='default: data/ beside README.md')
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
     with errors_in_a_line('twta.report'):
@@ -40,102 +37,28 @@ def main(argv=None):
         if args.packed and not args.add:
             raise UsageError(f'--packed {args.packed}: with --add RUN_DIR only, the run that it comes from')
         if args.reproduce:
-            reproduce(args.data_dir)
+            evidence.reproduce(args.data_dir)
             return
         if args.add:
-            add(args.add, args.packed, args.data_dir)
-        from twta import pictures
+            evidence.add(args.add, args.packed, args.data_dir)
+        from twta import pictures  # here: the first two do without matplotlib
 
         records = load_records()
-        write_tables(records)
+        replace_text(README, fill(README.read_text(), tables(records)))
         for file, text in docstrings(records).items():
-            with replacing(file) as part:
-                part.write_text(text)
-                shutil.copymode(file, part)
+            replace_text(file, text)
         pictures.write_all(records, args.data_dir)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Records
-
-
-def load_records(folder=RESULTS):
-    """The records, in the order of the scripts' names, protocols and seeds."""
-    records = [json.loads(file.read_text()) for file in folder.glob('*.json')]
-    return sorted(records, key=lambda record: (record['dataset'] != 'mnist', record['script'], *protocol(record),
-                                               record['seed']))
-
-
-def protocol(record):
-    """How a run was trained, its seed apart: epochs, words, choices; runs that agree in it share a row."""
-    stages = record['stages']
-    names = ['short' if stage['protocol'] == 'short' else stage['schedule'] for stage in stages]
-    words = [f'{name} {stage["learning_rate"]:.8f}'.rstrip('0') for name, stage in zip(names, stages, strict=True)]
-    epochs = ' + '.join(str(stage['epochs']) for stage in stages)
-    return -record['epochs'], epochs, ', '.join(words), json.dumps(record['choices'])
-
-
-def by_protocol(records):
-    """Lists of records that differ in their seed alone."""
-    return [list(group) for _, group in groupby(records, lambda record: (record['script'], record['dataset'],
-                                                                         protocol(record)))]
-
-
-def add(run_dir, file, data_dir):
-    """Takes the record of a finished run, and its packed network with what that costs, into the repository."""
-    try:
-        record = json.loads((run_dir / 'record.json').read_text())
-        name = record['name']
-    except (OSError, ValueError, KeyError):
-        raise UsageError(f'--add {run_dir}: no record.json there; a training writes it when it ends') from None
-    if file:
-        network = packed_file.read(file)
-        found = network.record.get('run'), network.record.get('epoch')
-        if found != (name, record['epochs']):
-            raise UsageError(f'--packed {file}: of the run {found[0]}, epoch {found[1]}, not of {name}, epoch '
-                             f'{record["epochs"]}; export it with --mode export --run_dir {run_dir}')
-        images = datasets.load(record['dataset'], data_dir, None).test.images[:packed_report.IMAGES]
-        *layers, total = packed_report.measure(packed.open_engine(network), images)
-        record['packed'] = {  # operations are of an image
-            'bytes': file.stat().st_size, 'float_multiply_adds': total['multiply_adds'], 'images': len(images),
-            'additions': total['additions'],
-            'multiply_adds': sum(layer['multiply_adds'] for layer in layers if layer['additions'] is None)}
-        with replacing(PRETRAINED / f'{network.network}.twta') as part:
-            shutil.copyfile(file, part)
-    write_json(RESULTS / f'{name}.json', record)
-    say(f'{RESULTS / f"{name}.json"}')
-
-
-def reproduce(data_dir):
-    """Evaluates every network in pretrained/ on its test images; TwtaError where one is not what its record says."""
-    different = []
-    for file in sorted(PRETRAINED.glob('*.twta')):
-        network = packed_file.read(file)
-        record = json.loads((RESULTS / f'{network.record["run"]}.json').read_text())
-        dataset = datasets.load(network.dataset, data_dir, None)
-        predicted = packed.logits(packed.open_engine(network), dataset.test.images).argmax(1)
-        found = accuracy(confuse(dataset.test.labels, predicted, len(network.classes)))
-        recorded = record['last']['test_accuracy']
-        same = found == recorded
-        if dataset.sha256 != record['data']['sha256']:
-            verdict = 'on other images: ' + dataset.origin
-        else:
-            verdict = 'the same' if same else 'DIFFERENT'
-            different += [] if same else [network.network]
-        say(f'{network.network:28} recorded {recorded:.2%}  here {found:.2%}  {verdict}')
-    if different:
-        raise TwtaError(f'{", ".join(different)}: not the recorded accuracy')
+def replace_text(file, text):
+    if file.read_text() != text:
+        with replacing(file) as part:
+            part.write_text(text)
+            shutil.copymode(file, part)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Tables
-
-
-def write_tables(records, readme=README):
-    """README.md with its tables as the records have them."""
-    text = fill(readme.read_text(), tables(records))
-    with replacing(readme) as part:
-        part.write_text(text)
 
 
 def tables(records):
@@ -144,10 +67,11 @@ def tables(records):
         'mnist': accuracies(records, r'(FP|TWTA)_.*MNIST'),
         'cifar10': accuracies(records, r'(FP|TWTA)_.*CIFAR10'),
         'siblings': accuracies(records, r'(TWBA|BWBA|Quant)_'),
-        'short': choices(benchmark('short')),
         'architectures': architectures(records),
-        'choices': choices(benchmark('choices')),
-        'spikes': spikes([json.loads(file.read_text()) for file in sorted((RESULTS / 'spikes').glob('*.json'))]),
+        'short': choices([row for row in benchmark('choices') if row['script'] == 'TWTA_5_5_MNIST']),
+        'choices': choices([row for row in benchmark('choices') if row['script'] != 'TWTA_5_5_MNIST']),
+        'spikes': spikes(json.loads(file.read_text())
+                         for file in sorted((evidence.RESULTS / 'spikes').glob('*.json'))),
         'training_speed': training_speed(benchmark('training_speed')['rows']),
         'inference_speed': inference_speed(benchmark('inference_speed')['rows']),
     }
@@ -158,12 +82,13 @@ def benchmark(name):
 
 
 def fill(text, found):
-    """The text with each table between its comments; TwtaError where one has no place or a place no table."""
-    places = re.findall(r'<!-- table (\w+)', text)
+    """The text with each table between its comments; TwtaError where one has no place, or a place no table or end."""
+    places = re.findall(r'<!-- table (\w+)[^>]*-->\n(?:(?!<!-- table).)*?<!-- end -->', text, re.DOTALL)
     if sorted(places) != sorted(found):
-        raise TwtaError(f'README.md has places for the tables {sorted(places)}, valid are {sorted(found)}')
+        raise TwtaError(f'README.md has places for the tables {", ".join(sorted(places))}; needed, each with its <!-- '
+                        f'end -->, are {", ".join(sorted(found))}')
     for name, lines in found.items():
-        text = re.sub(rf'(<!-- table {name}[^>]*-->\n).*?(<!-- end -->)',
+        text = re.sub(rf'(<!-- table {name}\b[^>]*-->\n).*?(<!-- end -->)',
                       lambda match, lines=lines: match[1] + '\n'.join(lines) + '\n' + match[2], text, flags=re.DOTALL)
     return text
 
@@ -185,22 +110,22 @@ def percent(values):
 
 
 def accuracies(records, pattern):
-    """A row for each protocol that a script of this name was trained with; 'not run' where there is none."""
-    of_data = [record for record in records if record['dataset'] in TITLES and re.match(pattern, record['script'])]
-    absent = [script for script in script_files() if re.match(pattern, script)
-              and script not in {record['script'] for record in of_data}]
-    rows = [(script, '', '', '', '', 'not run', '', published(script), '') for script in absent]
-    for runs in by_protocol(of_data):
-        first = runs[0]
-        _, epochs, words, _ = protocol(first)
+    """A row for each protocol that a script of this name was trained with; below, the scripts that have none."""
+    rows = []
+    for runs in by_protocol([record for record in records if re.match(pattern, record['script'])]):
         best = [run['best_validation'] and run['best_validation']['test_accuracy'] for run in runs]
-        rows.append((first['script'], words, epochs, ', '.join(str(run['seed']) for run in runs),
+        epochs = ' + '.join(str(stage['epochs']) for stage in runs[0]['stages'])
+        rows.append((runs[0]['script'], protocol(runs[0]), epochs, ', '.join(str(run['seed']) for run in runs),
                      percent([run['last']['validation_accuracy'] for run in runs]),
                      '**' + percent([run['last']['test_accuracy'] for run in runs]) + '**',
-                     percent(best), published(first['script']),
+                     percent(best), published(runs[0]['script']),
                      f'{statistics.median(run["wall_seconds"] for run in runs) / 60:.0f} min'))
-    return table(('network', 'learning rate', 'epochs', 'seeds', 'validation, %', 'test, %',
-                  'test at best validation, %', 'published', 'training'), sorted(rows, key=lambda row: row[0]))
+    yield from table(('network', 'schedule, learning rate', 'epochs', 'seeds', 'validation, %', 'test, %',
+                      'test at best validation, %', 'published', 'training'), rows)
+    done = {row[0] for row in rows}
+    absent = [script for script in script_files() if re.match(pattern, script) and script not in done]
+    if absent:
+        yield from ('', f'Not run: {", ".join(f"{script} (published: {published(script)})" for script in absent)}.')
 
 
 def script_files():
@@ -209,7 +134,7 @@ def script_files():
 
 def published(script):
     found = PUBLISHED.search(script_files()[script].read_text())
-    return found[1] if found else ''
+    return found[1] if found else 'not given'
 
 
 def architectures(records):
@@ -231,10 +156,9 @@ def docstrings(records):
     for script, file in script_files().items():
         lines = []
         for runs in by_protocol([record for record in records if record['script'] == script]):
-            _, epochs, words, _ = protocol(runs[0])
             seeds = ', '.join(str(run['seed']) for run in runs)
-            lines.append(f'{percent([run["last"]["test_accuracy"] for run in runs])} % test after {epochs} epochs '
-                         f'(learning rate {words}; seed {seeds})')
+            lines.append(f'{percent([run["last"]["test_accuracy"] for run in runs])} % test after {runs[0]["epochs"]} '
+                         f'epochs ({protocol(runs[0])}; seed {seeds})')
         if lines and 'CIFAR10' in script:
             lines.append('JPEG-recompressed images, NOT the published files')
         speed = 'not run'
@@ -250,11 +174,13 @@ def docstrings(records):
 
 
 def choices(rows):
-    groups = groupby(rows, lambda row: (row['script'], row['variant'], row['epochs']))
+    """A row for each variant, over its seeds."""
+    groups = {}
+    for row in rows:
+        groups.setdefault((row['script'], row['variant'], str(row['epochs'])), []).append(row)
     return table(('network', 'choice', 'epochs', 'seeds', 'validation, %', 'test, %'), (
-        (script, variant, str(epochs), str(len(runs)), percent([run['validation_accuracy'] for run in runs]),
-         percent([run.get('test_accuracy') for run in runs]))
-        for (script, variant, epochs), runs in ((key, list(group)) for key, group in groups)))
+        (*key, ', '.join(str(run['seed']) for run in runs), percent([run['validation_accuracy'] for run in runs]),
+         percent([run['test_accuracy'] for run in runs])) for key, runs in groups.items()))
 
 
 def spikes(found):

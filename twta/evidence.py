@@ -1,0 +1,126 @@
+"""The records of finished runs in results/, and their networks in pretrained/: taken in, read, evaluated again.
+
+A record is results/SCRIPT-DATASET-SEED-PROTOCOL.json: see twta.records.write_record. A network is
+pretrained/SCRIPT.twta and holds the name of its record.
+"""
+import json
+import shutil
+from pathlib import Path
+
+from twta import TwtaError, UsageError, datasets, packed, packed_file, packed_report, replacing
+from twta.records import accuracy, confuse, list_choices, name_stage, say, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PRETRAINED = ROOT / 'results', ROOT / 'pretrained'
+TITLES = {'mnist': 'MNIST', 'cifar10': 'CIFAR-10'}  # by data set: those whose records count
+HELD_OUT = {'mnist': 10000, 'cifar10': 0}  # validation images, where --validation does not say
+BATCH_SIZE = 200
+KEYS = {'name', 'script', 'dataset', 'seed', 'stages', 'choices', 'epochs', 'last', 'best_validation', 'curve', 'data',
+        'parameters', 'wall_seconds', 'confusion', 'shares', 'flags', 'precision'}
+
+
+def read_record(path):
+    try:
+        record = json.loads(path.read_text())
+        absent = KEYS - record.keys()
+    except (OSError, ValueError, AttributeError):
+        raise TwtaError(f'{path}: not a record of a finished run, or damaged; a training writes record.json when it '
+                        'ends') from None
+    if absent:
+        raise TwtaError(f'{path}: not a record of a finished run, {min(absent)} is absent')
+    return record
+
+
+def load_records(folder=RESULTS):
+    """The records, in the order of data set, script, protocol (the longest first) and seed."""
+    records = [read_record(file) for file in folder.glob('*.json')]
+    return sorted(records, key=lambda record: (list(TITLES).index(record['dataset']), record['script'],
+                                               -record['epochs'], protocol(record), record['seed']))
+
+
+def protocol(record):
+    """Everything that was chosen for a run but its seed, as words: runs that agree in it share a row."""
+    words = []
+    for stage in record['stages']:
+        words.append(f'{name_stage(stage)} {stage["learning_rate"]:.8f}'.rstrip('0'))
+        words += [] if stage['batch_size'] == BATCH_SIZE else [f'batches of {stage["batch_size"]}']
+    words += list_choices(record['choices'])
+    held_out = record['data']['validation_images']
+    words += [] if held_out == HELD_OUT[record['dataset']] else [f'validation {held_out}']
+    words += [] if record['precision'] == 'bfloat16' else [record['precision']]
+    words += ['from other weights'] if record['flags']['weights'] else []
+    return ', '.join(words)
+
+
+def by_protocol(records):
+    """Lists of records that differ in their seed alone."""
+    groups = {}
+    for record in records:
+        epochs = tuple(stage['epochs'] for stage in record['stages'])
+        groups.setdefault((record['script'], record['dataset'], protocol(record), epochs), []).append(record)
+    return list(groups.values())
+
+
+def add(run_dir, file, data_dir):
+    """Takes in the record of a finished run and, with what it costs, its packed network."""
+    record = read_record(run_dir / 'record.json')
+    name = record['name']
+    if record['dataset'] not in TITLES:
+        raise UsageError(f'--add {run_dir}: a run on {record["dataset"]}, valid are {", ".join(TITLES)}')
+    if name != Path(name).name:
+        raise UsageError(f'--add {run_dir}: its record has the name {name}, which is none of a file')
+    path = RESULTS / f'{name}.json'
+    earlier = read_record(path) if path.exists() else {}
+    if earlier and earlier['curve'] != record['curve']:
+        raise UsageError(f'--add {run_dir}: {path} is of another run; remove that first')
+    if 'packed' in earlier:
+        record['packed'] = earlier['packed']
+    if file:
+        network = packed_file.read(file)
+        found = network.record.get('run'), network.record.get('epoch')
+        if found != (name, record['epochs']):
+            raise UsageError(f'--packed {file}: of the run {found[0]}, epoch {found[1]}, not of {name}, epoch '
+                             f'{record["epochs"]}; export it with --mode export --run_dir {run_dir}')
+        record['packed'] = {'bytes': file.stat().st_size, **count_operations(network, data_dir)}
+        with replacing(PRETRAINED / f'{network.network}.twta') as part:
+            shutil.copyfile(file, part)
+    write_json(path, record)
+    say(f'{path}')
+
+
+def count_operations(network, data_dir):
+    """Of an image; nothing where levels and pooling have become neurons, for those are not the trained layers."""
+    if packed.is_expanded(network):
+        return {}
+    images = datasets.load(network.dataset, data_dir, None).test.images[:packed_report.IMAGES]
+    *layers, total = packed_report.measure(packed.open_engine(network), images)
+    real = sum(layer['multiply_adds'] for layer in layers if layer['additions'] is None)
+    return {'images': len(images), 'additions': total['additions'], 'multiply_adds': real,
+            'float_multiply_adds': total['multiply_adds']}
+
+
+def reproduce(data_dir):
+    """Evaluates every network in pretrained/ on its test images; TwtaError where one is not what its record says."""
+    verdicts = []
+    for file in sorted(PRETRAINED.glob('*.twta')):
+        network = packed_file.read(file)
+        record = read_record(RESULTS / f'{network.record.get("run")}.json')
+        recorded = record['last']['test_accuracy']
+        try:
+            dataset = datasets.load(network.dataset, data_dir, record['data']['validation_images'])
+        except TwtaError as error:
+            say(f'{network.network:28} recorded {recorded:.2%}  not compared: {error}')
+            verdicts.append('not compared')
+            continue
+        predicted = packed.logits(packed.open_engine(network), dataset.test.images).argmax(1)
+        found = accuracy(confuse(dataset.test.labels, predicted, len(network.classes)))
+        verdict = 'the same' if found == recorded else 'DIFFERENT'
+        if dataset.sha256 != record['data']['sha256']:
+            verdict = 'not compared'
+        verdicts.append(verdict)
+        on = '' if verdict != 'not compared' else f': the record is of other images ({record["data"]["origin"]})'
+        say(f'{network.network:28} recorded {recorded:.2%}  here {found:.2%}  {verdict}{on}')
+    counts = ', '.join(f'{verdicts.count(verdict)} {verdict}' for verdict in ('the same', 'not compared', 'DIFFERENT'))
+    say(f'{len(verdicts)} networks: {counts}')
+    if 'DIFFERENT' in verdicts or not verdicts:
+        raise TwtaError(f'{PRETRAINED}: ' + ('not the recorded accuracy' if verdicts else 'no networks'))
