@@ -11,10 +11,10 @@ import pytest
 from conftest import ROOT, start
 from PIL import Image
 
-from twta import TwtaError, UsageError, packed_file, pictures, report
+from twta import TwtaError, UsageError, evidence, packed_file, pictures, report
 
 SHARED = ROOT.parent / 'shared' / 'datasets'
-RECORDS = report.load_records()
+RECORDS = evidence.load_records()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -31,17 +31,46 @@ def test_docstrings_have_the_figures_of_the_records():
         assert file.read_text() == text, f'{file}: run make report'
 
 
-def test_another_record_makes_another_table():
-    changed = json.loads(json.dumps(RECORDS))
-    changed[0]['last']['test_accuracy'] += 0.0001
-    text = report.README.read_text()
-    assert report.fill(text, report.tables(changed)) != text
+def a_record(seed, accuracy, **changes):
+    """What the tables read of a record of TWTA_4_4_MNIST, short protocol."""
+    stage = {'schedule': 'cosine', 'augmentation': 'geometric', 'learning_rate': 0.002, 'batch_size': 200, 'epochs': 30}
+    return {'script': 'TWTA_4_4_MNIST', 'dataset': 'mnist', 'seed': seed, 'epochs': 30, 'choices': {},
+            'stages': [{**stage, **changes}], 'wall_seconds': 60 * (seed + 1), 'precision': 'bfloat16',
+            'last': {'validation_accuracy': accuracy - 0.001, 'test_accuracy': accuracy}, 'best_validation': None,
+            'data': {'validation_images': 10000}, 'flags': {'weights': None}}
+
+
+def test_runs_that_differ_in_their_seed_alone_share_a_row():
+    records = [a_record(0, 0.99), a_record(1, 0.992), a_record(2, 0.994), a_record(3, 0.9, batch_size=50),
+               a_record(0, 0.8, augmentation='published'), a_record(5, 0.7, epochs=3)]
+    *rows, empty, absent = report.accuracies(records, 'TWTA_[45].*MNIST')
+    assert rows[2:] == [
+        '| TWTA_4_4_MNIST | short 0.002 | 30 | 0, 1, 2 | 99.10 ± 0.20 | **99.20 ± 0.20** |  | 99.38 % | 2 min |',
+        '| TWTA_4_4_MNIST | short 0.002, batches of 50 | 30 | 3 | 89.90 | **90.00** |  | 99.38 % | 4 min |',
+        '| TWTA_4_4_MNIST | cosine 0.002 | 30 | 0 | 79.90 | **80.00** |  | 99.38 % | 1 min |',
+        '| TWTA_4_4_MNIST | short 0.002 | 3 | 5 | 69.90 | **70.00** |  | 99.38 % | 6 min |']
+    assert (empty, absent) == ('', 'Not run: TWTA_5_5_MNIST (published: 99.32 %).')
+
+
+def test_other_choices_precision_validation_and_weights_are_words():
+    record = a_record(0, 0.99)
+    record.update(choices={'pooling': 'max'}, precision='float32', data={'validation_images': 0},
+                  flags={'weights': 'model.npz'})
+    assert evidence.protocol(record) == 'short 0.002, pooling max, validation 0, float32, from other weights'
+
+
+def test_choices_are_means_over_seeds_whatever_their_order():
+    rows = [{'script': 'A', 'variant': variant, 'epochs': 6, 'seed': seed, 'validation_accuracy': 0.9 + seed / 100,
+             'test_accuracy': 0.8} for seed in (0, 1) for variant in ('one', 'two')]
+    assert list(report.choices(rows))[2:] == ['| A | one | 6 | 0, 1 | 90.50 ± 0.71 | 80.00 ± 0.00 |',
+                                              '| A | two | 6 | 0, 1 | 90.50 ± 0.71 | 80.00 ± 0.00 |']
 
 
 @pytest.mark.parametrize('name', pictures.sources(RECORDS))
-def test_pictures_are_of_the_records(name):
+def test_pictures_are_of_the_records_and_networks(name):
+    _, *arguments = pictures.sources(RECORDS)[name]
     with Image.open(pictures.FOLDER / f'{name}.png') as image:
-        assert image.info['Source'] == pictures.fingerprint(pictures.sources(RECORDS)[name][1]), 'run make report'
+        assert image.info['Source'] == pictures.fingerprint(arguments), 'run make report'
 
 
 def test_every_picture_of_the_readme_is_there_and_opaque():
@@ -73,7 +102,7 @@ def test_links_of_the_pages_lead_to_files():
 
 @pytest.mark.parametrize('record', RECORDS, ids=lambda record: record['name'])
 def test_records_are_whole(record):
-    assert (report.RESULTS / f'{record["name"]}.json').is_file()
+    assert (evidence.RESULTS / f'{record["name"]}.json').is_file()
     confusion = np.array(record['confusion'])
     assert confusion.sum() == 10000 and confusion.trace() / 10000 == record['last']['test_accuracy']
     assert record['curve']['epoch'] == list(range(1, record['epochs'] + 1))
@@ -86,10 +115,10 @@ def test_records_are_whole(record):
     assert record['data']['published'] is (record['dataset'] == 'mnist') and len(record['data']['sha256']) == 64
 
 
-@pytest.mark.parametrize('file', sorted(report.PRETRAINED.glob('*.twta')), ids=lambda file: file.stem)
+@pytest.mark.parametrize('file', sorted(evidence.PRETRAINED.glob('*.twta')), ids=lambda file: file.stem)
 def test_a_pretrained_network_has_its_record(file):
     network = packed_file.read(file)
-    record = json.loads((report.RESULTS / f'{network.record["run"]}.json').read_text())
+    record = json.loads((evidence.RESULTS / f'{network.record["run"]}.json').read_text())
     assert (record['script'], record['epochs']) == (file.stem, network.record['epoch'])
     assert record['packed']['bytes'] == file.stat().st_size
 
@@ -99,11 +128,11 @@ def test_networks_give_their_figures_again(tmp_path, monkeypatch, capsys):
     """Those of MNIST; make reproduce-table does all of them."""
     subprocess.run([sys.executable, SHARED / 'prepare.py', tmp_path], check=True, capture_output=True)
     (tmp_path / 'networks').mkdir()
-    files = list(report.PRETRAINED.glob('*_MNIST.twta'))
+    files = list(evidence.PRETRAINED.glob('*_MNIST.twta'))
     for file in files:
         shutil.copy(file, tmp_path / 'networks')
-    monkeypatch.setattr(report, 'PRETRAINED', tmp_path / 'networks')
-    report.reproduce(tmp_path)
+    monkeypatch.setattr(evidence, 'PRETRAINED', tmp_path / 'networks')
+    evidence.reproduce(tmp_path)
     assert capsys.readouterr().out.count('the same') == len(files) > 0
 
 
@@ -111,48 +140,78 @@ def test_networks_give_their_figures_again(tmp_path, monkeypatch, capsys):
 def repository(finished_run, tmp_path, monkeypatch):
     """Empty folders in place of results/ and pretrained/, and the packed network of the finished run on the digits."""
     for name in ('RESULTS', 'PRETRAINED'):
-        monkeypatch.setattr(report, name, tmp_path / name)
+        monkeypatch.setattr(evidence, name, tmp_path / name)
         (tmp_path / name).mkdir()
+    monkeypatch.setitem(evidence.TITLES, 'digits', 'digits')
     start(finished_run, '--mode', 'export', '--file', tmp_path / 'TWTA_5_5_MNIST.twta')
     return tmp_path
 
 
 def test_a_run_is_added_and_reproduced(repository, finished_run, capsys):
-    report.add(finished_run, repository / 'TWTA_5_5_MNIST.twta', repository)
+    evidence.add(finished_run, repository / 'TWTA_5_5_MNIST.twta', repository)
     path, = (repository / 'RESULTS').glob('*.json')
     record = json.loads(path.read_text())
     assert path.stem == record['name'] == 'TWTA_5_5_MNIST-digits-0-constant4'
-    assert record['packed']['images'] == 300 and (
-        record['packed']['multiply_adds'] < record['packed']['additions'] < record['packed']['float_multiply_adds'])
-    report.reproduce(repository)
-    assert 'the same' in capsys.readouterr().out
-    record['last']['test_accuracy'] += 0.01
-    path.write_text(json.dumps(record))
-    with pytest.raises(TwtaError, match='TWTA_5_5_MNIST: not the recorded accuracy'):
-        report.reproduce(repository)
+    assert record['packed']['images'] == 300
+    assert record['packed']['multiply_adds'] < record['packed']['additions'] < record['packed']['float_multiply_adds']
+    evidence.add(finished_run, None, repository)  # once more, without the network: what it costs stays
+    assert json.loads(path.read_text()) == record
+    evidence.reproduce(repository)
+    assert '1 networks: 1 the same, 0 not compared, 0 DIFFERENT' in capsys.readouterr().out
     record['data']['sha256'] = 'of other images'
     path.write_text(json.dumps(record))
-    report.reproduce(repository)
-    assert 'on other images' in capsys.readouterr().out
+    evidence.reproduce(repository)
+    assert 'not compared: the record is of other images' in capsys.readouterr().out
+    expected = json.loads((finished_run / 'record.json').read_text())
+    expected['last']['test_accuracy'] += 0.01
+    path.write_text(json.dumps(expected))
+    with pytest.raises(TwtaError, match='not the recorded accuracy'):
+        evidence.reproduce(repository)
+    (repository / 'PRETRAINED' / 'TWTA_5_5_MNIST.twta').unlink()
+    with pytest.raises(TwtaError, match='no networks'):
+        evidence.reproduce(repository)
 
 
-def test_what_cannot_be_added_is_refused(repository, finished_run, tmp_path):
-    with pytest.raises(UsageError, match=r'no record\.json there'):
-        report.add(tmp_path, None, tmp_path)
-    shutil.copytree(finished_run, tmp_path / 'other')
+def test_what_cannot_be_added_is_refused(repository, finished_run, tmp_path, monkeypatch):
+    with pytest.raises(TwtaError, match='not a record of a finished run'):
+        evidence.add(tmp_path, None, tmp_path)
+    other = tmp_path / 'other'
+    shutil.copytree(finished_run, other)
     record = json.loads((finished_run / 'record.json').read_text())
-    (tmp_path / 'other' / 'record.json').write_text(json.dumps({**record, 'name': 'TWTA_5_5_MNIST-digits-1-constant4'}))
+    for content in ('[]', '3', '{', '{"name": "x"}'):
+        (other / 'record.json').write_text(content)
+        with pytest.raises(TwtaError, match='not a record of a finished run'):
+            evidence.add(other, None, tmp_path)
+    (other / 'record.json').write_text(json.dumps({**record, 'name': 'TWTA_5_5_MNIST-digits-1-constant4'}))
     with pytest.raises(UsageError, match='of the run TWTA_5_5_MNIST-digits-0-constant4, epoch 4, not of'):
-        report.add(tmp_path / 'other', repository / 'TWTA_5_5_MNIST.twta', tmp_path)
+        evidence.add(other, repository / 'TWTA_5_5_MNIST.twta', tmp_path)
+    (other / 'record.json').write_text(json.dumps({**record, 'name': '../escaped'}))
+    with pytest.raises(UsageError, match='none of a file'):
+        evidence.add(other, None, tmp_path)
     assert not list((repository / 'RESULTS').iterdir()) and not list((repository / 'PRETRAINED').iterdir())
+    evidence.add(finished_run, None, tmp_path)
+    (other / 'record.json').write_text(json.dumps({**record, 'curve': {}}))
+    with pytest.raises(UsageError, match='is of another run; remove that first'):
+        evidence.add(other, None, tmp_path)
+    monkeypatch.delitem(evidence.TITLES, 'digits')
+    with pytest.raises(UsageError, match='a run on digits, valid are mnist, cifar10'):
+        evidence.add(finished_run, None, tmp_path)
+
+
+@pytest.mark.parametrize('flags', [['--packed', 'x.twta'], ['--add', '.', '--reproduce'], ['--bogus'], ['--add', '']])
+def test_bad_flags_get_one_line(flags, capsys):
     with pytest.raises(SystemExit) as error:
-        report.main(['--packed', 'x.twta'])
-    assert error.value.code == 2
+        report.main(flags)
+    assert error.value.code == 2 and capsys.readouterr().err.count('\n') == 1
 
 
-def test_a_table_without_a_place_is_refused():
+@pytest.mark.parametrize('text', [
+    '<!-- table other -->\n<!-- end -->', '', '<!-- table mnist -->\n',
+    '<!-- table mnist -->\n<!-- table mnist -->\n<!-- end -->',
+    '<!-- table mnist -->\n<!-- table other -->\n<!-- end -->'])
+def test_a_table_without_a_place_and_a_place_without_an_end_are_refused(text):
     with pytest.raises(TwtaError, match=r'README\.md has places for the tables'):
-        report.fill('<!-- table other -->\n<!-- end -->', {'mnist': []})
+        report.fill(text, {'mnist': []})
 
 
 def test_the_record_of_a_run(finished_run):

@@ -1,5 +1,6 @@
 """Runs on the embedded sample: training, stopping, resuming, checkpoints, weights, the records a run leaves."""
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -53,6 +54,36 @@ def test_stages():
     assert experiment.next_stage(state, args, DEFAULTS) == {
         'first_epoch': 191, 'learning_rate': 1e-6, 'epochs': 5, 'batch_size': 200, 'schedule': 'cosine',
         'augmentation': 'geometric', 'protocol': 'short'}
+
+
+def test_short_is_one_name_for_four_flags(tmp_path):
+    short = '--protocol', 'short', '--epochs', 2, '--batch_size', 100
+    spelled = '--schedule', 'cosine', '--learning_rate', 0.002, '--epochs', 2, '--batch_size', 100, '--augmentation'
+    start(tmp_path / 'short', *short)
+    start(tmp_path / 'geometric', *spelled, 'geometric')
+    start(tmp_path / 'published', *spelled, 'published')
+    found, same, other = (variables(tmp_path / name) for name in ('short', 'geometric', 'published'))
+    np.testing.assert_array_equal(found['conv1/W'], same['conv1/W'])
+    assert found['run_state']['history'] == same['run_state']['history']
+    assert (found['conv1/W'] != other['conv1/W']).any()  # the images it was trained on were others
+
+
+def test_a_run_that_ended_without_its_record_gets_it_on_resuming(finished_run, tmp_path, capsys):
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
+    expected = json.loads((tmp_path / 'record.json').read_text())
+    for name in ('record.json', 'result.json'):  # as if it had been killed while it was evaluated
+        (tmp_path / name).unlink()
+    start(tmp_path, '--resume', 'True')
+    assert 'the 4 epochs are done, but have no record' in capsys.readouterr().out
+    record = json.loads((tmp_path / 'record.json').read_text())
+    for key in ('name', 'last', 'best_validation', 'curve', 'shares', 'confusion', 'stages'):
+        assert record[key] == expected[key]
+    assert len(log(tmp_path)) == 4 and (tmp_path / 'result.json').exists()
+    for path in (*tmp_path.glob('best-*.data*'), tmp_path / 'record.json'):
+        path.write_bytes(path.read_bytes()[:-99])
+    start(tmp_path, '--resume', 'True')  # a damaged best checkpoint costs the best epoch, not the record
+    assert 'without the best epoch' in capsys.readouterr().out
+    assert json.loads((tmp_path / 'record.json').read_text())['best_validation'] is None
 
 
 def test_batches_depend_on_seed_and_epoch_and_hold_each_image_at_most_once():

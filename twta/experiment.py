@@ -16,8 +16,9 @@ import numpy as np
 from tqdm import tqdm
 
 from twta import TwtaError, UsageError, checkpoints, datasets, packing, preprocessing, records
-from twta.command_line import SHORT, complete
+from twta.command_line import complete
 from twta.records import accuracy, say
+from twta.schedule import describe_stage, next_stage, scheduled_rate, shuffled_batches
 from twta.session import choose_precision, describe, find_gpu, open_session, stop_signals
 from twta.tf1 import tf
 
@@ -102,8 +103,9 @@ def train(script, model, args, defaults, dataset, precision, source, state):
         state = new_run(script, args, dataset)
     elif dataset.sha256 != state['data_sha256']:
         say('WARNING: these are not the images that the run was started on')
-    stage = next_stage(state, args, defaults)
-    first, last = state['epoch'] + 1, stage['first_epoch'] + stage['epochs'] - 1
+    stage = next_stage(state, args, defaults, records.is_judged(args.run_dir, state))
+    last = stage['first_epoch'] + stage['epochs'] - 1
+    epochs = range(state['epoch'] + 1, last + 1)
     if stage['batch_size'] > len(dataset.train.labels):
         raise UsageError(f'--batch_size {stage["batch_size"]}: more than the {len(dataset.train.labels):,} training '
                          'images')
@@ -121,17 +123,19 @@ def train(script, model, args, defaults, dataset, precision, source, state):
             session.run(tf.global_variables_initializer())
         set_weights(network.net, weights, session)
         describe_network(script, network.net, args.choices, args.weights or args.run_dir, args.verbose)
-        say(f'training: epochs {first} to {last}, learning rate {stage["learning_rate"]:g}'
-            f'{" (cosine)" if stage["schedule"] == "cosine" else ""}, {stage["augmentation"]} augmentation, '
-            f'batches of {stage["batch_size"]}, '
-            f'seed {state["seed"]}, {precision.name}')
+        if not epochs:
+            say(f'the {last} epochs are done, but have no record: now the test images')
+        else:
+            say(f'training: epochs {epochs[0]} to {last}, {describe_stage(stage)}, seed {state["seed"]}, '
+                f'{precision.name}')
         config = {'script': script, 'command': sys.argv, 'flags': vars(args), 'stages': state['stages'],
                   'seed': state['seed'], 'precision': precision.name, 'data': records.describe_data(dataset),
                   **records.environment()}
         records.write_json(args.run_dir / 'config.json', config)
         try:
             with stop_signals() as stop:
-                train_epochs(network, session, store, state, stage, range(first, last + 1), dataset, args.run_dir, stop)
+                if epochs:
+                    train_epochs(network, session, store, state, stage, epochs, dataset, args.run_dir, stop)
                 if stop and state['epoch'] < last:
                     say(f'stopped after {state["part"]["steps"]} steps of epoch {state["epoch"] + 1}' if state['part']
                         else f'stopped after epoch {state["epoch"]}')
@@ -142,20 +146,26 @@ def train(script, model, args, defaults, dataset, precision, source, state):
                 figure = records.draw_curve(f'{script} on {dataset.title}', state['history'])
                 records.save_figure(args.run_dir / 'curve.png', figure)
         loss, confusion = report(script, network, session, dataset, args, state['epoch'])
-        best = test_best(network, session, dataset, store, state)
+        best = test_best(network, session, dataset, args.run_dir, state)
         records.write_record(args.run_dir, config, state, network.net.count_params(), loss, confusion, best)
 
 
-def test_best(network, session, dataset, store, state):
-    """Epoch, validation and test accuracy of the best on validation, whose weights the session has after it; or None.
+def test_best(network, session, dataset, run_dir, state):
+    """Epoch, validation and test accuracy of the best on validation, whose weights the session has after it.
 
-    The test images do not choose it: the run's result remains that of its last epoch.
+    None where there is no such checkpoint, or a damaged one. The test images do not choose it: the run's result remains
+    that of its last epoch.
     """
-    if not store.savers['best'].last_checkpoints:
+    if not checkpoints.listed(run_dir, 'best'):
         return None
-    best = max(state['history'], key=lambda row: row['validation_accuracy'])  # of equal ones the first
-    checkpoints.restore(session, store.savers['best'].last_checkpoints[-1], network.net, network.net.all_params)
-    return {'epoch': best['epoch'], 'validation_accuracy': best['validation_accuracy'],
+    try:
+        source = checkpoints.find(run_dir, 'best')
+        best = checkpoints.read_state(source, state['script'], state['dataset'])
+        checkpoints.restore(session, source, network.net, network.net.all_params)
+    except TwtaError as error:
+        say(f'the record is without the best epoch on validation: {error}')
+        return None
+    return {'epoch': best['epoch'], 'validation_accuracy': best['best_validation_accuracy'],
             'test_accuracy': accuracy(evaluate(network, session, dataset.test)[1])}
 
 
@@ -235,26 +245,6 @@ def train_epoch(run_step, split, stage, epoch, part, seed, bar, stop):
     return {'steps': steps, 'loss': loss, 'correct': correct, 'seconds': part['seconds'] + time.perf_counter() - start}
 
 
-def scheduled_rate(stage, step, epoch_steps):
-    """The rate of a step, from 0 on, of a stage that has epoch_steps of them an epoch.
-
-    cosine: up in a straight line for an epoch (a quarter of the stage where that is less), then half a cosine to 0.
-    """
-    peak, n_steps = stage['learning_rate'], stage['epochs'] * epoch_steps
-    if stage['schedule'] == 'constant':
-        return peak
-    warm_up = min(epoch_steps, n_steps // 4)
-    if step < warm_up:
-        return peak * (step + 1) / warm_up
-    return peak * (1 + math.cos(math.pi * (step - warm_up) / (n_steps - warm_up))) / 2
-
-
-def shuffled_batches(n_images, batch_size, seed, epoch):
-    """The epoch's batches of indices, from seed and epoch alone; images that fill no batch sit the epoch out."""
-    order = np.random.default_rng([seed, epoch]).permutation(n_images)
-    return order[:n_images // batch_size * batch_size].reshape(-1, batch_size)
-
-
 def evaluate(network, session, split):
     """Mean cross-entropy and confusion matrix [true class, predicted class] over a split."""
     loss, predicted = 0.0, []
@@ -319,26 +309,6 @@ def check_choices(args):
         if trained_with.get(flag, value) != value:
             raise UsageError(f'--{flag} {value}: the weights in {args.weights} were trained with --{flag} '
                              f'{trained_with[flag]}; give that')
-
-
-def next_stage(state, args, defaults):
-    """The stage to train, the last in state['stages']: an interrupted one where the flags are its own, or a new one."""
-    flags = {flag: getattr(args, flag) for flag in defaults if getattr(args, flag) is not None}
-    defaults = {**defaults, **SHORT[args.dataset]} if args.protocol == 'short' else defaults
-    if state['stages']:
-        stage = state['stages'][-1]
-        done = state['epoch'] - stage['first_epoch'] + 1
-        if done < stage['epochs']:
-            if flags.items() <= stage.items():
-                return stage
-            say(f'the training of epochs {stage["first_epoch"]} to {stage["first_epoch"] + stage["epochs"] - 1} was '
-                f'stopped after {state["epoch"]} and is given up: other flags begin a new one')
-            stage['epochs'], state['part'] = done, None
-            if not done:
-                state['stages'].pop()
-    stage = {'first_epoch': state['epoch'] + 1, **defaults, **flags}
-    state['stages'].append(stage)
-    return stage
 
 
 # ----------------------------------------------------------------------------------------------------------------------

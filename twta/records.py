@@ -112,6 +112,14 @@ def write_record(run_dir, config, state, parameters, loss, confusion, best):
         'stages': state['stages'], 'curve': columns, 'shares': shares})
 
 
+def is_judged(run_dir, state):
+    """Whether record.json is of the run as it stands, and not of an earlier epoch of it, or absent."""
+    try:
+        return json.loads((run_dir / 'record.json').read_text())['epochs'] == state['epoch']
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def name_run(state):
     """SCRIPT-DATASET-SEED-PROTOCOL, e.g. TWTA_4_4_MNIST-mnist-0-constant150, and the choices that are not default."""
     stages = '+'.join(f'{name_stage(stage)}{stage["epochs"]}' for stage in state['stages'])
