@@ -29,27 +29,24 @@ def fingerprint():
     return hashlib.sha256(b''.join(parts)).hexdigest()
 
 
+def anchor(heading):
+    """As links to a heading are written in Markdown."""
+    return re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-')
+
+
 def main():
     import pymupdf
     from markdown_it import MarkdownIt
 
     html = MarkdownIt('commonmark').enable('table').render(README.read_text())
+    html = re.sub(r'<(h\d)>(.*?)</h', lambda match: f'<{match[1]} id="{anchor(match[2])}">{match[2]}</h', html)
+    html = re.sub(r'<a href="(?!http|#)[^"]*">(.*?)</a>', r'\1', html)  # files of the repository, not of the PDF
     story = pymupdf.Story(html, STYLE, archive=pymupdf.Archive(str(README.parent)))
     page = pymupdf.paper_rect('a4')
-    part = FOLDER / '.part.pdf'
-    writer = pymupdf.DocumentWriter(str(part))
-    more = True
-    while more:
-        device = writer.begin_page(page)
-        more, _ = story.place(page + (40, 40, -40, -40))
-        story.draw(device)
-        writer.end_page()
-    writer.close()
-    with pymupdf.open(part) as document:
-        document.set_metadata({'title': 'TWTA-Net', 'keywords': fingerprint(), 'creationDate': None})
-        document.subset_fonts()
-        document.save(FOLDER / 'README.pdf', garbage=4, deflate=True)
-    part.unlink()
+    document = story.write_with_links(lambda *_: (page, page + (40, 40, -40, -40), None))
+    document.set_metadata({'title': 'TWTA-Net', 'keywords': fingerprint()})
+    document.subset_fonts()
+    document.save(FOLDER / 'README.pdf', garbage=4, deflate=True)
     print(FOLDER / 'README.pdf')
 
 
