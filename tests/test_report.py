@@ -123,6 +123,13 @@ def test_a_pretrained_network_has_its_record(file):
     assert record['packed']['bytes'] == file.stat().st_size
 
 
+@pytest.mark.parametrize('file', sorted((evidence.RESULTS / 'spikes').glob('*.json')), ids=lambda file: file.stem)
+def test_spikes_are_of_a_run_that_has_its_record(file):
+    spikes = json.loads(file.read_text())
+    record = json.loads((evidence.RESULTS / f'{spikes["record"]["run"]}.json').read_text())
+    assert spikes['images'] == 10000 and spikes['accuracy_without_noise'] == record['last']['test_accuracy']
+
+
 @pytest.mark.skipif(not (SHARED / 'mnist').exists(), reason=f'needs the real MNIST in {SHARED}')
 def test_networks_give_their_figures_again(tmp_path, monkeypatch, capsys):
     """Those of MNIST; make reproduce-table does all of them."""
