@@ -46,10 +46,14 @@ def test_stages():
     state['epoch'] = 190  # finished
     assert experiment.next_stage(state, args, DEFAULTS)['first_epoch'] == 191
     assert len(state['stages']) == 3
-    state['part'] = {'steps': 7}  # of epoch 191, and then other flags: it begins anew, and its stage never was
-    args.learning_rate = 1e-6
+    args.learning_rate = 1e-6  # before a step of the third one: it never was
     assert experiment.next_stage(state, args, DEFAULTS) == {**stage, 'first_epoch': 191, 'learning_rate': 1e-6}
-    assert len(state['stages']) == 3 and state['part'] is None
+    assert len(state['stages']) == 3
+    state['part'] = {'steps': 7}  # of epoch 191, and then other flags: it begins anew, and the steps are told of
+    args.learning_rate = 1e-7
+    assert experiment.next_stage(state, args, DEFAULTS) == {**stage, 'first_epoch': 191, 'learning_rate': 1e-7}
+    assert len(state['stages']) == 4 and state['part'] is None
+    assert (state['stages'][2]['epochs'], state['stages'][2]['part_steps']) == (0, 7)
     args.protocol, args.epochs = 'short', 5  # one name for four flags, of which one is given otherwise
     assert experiment.next_stage(state, args, DEFAULTS) == {
         'first_epoch': 191, 'learning_rate': 1e-6, 'epochs': 5, 'batch_size': 200, 'schedule': 'cosine',

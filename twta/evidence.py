@@ -3,6 +3,7 @@
 A record is results/SCRIPT-DATASET-SEED-PROTOCOL.json: see twta.records.write_record. A network is
 pretrained/SCRIPT.twta and holds the name of its record.
 """
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -101,15 +102,15 @@ def count_operations(network, data_dir):
 
 def reproduce(data_dir):
     """Evaluates every network in pretrained/ on its test images; TwtaError where one is not what its record says."""
-    verdicts = []
+    verdicts, load = [], functools.cache(datasets.load)
     for file in sorted(PRETRAINED.glob('*.twta')):
         network = packed_file.read(file)
         record = read_record(RESULTS / f'{network.record.get("run")}.json')
         recorded = record['last']['test_accuracy']
         try:
-            dataset = datasets.load(network.dataset, data_dir, record['data']['validation_images'])
+            dataset = load(network.dataset, data_dir, record['data']['validation_images'])
         except TwtaError as error:
-            say(f'{network.network:28} recorded {recorded:.2%}  not compared: {error}')
+            say(f'{network.network:28} recorded {recorded:.2%}  not compared: {str(error).partition(";")[0]}')
             verdicts.append('not compared')
             continue
         predicted = packed.logits(packed.open_engine(network), dataset.test.images).argmax(1)
@@ -122,5 +123,7 @@ def reproduce(data_dir):
         say(f'{network.network:28} recorded {recorded:.2%}  here {found:.2%}  {verdict}{on}')
     counts = ', '.join(f'{verdicts.count(verdict)} {verdict}' for verdict in ('the same', 'not compared', 'DIFFERENT'))
     say(f'{len(verdicts)} networks: {counts}')
-    if 'DIFFERENT' in verdicts or not verdicts:
-        raise TwtaError(f'{PRETRAINED}: ' + ('not the recorded accuracy' if verdicts else 'no networks'))
+    if 'DIFFERENT' in verdicts:
+        raise TwtaError(f'{PRETRAINED}: not the recorded accuracy')
+    if 'the same' not in verdicts:
+        raise TwtaError(f'{PRETRAINED}: nothing was compared; put the images of the records into --data_dir {data_dir}')

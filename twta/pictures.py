@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from twta import datasets, packed, packed_file, replacing
 from twta.evidence import PRETRAINED, RESULTS, TITLES, by_protocol, protocol
-from twta.records import say
+from twta.records import name_stage, say
 
 FOLDER = RESULTS / 'pictures'
 FILTERS = 'TWTA_4_4_MNIST', 'TWTA_3_3_CIFAR10_Group_V2'
@@ -66,18 +66,18 @@ def save(name, figure, source):
 
 
 def draw_curves(title, records):
-    """Accuracy by epoch, a line a protocol of each FP and TWTA network, of its first seed.
+    """Accuracy by epoch, a line a protocol of each FP and TWTA network, of its first seed; resumed runs left out.
 
     On validation images; where a data set has none in all its runs, on training images as they were trained on.
     """
-    figure = Figure(figsize=(10, 5), layout='constrained')
+    figure = Figure(figsize=(10, 5.5), layout='constrained')
     axes = figure.subplots()
     held_out = any(record['data']['validation_images'] for record in records)
     key = 'validation_accuracy' if held_out else 'training_accuracy'
     networks = [record for record in records
                 if record['script'].startswith(('FP', 'TWTA')) and record['curve'][key][-1] is not None]
     scripts = list(dict.fromkeys(record['script'] for record in networks))
-    for first, *_ in by_protocol(networks):
+    for first, *_ in by_protocol([record for record in networks if len(record['stages']) == 1]):
         axes.plot(first['curve']['epoch'], [100 * value for value in first['curve'][key]],
                   color=f'C{scripts.index(first["script"])}', linewidth=1,
                   linestyle='--' if first['stages'][0]['schedule'] == 'constant' else '-',
@@ -88,7 +88,7 @@ def draw_curves(title, records):
     if held_out:
         axes.set_ylim(98.5, 99.8)
     axes.grid(alpha=0.3, which='both')
-    axes.legend(fontsize=8, loc='lower right')
+    figure.legend(fontsize=8, loc='outside lower center', ncols=2)
     figure.suptitle(f'{title}: {kind} by epoch, one seed each')
     return figure
 
@@ -108,11 +108,12 @@ def draw_cost(title, records):
             costs = [(4 * runs[0]['parameters'], of_float.get(architecture))]
         label, colour, marker = FAMILIES[family]
         y = 100 * float(np.mean([run['last']['test_accuracy'] for run in runs]))
+        kind = ' + '.join(f'{name_stage(stage)} {stage["epochs"]}' for stage in runs[0]['stages'])
         for size, operations in costs[:1]:
             for axes, x in ((left, size / 1000), (right, operations and operations / 1e6)):
                 if x:
                     axes.plot(x, y, marker, color=colour, label=None if family in seen else label)
-                    axes.annotate(f'{runs[0]["script"]}, {runs[0]["epochs"]} epochs', (x, y), fontsize=7, ha='center',
+                    axes.annotate(f'{runs[0]["script"]}, {kind}', (x, y), fontsize=7, ha='center',
                                   xytext=(0, -11 if family == 'BWBA' else 6), textcoords='offset points')
             seen.add(family)
     left.set(xlabel='model (KB; float32: 4 bytes a parameter)', ylabel='test accuracy, mean of the seeds (%)')

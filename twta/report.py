@@ -27,7 +27,8 @@ def main(argv=None):
     parser = Parser(prog='python -m twta.report', description=__doc__, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     either = parser.add_mutually_exclusive_group()
-    either.add_argument('--add', type=path, metavar='RUN_DIR', help='a finished run, whose record.json to take in')
+    either.add_argument('--add', type=path, metavar='RUN_DIR',
+                        help='a finished run on MNIST or CIFAR-10, whose record.json to take in')
     either.add_argument('--reproduce', action='store_true', help='evaluate pretrained/ and compare with the records')
     parser.add_argument('--packed', type=path, metavar='FILE', help='with --add: its network, from --mode export')
     parser.add_argument('--data_dir', type=path, default=ROOT / 'data', help='default: data/ beside README.md')
@@ -120,7 +121,7 @@ def accuracies(records, pattern):
                      '**' + percent([run['last']['test_accuracy'] for run in runs]) + '**',
                      percent(best), published(runs[0]['script']),
                      f'{statistics.median(run["wall_seconds"] for run in runs) / 60:.0f} min'))
-    yield from table(('network', 'schedule, learning rate', 'epochs', 'seeds', 'validation, %', 'test, %',
+    yield from table(('network', 'schedule, learning rate', 'epochs', 'seed', 'validation, %', 'test, %',
                       'test at best validation, %', 'published', 'training'), rows)
     done = {row[0] for row in rows}
     absent = [script for script in script_files() if re.match(pattern, script) and script not in done]
@@ -178,7 +179,7 @@ def choices(rows):
     groups = {}
     for row in rows:
         groups.setdefault((row['script'], row['variant'], str(row['epochs'])), []).append(row)
-    return table(('network', 'choice', 'epochs', 'seeds', 'validation, %', 'test, %'), (
+    return table(('network', 'choice', 'epochs', 'seed', 'validation, %', 'test, %'), (
         (*key, ', '.join(str(run['seed']) for run in runs), percent([run['validation_accuracy'] for run in runs]),
          percent([run['test_accuracy'] for run in runs])) for key, runs in groups.items()))
 

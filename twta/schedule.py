@@ -25,8 +25,10 @@ def next_stage(state, args, defaults, judged=True):
         if done < stage['epochs']:
             say(f'the training of epochs {stage["first_epoch"]} to {stage["first_epoch"] + stage["epochs"] - 1} was '
                 f'stopped after {state["epoch"]} and is given up: other flags begin a new one')
-            stage['epochs'], state['part'] = done, None
-            if not done:
+            stage['epochs'] = done
+            if state['part']:  # the weights have taken these steps, so the record tells of them
+                stage['part_steps'], state['part'] = state['part']['steps'], None
+            elif not done:
                 state['stages'].pop()
     stage = {'first_epoch': state['epoch'] + 1, **defaults, **flags}
     state['stages'].append(stage)
