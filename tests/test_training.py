@@ -33,7 +33,7 @@ def test_stages():
         dataset = 'digits'
 
     args = Flags()
-    state = {'epoch': 0, 'stages': []}
+    state = {'epoch': 0, 'stages': [], 'part': None}
     stage = {'first_epoch': 1, **DEFAULTS}
     assert experiment.next_stage(state, args, DEFAULTS) == stage
     state['epoch'] = 40  # interrupted
