@@ -56,7 +56,7 @@ def test_stages():
     assert (state['stages'][2]['epochs'], state['stages'][2]['part_steps']) == (0, 7)
     args.protocol, args.epochs = 'short', 5  # one name for four flags, of which one is given otherwise
     assert experiment.next_stage(state, args, DEFAULTS) == {
-        'first_epoch': 191, 'learning_rate': 1e-6, 'epochs': 5, 'batch_size': 200, 'schedule': 'cosine',
+        'first_epoch': 191, 'learning_rate': 1e-7, 'epochs': 5, 'batch_size': 200, 'schedule': 'cosine',
         'augmentation': 'geometric', 'protocol': 'short'}
 
 
