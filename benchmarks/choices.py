@@ -51,7 +51,7 @@ def run(study, variant, seed, epochs, args):
                    *(('--data_dir', str(args.data_dir)) if args.data_dir else ())]
         subprocess.run(command, check=True, stdout=sys.stderr)
     result = json.loads((run_dir / 'result.json').read_text())
-    if result['epoch'] != epochs:  # killed between the last checkpoint and the result, it has begun another training
+    if result['epoch'] != epochs:  # what lies there is of another study, or of older code
         sys.exit(f'choices.py: error: {run_dir} has {result["epoch"]} epochs, not {epochs}; remove it')
     with open(run_dir / 'log.csv', newline='') as file:
         *_, last = csv.DictReader(file)

@@ -32,9 +32,9 @@ def read_record(path):
     return record
 
 
-def load_records(folder=RESULTS):
+def load_records():
     """The records, in the order of data set, script, protocol (the longest first) and seed."""
-    records = [read_record(file) for file in folder.glob('*.json')]
+    records = [read_record(file) for file in RESULTS.glob('*.json')]
     return sorted(records, key=lambda record: (list(TITLES).index(record['dataset']), record['script'],
                                                -record['epochs'], protocol(record), record['seed']))
 
@@ -115,12 +115,11 @@ def reproduce(data_dir):
             continue
         predicted = packed.logits(packed.open_engine(network), dataset.test.images).argmax(1)
         found = accuracy(confuse(dataset.test.labels, predicted, len(network.classes)))
-        verdict = 'the same' if found == recorded else 'DIFFERENT'
+        verdict, why = 'the same' if found == recorded else 'DIFFERENT', ''
         if dataset.sha256 != record['data']['sha256']:
-            verdict = 'not compared'
+            verdict, why = 'not compared', f': the record is of other images ({record["data"]["origin"]})'
         verdicts.append(verdict)
-        on = '' if verdict != 'not compared' else f': the record is of other images ({record["data"]["origin"]})'
-        say(f'{network.network:28} recorded {recorded:.2%}  here {found:.2%}  {verdict}{on}')
+        say(f'{network.network:28} recorded {recorded:.2%}  here {found:.2%}  {verdict}{why}')
     counts = ', '.join(f'{verdicts.count(verdict)} {verdict}' for verdict in ('the same', 'not compared', 'DIFFERENT'))
     say(f'{len(verdicts)} networks: {counts}')
     if 'DIFFERENT' in verdicts:

@@ -109,7 +109,7 @@ def write_record(run_dir, config, state, parameters, loss, confusion, best):
         'last': {'epoch': state['epoch'], 'validation_accuracy': columns['validation_accuracy'][-1],
                  'test_accuracy': accuracy(confusion), 'test_loss': loss},
         'best_validation': best, 'confusion': confusion.tolist(), **config,
-        'stages': state['stages'], 'curve': columns, 'shares': shares})
+        'curve': columns, 'shares': shares})
 
 
 def is_judged(run_dir, state):

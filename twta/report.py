@@ -110,13 +110,17 @@ def percent(values):
     return f'{statistics.mean(values):.2f}{spread}'
 
 
+def seeds(runs):
+    return ', '.join(str(run['seed']) for run in runs)
+
+
 def accuracies(records, pattern):
     """A row for each protocol that a script of this name was trained with; below, the scripts that have none."""
     rows = []
     for runs in by_protocol([record for record in records if re.match(pattern, record['script'])]):
         best = [run['best_validation'] and run['best_validation']['test_accuracy'] for run in runs]
         epochs = ' + '.join(str(stage['epochs']) for stage in runs[0]['stages'])
-        rows.append((runs[0]['script'], protocol(runs[0]), epochs, ', '.join(str(run['seed']) for run in runs),
+        rows.append((runs[0]['script'], protocol(runs[0]), epochs, seeds(runs),
                      percent([run['last']['validation_accuracy'] for run in runs]),
                      '**' + percent([run['last']['test_accuracy'] for run in runs]) + '**',
                      percent(best), published(runs[0]['script']),
@@ -157,9 +161,8 @@ def docstrings(records):
     for script, file in script_files().items():
         lines = []
         for runs in by_protocol([record for record in records if record['script'] == script]):
-            seeds = ', '.join(str(run['seed']) for run in runs)
             lines.append(f'{percent([run["last"]["test_accuracy"] for run in runs])} % test after {runs[0]["epochs"]} '
-                         f'epochs ({protocol(runs[0])}; seed {seeds})')
+                         f'epochs ({protocol(runs[0])}; seed {seeds(runs)})')
         if lines and 'CIFAR10' in script:
             lines.append('JPEG-recompressed images, NOT the published files')
         speed = 'not run'
@@ -180,7 +183,7 @@ def choices(rows):
     for row in rows:
         groups.setdefault((row['script'], row['variant'], str(row['epochs'])), []).append(row)
     return table(('network', 'choice', 'epochs', 'seed', 'validation, %', 'test, %'), (
-        (*key, ', '.join(str(run['seed']) for run in runs), percent([run['validation_accuracy'] for run in runs]),
+        (*key, seeds(runs), percent([run['validation_accuracy'] for run in runs]),
          percent([run['test_accuracy'] for run in runs])) for key, runs in groups.items()))
 
 
