@@ -1,8 +1,12 @@
 """The IDX reader on hand-made files, the embedded sample, the real files where they are, downloads from a server."""
+import contextlib
 import gzip
 import hashlib
 import struct
 import threading
+import time
+import urllib.error
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -121,31 +125,59 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
-    """/good serves ranges, /whole ignores them, /breaks ends after 100,000 bytes, /wrong serves something else."""
+    """/good serves ranges, /whole ignores them, /wrong serves something else, the others what their names say."""
 
     def do_GET(self):
         self.server.requests.append((self.path, self.headers['Range']))
+        asked = [path for path, _ in self.server.requests].count(self.path)
         if self.path == '/absent':
             return self.send_error(404)
+        if self.path == '/busy' and asked < 3:
+            return self.send_error(503)
+        if self.path in ('/moved', '/loop'):
+            self.send_response(302)
+            self.send_header('Location', {'/moved': '/good', '/loop': '/loop'}[self.path])
+            return self.end_headers()
         start = int(self.headers['Range'].removeprefix('bytes=').removesuffix('-'))
         content = bytes(len(CONTENT)) if self.path == '/wrong' else CONTENT
-        ranges = self.path in ('/good', '/breaks')
+        ranges = self.path not in ('/whole', '/wrong', '/endless')
         self.send_response(206 if ranges else 200)
         if ranges:
-            self.send_header('Content-Range', f'bytes {start}-{len(content) - 1}/{len(content)}')
-            content = content[start:]
-        self.send_header('Content-Length', str(len(content)))
+            first = 0 if self.path == '/other_range' else start
+            self.send_header('Content-Range', f'bytes {first}-{len(content) - 1}/{len(content)}')
+            content = content[first:]
+        length = {'/says_less': len(content) // 2, '/says_more': len(content) + 1000}.get(self.path, len(content))
+        if self.path != '/endless':
+            self.send_header('Content-Length', str(length))
         self.end_headers()
-        self.wfile.write(content[:100_000] if self.path == '/breaks' else content)
+        if self.path == '/stalls' and asked < 2:
+            self.wfile.write(content[:100_000])
+            time.sleep(1)
+        elif self.path == '/drips' and asked < 2:
+            for i in range(10):
+                self.wfile.write(content[i:i + 1])
+                time.sleep(0.1)
+        elif self.path == '/endless':
+            with contextlib.suppress(OSError):  # until the other side has enough
+                while True:
+                    self.wfile.write(content)
+        else:
+            self.wfile.write(content[:100_000] if self.path == '/breaks' else content)
 
     def log_message(self, *args):
         pass
+
+
+@pytest.fixture(autouse=True)
+def waits(monkeypatch):
+    monkeypatch.setattr(download, 'WAITS', (0, 0.01, 0.02))
 
 
 @pytest.fixture
 def server():
     server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     server.requests = []
+    server.handle_error = lambda *_: None  # a client that hangs up is none
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -164,8 +196,9 @@ def test_download(server, tmp_path):
 
 
 @pytest.mark.parametrize('second', ['good', 'whole'])
-def test_a_broken_download_goes_on_at_the_next_mirror_and_in_the_next_call(server, tmp_path, second):
-    with pytest.raises(TwtaError, match='100,000 of 300,000 bytes'):
+def test_a_broken_download_goes_on_at_the_next_mirror_and_in_the_next_call(server, tmp_path, second, monkeypatch):
+    with monkeypatch.context() as context, pytest.raises(TwtaError, match='100,000 of 300,000 bytes'):
+        context.setattr(download, 'WAITS', (0,))
         fetch(server, tmp_path / 'file', 'breaks')
     assert not (tmp_path / 'file').exists()
     fetch(server, tmp_path / 'file', 'absent', 'breaks', second)
@@ -174,12 +207,60 @@ def test_a_broken_download_goes_on_at_the_next_mirror_and_in_the_next_call(serve
                                    (f'/{second}', 'bytes=200000-')]
 
 
-def test_a_wrong_file_never_gets_its_name(server, tmp_path):
-    with pytest.raises(TwtaError, match=r'its SHA-256 is .*; check the network, or put it there'):
-        fetch(server, tmp_path / 'file', 'wrong')
-    assert not list(tmp_path.iterdir())
-    fetch(server, tmp_path / 'file', 'wrong', 'good')
+def test_mirrors_are_asked_again_but_not_for_what_they_do_not_have(server, tmp_path, capsys):
+    fetch(server, tmp_path / 'file', 'absent', 'breaks')
     assert (tmp_path / 'file').read_bytes() == CONTENT
+    assert server.requests == [('/absent', 'bytes=0-'), ('/breaks', 'bytes=0-'), ('/breaks', 'bytes=100000-'),
+                               ('/breaks', 'bytes=200000-')]
+    assert 'no mirror has given file whole, again in 0.01 s' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name, requests', [('busy', 3), ('stalls', 2), ('drips', 2), ('moved', 2), ('says_more', 1)])
+def test_from_a_server_with_a_fault(server, tmp_path, monkeypatch, name, requests):
+    """Asked again, it goes on from the bytes that are there."""
+    monkeypatch.setattr(download, 'TIMEOUT', 0.3)
+    fetch(server, tmp_path / 'file', name)
+    assert (tmp_path / 'file').read_bytes() == CONTENT and len(server.requests) == requests
+    assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
+def test_says_less(server, tmp_path):
+    """Half of what is left each time: not whole after three rounds, but in the next call it is resumed."""
+    with pytest.raises(TwtaError, match='ended after 262,500 of 300,000 bytes'):
+        fetch(server, tmp_path / 'file', 'says_less')
+    fetch(server, tmp_path / 'file', 'good')
+    assert (tmp_path / 'file').read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize('name, reason', [
+    ('loop', 'infinite loop'), ('endless', 'its SHA-256 is'), ('wrong', r'its SHA-256 is .*; check the network, or put'),
+    ('other_range', r'asked for the bytes from 1 on, got bytes 0-299999/300000')])
+def test_a_wrong_answer_never_gets_the_name(server, tmp_path, name, reason):
+    (tmp_path / 'file.part').write_bytes(CONTENT[:1])
+    with pytest.raises(TwtaError, match=reason) as error:
+        fetch(server, tmp_path / 'file', name)
+    assert '\n' not in str(error.value) and not (tmp_path / 'file').exists()
+    fetch(server, tmp_path / 'file', name, 'good')
+    assert (tmp_path / 'file').read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize('part', [bytes(len(CONTENT)), bytes(len(CONTENT) + 1), bytes(1000)])
+def test_what_is_wrong_in_the_part_is_not_blamed_on_a_mirror(server, tmp_path, part):
+    (tmp_path / 'file.part').write_bytes(part)
+    fetch(server, tmp_path / 'file', 'good')
+    assert (tmp_path / 'file').read_bytes() == CONTENT
+
+
+def test_tls_is_not_left(tmp_path):
+    request = urllib.request.Request('https://example.org/file')
+    with pytest.raises(urllib.error.URLError, match='redirected to http://example.org/file, which is not https'):
+        download.Redirects().redirect_request(request, None, 302, 'Found', {}, 'http://example.org/file')
+
+
+def test_a_fault_of_the_disk_is_not_blamed_on_the_mirrors(server, tmp_path):
+    (tmp_path / 'file.part').mkdir()
+    with pytest.raises(IsADirectoryError):
+        fetch(server, tmp_path / 'file', 'good')
 
 
 def test_without_a_network_the_message_names_every_mirror(server, tmp_path):
