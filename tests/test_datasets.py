@@ -233,7 +233,7 @@ def test_says_less(server, tmp_path):
 
 
 @pytest.mark.parametrize('name, reason', [
-    ('loop', 'infinite loop'), ('endless', 'its SHA-256 is'), ('wrong', r'its SHA-256 is .*; check the network, or put'),
+    ('loop', 'infinite loop'), ('endless', 'its SHA-256 is'), ('wrong', 'its SHA-256 is'),
     ('other_range', r'asked for the bytes from 1 on, got bytes 0-299999/300000')])
 def test_a_wrong_answer_never_gets_the_name(server, tmp_path, name, reason):
     (tmp_path / 'file.part').write_bytes(CONTENT[:1])
@@ -253,7 +253,7 @@ def test_what_is_wrong_in_the_part_is_not_blamed_on_a_mirror(server, tmp_path, p
 
 def test_tls_is_not_left(tmp_path):
     request = urllib.request.Request('https://example.org/file')
-    with pytest.raises(urllib.error.URLError, match='redirected to http://example.org/file, which is not https'):
+    with pytest.raises(urllib.error.URLError, match=r'redirected to .*, which is not https'):
         download.Redirects().redirect_request(request, None, 302, 'Found', {}, 'http://example.org/file')
 
 

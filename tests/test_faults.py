@@ -15,16 +15,17 @@ from twta import TwtaError, UsageError, checkpoints, experiment, records
 from twta.tf1 import tf
 
 SCRIPT = ROOT / 'MNIST' / 'TWTA_4_4_MNIST.py'
+SCRIPT_5_5 = ROOT / 'MNIST' / 'TWTA_5_5_MNIST.py'  # of finished_run
 
 
-def stop_in_epoch(monkeypatch, number, signal_number):
-    """The signal in that epoch, half-way through its batches."""
+def in_epoch(monkeypatch, number, act):
+    """Has act() called in that epoch, half-way through its batches."""
     whole = experiment.shuffled_batches
 
     def batches(n_images, batch_size, seed, epoch):
         for i, batch in enumerate(whole(n_images, batch_size, seed, epoch)):
             if epoch == number and i == 5:
-                signal.raise_signal(signal_number)
+                act()
             yield batch
 
     monkeypatch.setattr(experiment, 'shuffled_batches', batches)
@@ -35,7 +36,7 @@ def test_stopped_and_resumed_equals_never_stopped(finished_run, tmp_path, monkey
     """The signal lets the step end; the part of the epoch is saved, and the rest follows, bit for bit."""
     before = signal.signal(number, signal.default_int_handler)  # a suite in the background has SIGINT ignored
     with monkeypatch.context() as context, pytest.raises(SystemExit) as stopped:
-        stop_in_epoch(context, epoch, number)
+        in_epoch(context, epoch, lambda: signal.raise_signal(number))
         start(tmp_path, *QUICK[2:], '--epochs', 4)
     assert signal.signal(number, before) is signal.default_int_handler  # put back as it was
     assert stopped.value.code == 128 + number
@@ -46,6 +47,10 @@ def test_stopped_and_resumed_equals_never_stopped(finished_run, tmp_path, monkey
     assert_same(variables(tmp_path), variables(finished_run))
     assert [row['epoch'] for row in log(tmp_path)] == ['1', '2', '3', '4']
     assert (tmp_path / 'model.npz').read_bytes() == (finished_run / 'model.npz').read_bytes()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Weights and checkpoints
 
 
 class Malicious:
@@ -70,7 +75,8 @@ def test_weights_that_do_not_fit_are_refused(finished_run, tmp_path):
     refused(r'conv1/W:0 is \[1\] there and \[5, 5, 1, 32\] here', **{'conv1/W:0': np.zeros(1, np.float32)})
     refused('conv1/W:0 holds NaN', **{'conv1/W:0': np.full((5, 5, 1, 32), np.nan, np.float32)})
     refused('conv1/W:0 is int64, weights are float32', **{'conv1/W:0': np.zeros((5, 5, 1, 32), np.int64)})
-    refused('not an npz file', **{'conv1/W:0': np.array([Malicious()], object)})
+    refused('conv1/W:0 is object, weights are float32', **{
+        'conv1/W:0': np.full((5, 5, 1, 32), Malicious(), object)})
     assert not os.path.exists('/tmp/twta-malicious-npz-ran')
     for content in (b'', b'PK\x03\x04', b'\x80\x04', (finished_run / 'model.npz').read_bytes()[:-99]):
         path.write_bytes(content)
@@ -154,11 +160,100 @@ def test_the_newest_whole_checkpoint_is_used(finished_run, tmp_path, capsys, dam
         assert '\n' not in str(error.value)
 
 
-def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path):
-    start(tmp_path, *QUICK[2:], '--epochs', 1)
-    with pytest.raises(TwtaError, match=r'the loss is .* at step \d+ of epoch 2; go on from epoch 1, which is'):
-        start(tmp_path, '--resume', 'True', '--learning_rate', 1e38, '--batch_size', 100, '--epochs', 1)
-    assert variables(tmp_path)['run_state']['epoch'] == 1 and len(log(tmp_path)) == 1
+# ----------------------------------------------------------------------------------------------------------------------
+# Numbers, clocks, directories, disks
+
+
+@pytest.mark.parametrize('saved, message', [
+    (None, 'start again with --resume False and a lower --learning_rate'),
+    ('epoch 1', 'go on from epoch 1, which is saved, with --resume True and a lower --learning_rate'),
+    ('step 6 of epoch 2', 'go on from step 6 of epoch 2, which is saved, with --resume True and a lower')])
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, saved, message):
+    if saved:
+        start(tmp_path, *QUICK[2:], '--epochs', 1)
+    flags = '--learning_rate', 1e38, '--batch_size', 100, '--epochs', 1
+    if saved == 'step 6 of epoch 2':
+        with monkeypatch.context() as context, pytest.raises(SystemExit):
+            in_epoch(context, 2, lambda: signal.raise_signal(signal.SIGTERM))
+            start(tmp_path, '--resume', 'True', *QUICK[2:], '--epochs', 1)
+        flags = ()
+        monkeypatch.setattr(experiment, 'scheduled_rate', lambda *_: 1e38)
+    with pytest.raises(TwtaError, match=r'^the loss is \S+ at step \d+ of epoch \d; ' + message):
+        start(tmp_path, '--resume', str(bool(saved)), *flags)
+    if saved:
+        assert variables(tmp_path)['run_state']['epoch'] == 1 and len(log(tmp_path)) == 1
+
+
+def test_weights_that_are_not_finite_are_never_saved(finished_run, tmp_path, monkeypatch):
+    """The loss does not show them where they are ternary, or where the step was the last one."""
+    shutil.copytree(finished_run, tmp_path / 'run')
+    before = variables(finished_run)
+    monkeypatch.setattr(experiment, 'set_weights',
+                        lambda net, weights, session: net.all_params[0].load(np.full((5, 5, 1, 32), np.inf), session))
+    monkeypatch.setattr(experiment.math, 'isfinite', lambda loss: True)
+    with pytest.raises(TwtaError, match=r'^the weights are no longer finite .* from epoch 4, which is saved'):
+        start(tmp_path / 'run', '--resume', 'True', '--epochs', 1)
+    assert_same(variables(tmp_path / 'run'), before)
+
+
+def test_a_clock_that_goes_backwards_changes_nothing(finished_run, tmp_path, monkeypatch):
+    now = iter(range(2 ** 31, 0, -1000))
+    monkeypatch.setattr(time, 'time', lambda: float(next(now)))
+    start(tmp_path, *QUICK[2:], '--epochs', 4)
+    assert_same(variables(tmp_path), variables(finished_run))
+    assert all(float(row['images_per_second']) > 0 for row in log(tmp_path))
+
+
+def test_a_directory_that_vanishes(tmp_path, monkeypatch):
+    run_dir = tmp_path / 'run'
+    in_epoch(monkeypatch, 2, lambda: shutil.rmtree(run_dir))
+    with pytest.raises(TwtaError, match='the directory has vanished; start again with') as error:
+        start(run_dir, *QUICK[2:], '--epochs', 3)
+    assert str(run_dir) in str(error.value) and '\n' not in str(error.value)
+    assert not run_dir.exists()
+
+
+def has_namespaces():
+    """Whether a disk of a few megabytes can be mounted, seen by nobody else."""
+    return bool(shutil.which('unshare')) and not subprocess.run(
+        ['unshare', '-rm', 'mount', '-t', 'tmpfs', 'none', '/mnt'], capture_output=True).returncode
+
+
+on_a_disk = pytest.mark.skipif(not has_namespaces(), reason='needs Linux and the right to mount (unshare -rm)')
+
+
+def mounted(folder, commands):
+    """Runs the shell commands with a file system of their own in a folder; returns the finished process."""
+    return subprocess.run(['unshare', '-rm', 'bash', '-c', commands], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, 'DISK': str(folder), 'TRAIN': f'{sys.executable} {SCRIPT_5_5}'})
+
+
+@on_a_disk
+@pytest.mark.parametrize('megabytes, epoch', [(20, 1), (25, 2)])  # the second checkpoint, what is after it
+def test_a_full_disk_stops_and_costs_no_more_than_the_epoch(finished_run, tmp_path, megabytes, epoch):
+    (tmp_path / 'disk').mkdir()
+    finished = mounted(tmp_path / 'disk', f'''
+        mount -t tmpfs -o size={megabytes}m none $DISK
+        $TRAIN {" ".join(QUICK)} --epochs 4 --run_dir $DISK/run
+        echo exit $?
+        mount -o remount,size=100m $DISK
+        $TRAIN {" ".join(QUICK)} --epochs 4 --run_dir $DISK/run --resume True
+        cp -r $DISK/run {tmp_path}''')
+    assert 'exit 1\n' in finished.stdout
+    assert finished.stderr.count('\n') == 1 and 'No space left on device' in finished.stderr
+    assert f'go on from epoch {epoch}, which is saved' in finished.stderr
+    assert_same(variables(tmp_path / 'run'), variables(finished_run))
+    assert [row['epoch'] for row in log(tmp_path / 'run')] == ['1', '2', '3', '4']
+    assert not [path for path in (tmp_path / 'run').iterdir() if 'temp' in path.name or 'part' in path.name]
+
+
+@on_a_disk
+@pytest.mark.parametrize('flags, named', [('--run_dir $DISK/run', '--run_dir'), ('--run_dir $DISK', '--run_dir'),
+                                          ('--mode export --file $DISK/network.twta', '--file')])
+def test_a_read_only_directory_is_refused_at_once(tmp_path, flags, named):
+    finished = mounted(tmp_path, f'mount -t tmpfs -o ro none $DISK; $TRAIN --dataset digits {flags}')
+    assert finished.returncode == 2 and finished.stdout == '' and finished.stderr.count('\n') == 1
+    assert f'{named} {tmp_path}' in finished.stderr and f'nothing can be written to {tmp_path}' in finished.stderr
 
 
 def test_two_trainings_on_one_run_dir_are_refused(finished_run, tmp_path):

@@ -6,17 +6,23 @@ script and its choices, data set and validation split, seed, epoch, what a part 
 and epoch, from which each epoch's shuffle and augmentation are drawn. Saver writes a new file, then the name of it into
 `checkpoint`, then removes an old one: a kill at any moment leaves the previous checkpoint usable.
 """
+import errno
 import json
+import math
 import shutil
 from pathlib import Path
+from types import NoneType
 
 from twta import TwtaError
-from twta.records import check_shapes
+from twta.records import FIELDS, STAGE_KEYS, check_keys, check_shapes, is_finite, is_natural
 from twta.tf1 import tf
 
 FORMAT = 4  # 1 knew no --validation, no --schedule and no part of an epoch, 2 no choices, 3 no --augmentation
-KEYS = {'format', 'script', 'dataset', 'data_sha256', 'seed', 'validation', 'epoch', 'part', 'stages', 'history',
-        'best_validation_accuracy', 'choices'}
+KEYS = {'format': is_natural, 'script': str, 'dataset': str, 'data_sha256': str, 'seed': is_natural,
+        'validation': is_natural, 'epoch': is_natural, 'part': (dict, NoneType), 'stages': list, 'history': list,
+        'best_validation_accuracy': is_finite, 'choices': dict}
+PART_KEYS = {'steps': is_natural, 'loss': is_finite, 'correct': is_natural, 'seconds': is_finite}
+ROW_KEYS = {**dict.fromkeys(FIELDS, is_finite), 'validation_accuracy': lambda value: value is None or is_finite(value)}
 UNREADABLE = ValueError, KeyError, TypeError, IndexError, RuntimeError, OSError, tf.errors.OpError  # by TensorFlow
 INDEX = {'last': 'checkpoint', 'best': 'checkpoint_best'}  # the files that name the newest checkpoint of each kind
 
@@ -30,6 +36,8 @@ class Checkpoints:
             state = tf.get_variable('run_state', initializer=tf.constant('{}'), trainable=False)
             self.text = tf.placeholder(tf.string, [])
             self.set_state = state.assign(self.text)
+        trained = [variable for variable in tf.global_variables() if variable.dtype.base_dtype.is_floating]
+        self.finite = tf.reduce_all([tf.reduce_all(tf.is_finite(variable)) for variable in trained])
         self.savers = {which: tf.train.Saver(max_to_keep=keep, save_relative_paths=True)
                        for which, keep in (('last', 2), ('best', 1))}
         for leftover in run_dir.glob('*_temp'):  # of a save that was killed
@@ -38,6 +46,15 @@ class Checkpoints:
             saver.recover_last_checkpoints(listed(run_dir, which))
 
     def save(self, session, state, is_best):
+        """Saves weights and state.
+
+        FloatingPointError where a weight, a slot of Adam or a moment is not finite, FileNotFoundError where the run
+        directory has vanished.
+        """
+        if not self.run_dir.exists():  # Saver would make it again, without the lock
+            raise FileNotFoundError(errno.ENOENT, 'the directory has vanished', str(self.run_dir))
+        if not session.run(self.finite):
+            raise FloatingPointError('the weights are no longer finite numbers')
         session.run(self.set_state, {self.text: json.dumps(state)})
         name = f'{state["epoch"]}.{state["part"]["steps"]}' if state['part'] else state['epoch']
         for which in ('best', 'last') if is_best else ('last',):  # after a kill in between, the epoch is run again
@@ -66,7 +83,11 @@ def find(run_dir, which):
     for path in reversed(paths):
         try:
             reader = tf.train.load_checkpoint(path)
-            for name in reader.get_variable_to_shape_map():
+            shapes, kinds = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
+            declared = sum(math.prod(shape) * kinds[name].size for name, shape in shapes.items())
+            if declared > Path(f'{path}.data-00000-of-00001').stat().st_size:  # before so much memory is taken
+                raise ValueError(f'it declares {declared:,} bytes, more than there are')
+            for name in shapes:
                 reader.get_tensor(name)
             return path
         except UNREADABLE as error:
@@ -81,30 +102,54 @@ def first_line(error):
 def read_state(path, script, dataset):
     """The run's state in a checkpoint; TwtaError where it is of another script or data set, or cannot be read."""
     try:
-        state = json.loads(tf.train.load_checkpoint(path).get_tensor('run_state'))
-        found = state['script'], state['dataset']
-        is_newer = state['format'] > FORMAT
-        if state['format'] == 1:
-            state.update(format=2, part=None, validation={'mnist': 10000, 'digits': 297}[state['dataset']])
-            for stage in state['stages']:
-                stage['schedule'] = 'constant'
-        if state['format'] == 2:
-            state.update(format=3, choices={})
-        if state['format'] == 3:
-            state['format'] = FORMAT
-            for stage in state['stages']:
-                stage.update(augmentation='published', protocol='published')
-        absent = KEYS - state.keys()
-        if absent and not is_newer:
-            raise KeyError(f'its state lacks {min(absent)}')
+        text = tf.train.load_checkpoint(path).get_tensor('run_state')
     except UNREADABLE as error:
         raise TwtaError(f'{path}: not a checkpoint of these scripts ({first_line(error)})') from None
-    if is_newer:
-        raise TwtaError(f'{path}: written by a newer version of these scripts (format {state["format"]}, this one '
-                        f'reads up to {FORMAT}); update them')
-    if found != (script, dataset):
-        raise TwtaError(f'{path}: a checkpoint of {found[0]} on {found[1]}, not of {script} on {dataset}; choose '
-                        'another --run_dir')
+    return parse_state(path, text, script, dataset)
+
+
+def parse_state(path, text, script, dataset):
+    """The state in its JSON text; path names the checkpoint in errors, which are as those of read_state."""
+    try:
+        state = json.loads(text)
+        check_keys('its state', state, {'format': is_natural, 'script': str, 'dataset': str})
+        if state['format'] > FORMAT:
+            raise TwtaError(f'{path}: written by a newer version of these scripts (format {state["format"]}, this one '
+                            f'reads up to {FORMAT}); update them')
+        found = state['script'], state['dataset']
+        if found != (script, dataset):
+            raise TwtaError(f'{path}: a checkpoint of {found[0]} on {found[1]}, not of {script} on {dataset}; choose '
+                            'another --run_dir')
+        return check_state(update(state))
+    except UNREADABLE as error:
+        raise TwtaError(f'{path}: not a checkpoint of these scripts ({first_line(error)})') from None
+
+
+def update(state):
+    """A state of an older format as one of this."""
+    if state['format'] < 2:
+        state.update(part=None, validation={'mnist': 10000, 'digits': 297}[state['dataset']])
+        for stage in state['stages']:
+            stage['schedule'] = 'constant'
+    if state['format'] < 3:
+        state.update(choices={})
+    if state['format'] < 4:
+        for stage in state['stages']:
+            stage.update(augmentation='published', protocol='published')
+    return {**state, 'format': FORMAT}
+
+
+def check_state(state):
+    """The state; ValueError where it is not what a run saves."""
+    check_keys('its state', state, KEYS)
+    for stage in state['stages']:
+        check_keys('a stage', stage, STAGE_KEYS)
+    for row in state['history']:
+        check_keys('an epoch', row, ROW_KEYS)
+    if state['part']:
+        check_keys('the part of an epoch', state['part'], PART_KEYS)
+    if [row['epoch'] for row in state['history']] != list(range(1, state['epoch'] + 1)):
+        raise ValueError(f'its history is not that of {state["epoch"]} epochs')
     return state
 
 

@@ -8,7 +8,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from twta import TwtaError, UsageError
+from twta import TwtaError, UsageError, describe_fault
 
 SUFFIXES = {'twta': '.twta', 'npz': '.npz', 'c': '.h', 'onnx': '.onnx'}  # of what export writes, by --format
 
@@ -48,7 +48,8 @@ def errors_in_a_line(name):
     except (TwtaError, OSError) as error:
         if '--debug' in sys.argv:
             raise
-        print(f'{name}: error: {error}', file=sys.stderr)
+        line = describe_fault(error) if isinstance(error, OSError) else str(error)
+        print(f'{name}: error: {"".join(c if c.isprintable() else " " for c in line)}', file=sys.stderr)
         sys.exit(getattr(error, 'exit_code', TwtaError.exit_code))
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT
@@ -195,6 +196,10 @@ def check(args, script, trained_on):
     for flag, folder in (('run_dir', args.run_dir), ('data_dir', args.data_dir)):
         if folder.exists() and not folder.is_dir():
             raise UsageError(f'--{flag} {folder}: not a directory')
+    written, folder = ('file', args.file.parent) if args.mode == 'export' else ('run_dir', args.run_dir)
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f'--{written} {getattr(args, written)}: nothing can be written to {there}; choose another')
     args.resume = bool(evaluation and not args.weights and not packed if args.resume is None else args.resume)
     if args.resume and not (args.run_dir / 'checkpoint').is_file():
         make = command(script, '--resume False --mode training', 'dataset', 'data_dir', 'run_dir', args=args)
@@ -214,6 +219,15 @@ def complete(choices):
     if 'threshold_value' in chosen and chosen['threshold_value'] is None:
         chosen['threshold_value'] = 0.7 if chosen['threshold'] == 'runtime' else 0.5
     return chosen
+
+
+def is_choice(name, value):
+    """Whether it is a value of that flag of CHOICES."""
+    flag = CHOICES[name][1]
+    try:
+        return value in flag['choices'] if 'choices' in flag else flag['type'](str(value)) == value
+    except argparse.ArgumentTypeError:
+        return False
 
 
 class Parser(argparse.ArgumentParser):

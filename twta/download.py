@@ -94,7 +94,7 @@ def fetch(url, part, size):
 
 
 def receive(response, file, size, bar):
-    """Writes what a response brings, until it ends or the file is larger than its size; TimeoutError where it stalls."""
+    """Writes what a response brings until it ends or the file is too large; raises TimeoutError where it stalls."""
     since, arrived = time.monotonic(), 0
     while chunk := response.read1(CHUNK):
         file.write(chunk)

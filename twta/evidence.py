@@ -7,28 +7,50 @@ import functools
 import json
 import shutil
 from pathlib import Path
+from types import NoneType
 
 from twta import TwtaError, UsageError, datasets, packed, packed_file, packed_report, replacing
-from twta.records import accuracy, confuse, list_choices, name_stage, say, write_json
+from twta.records import (
+    FIELDS,
+    STAGE_KEYS,
+    accuracy,
+    check_keys,
+    confuse,
+    is_finite,
+    is_natural,
+    list_choices,
+    name_stage,
+    say,
+    write_json,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PRETRAINED = ROOT / 'results', ROOT / 'pretrained'
 TITLES = {'mnist': 'MNIST', 'cifar10': 'CIFAR-10'}  # by data set: those whose records count
 HELD_OUT = {'mnist': 10000, 'cifar10': 0}  # validation images, where --validation does not say
 BATCH_SIZE = 200
-KEYS = {'name', 'script', 'dataset', 'seed', 'stages', 'choices', 'epochs', 'last', 'best_validation', 'curve', 'data',
-        'parameters', 'wall_seconds', 'confusion', 'shares', 'flags', 'precision'}
+KEYS = {'name': str, 'script': str, 'dataset': str, 'seed': is_natural, 'stages': list, 'choices': dict,
+        'epochs': is_natural, 'last': dict, 'best_validation': (dict, NoneType), 'curve': dict, 'data': dict,
+        'parameters': is_natural, 'wall_seconds': is_finite, 'confusion': list, 'shares': dict, 'flags': dict,
+        'precision': str}
 
 
 def read_record(path):
+    """The record of a finished run; TwtaError where it is none."""
     try:
         record = json.loads(path.read_text())
-        absent = KEYS - record.keys()
-    except (OSError, ValueError, AttributeError):
-        raise TwtaError(f'{path}: not a record of a finished run, or damaged; a training writes record.json when it '
-                        'ends') from None
-    if absent:
-        raise TwtaError(f'{path}: not a record of a finished run, {min(absent)} is absent')
+        check_keys('the record', record, KEYS)
+        check_keys('its last epoch', record['last'], {'test_accuracy': is_finite})
+        check_keys('its data', record['data'], {'validation_images': is_natural, 'sha256': str, 'origin': str})
+        check_keys('its flags', record['flags'], {'weights': (str, NoneType)})
+        check_keys('its curve', record['curve'], dict.fromkeys(FIELDS, list))
+        for stage in record['stages']:
+            check_keys('a stage', stage, STAGE_KEYS)
+        if not record['stages'] or any(len(column) != record['epochs'] for column in record['curve'].values()):
+            raise ValueError(f'its curve is not that of {record["epochs"]} epochs')
+    except (OSError, ValueError, RecursionError) as error:
+        raise TwtaError(f'{path}: not a record of a finished run, or damaged ({error}); a training writes record.json '
+                        'when it ends') from None
     return record
 
 

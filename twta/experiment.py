@@ -15,8 +15,8 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from twta import TwtaError, UsageError, checkpoints, datasets, packing, preprocessing, records
-from twta.command_line import complete
+from twta import TwtaError, UsageError, checkpoints, datasets, describe_fault, packing, preprocessing, records
+from twta.command_line import complete, is_choice
 from twta.records import accuracy, say
 from twta.schedule import describe_stage, next_stage, scheduled_rate, shuffled_batches
 from twta.session import choose_precision, describe, find_gpu, open_session, stop_signals
@@ -43,8 +43,15 @@ def run(script, model, args, defaults, evaluate=None):
         else:
             evaluate = evaluate or {'inference': infer, 'export': export}[args.mode]
             evaluate(script, model, args, dataset, source, state)
-    except tf.errors.OpError as error:  # a full disk, a damaged checkpoint, too little memory, ...
-        raise TwtaError(error.message.splitlines()[0]) from None
+    except tf.errors.OpError as error:  # too little memory, a damaged checkpoint, ...
+        raise TwtaError(find_cause(error)) from None
+
+
+def find_cause(error):
+    """The line that tells the cause in a message of TensorFlow: after the nodes, before the hints."""
+    lines = [line for line in error.message.splitlines() if 'root error(s) found' not in line]
+    nodes = [i for i, line in enumerate(lines[:-1]) if line.startswith('Node: ')]
+    return lines[nodes[-1] + 1 if nodes else 0].strip()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -141,13 +148,27 @@ def train(script, model, args, defaults, dataset, precision, source, state):
                         else f'stopped after epoch {state["epoch"]}')
                     say('go on with --resume True and the same flags')
                     sys.exit(128 + stop[0])
+        except FloatingPointError as error:
+            raise TwtaError(f'{error}; {where_to_go_on(args.run_dir, state)} and a lower --learning_rate') from None
+        except (OSError, tf.errors.OpError) as error:
+            cause = describe_fault(error) if isinstance(error, OSError) else find_cause(error)
+            raise TwtaError(f'{cause}; {where_to_go_on(args.run_dir, state)}') from None
         finally:
-            if state['history']:
+            if state['history'] and args.run_dir.exists():
                 figure = records.draw_curve(f'{script} on {dataset.title}', state['history'])
                 records.save_figure(args.run_dir / 'curve.png', figure)
         loss, confusion = report(script, network, session, dataset, args, state['epoch'])
         best = test_best(network, session, dataset, args.run_dir, state)
         records.write_record(args.run_dir, config, state, network.net.count_params(), loss, confusion, best)
+
+
+def where_to_go_on(run_dir, state):
+    """What a user can do after a fault, as words."""
+    if not checkpoints.listed(run_dir, 'last'):
+        return 'start again with --resume False'
+    saved = (f'step {state["part"]["steps"]} of epoch {state["epoch"] + 1}' if state['part'] else
+             f'epoch {state["epoch"]}')
+    return f'go on from {saved}, which is saved, with --resume True'
 
 
 def test_best(network, session, dataset, run_dir, state):
@@ -234,9 +255,7 @@ def train_epoch(run_step, split, stage, epoch, part, seed, bar, stop):
         batch_loss, predicted, _ = run_step(split.images[batch], labels, rate, (epoch - 1) * n_steps + steps)
         steps += 1
         if not math.isfinite(batch_loss):
-            raise TwtaError(f'the loss is {batch_loss} at step {steps} of epoch {epoch}; '
-                            + (f'go on from epoch {epoch - 1}, which is saved, with --resume True and'
-                               if epoch > 1 else 'start again with') + ' a lower --learning_rate')
+            raise FloatingPointError(f'the loss is {batch_loss} at step {steps} of epoch {epoch}')
         loss += float(batch_loss)
         correct += int(np.sum(predicted == labels))
         bar.update()
@@ -291,6 +310,9 @@ def open_run(script, args):
         if getattr(args, flag) not in (None, state[flag]):
             raise UsageError(f'--{flag} {getattr(args, flag)}: the run in {args.run_dir} was started with --{flag} '
                              f'{state[flag]}; leave --{flag} out, or start a new run with --resume False')
+    for name, value in state['choices'].items():
+        if name not in args.choices or not is_choice(name, value):
+            raise TwtaError(f'{source}: not a checkpoint of this script (--{name} {value})')
     state['choices'] = {**complete(dict.fromkeys(args.choices)), **state['choices']}
     for flag, value in args.choices.items():
         if value not in (None, state['choices'][flag]):

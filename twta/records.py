@@ -5,6 +5,7 @@ Each is written beside its name and moved into place, so that a kill leaves the 
 import contextlib
 import csv
 import json
+import math
 import os
 import platform
 import re
@@ -30,6 +31,7 @@ except ImportError:  # Windows: without the lock
 FIELDS = ('epoch', 'learning_rate', 'loss', 'training_accuracy', 'validation_accuracy', 'images_per_second', 'seconds')
 SIGNS = 'negative', 'positive'
 PACKAGES = 'tensorflow', 'tensorflow-cpu', 'tensorlayer', 'numpy', 'numba'
+UNREADABLE = OSError, ValueError, TypeError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error  # an npz
 OURS = ('checkpoint*', 'last-*', 'best-*', '*_temp', 'events.out.tfevents*', 'config.json', 'log.csv', 'curve.png',
         'result*.json', 'record.json', 'confusion*.png', 'cost.csv', 'cost.png', 'model.npz', 'spikes-*')
 
@@ -288,21 +290,68 @@ def save_weights(path, net, session):
 
 
 def read_weights(path, net):
-    """A model.npz as arrays by variable name; TwtaError where they are not finite float32 of the network's shapes."""
+    """A model.npz as arrays by variable name; TwtaError where they are not finite float32 of the network's shapes.
+
+    Nothing is allocated, and nothing unpacked, before the headers say so; nothing is unpickled.
+    """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            weights = {name: file[name] for name in file.files}
-    except (OSError, ValueError, TypeError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error):
+        with zipfile.ZipFile(path) as archive:
+            found = {}
+            for name in archive.namelist():
+                with archive.open(name) as member:
+                    found[name.removesuffix('.npy')] = read_header(member)
+            check_shapes(f'--weights {path}', net, {name: list(shape) for name, (shape, _) in found.items()})
+            for name, (_, kind) in found.items():
+                if kind != np.float32:
+                    raise TwtaError(f'--weights {path}: {name} is {kind}, weights are float32')
+            weights = {}
+            for name in found:
+                with archive.open(f'{name}.npy') as member:
+                    weights[name] = np.lib.format.read_array(member, allow_pickle=False)
+                    if member.read(1):
+                        raise ValueError('longer than its header says')
+    except UNREADABLE:
         raise TwtaError(f'--weights {path}: not an npz file of weights, or damaged; a training writes model.npz into '
                         'its --run_dir') from None
-    check_shapes(f'--weights {path}', net, {name: list(value.shape) for name, value in weights.items()})
-    wrong = [name for name, value in weights.items() if value.dtype != np.float32]
-    if wrong:
-        raise TwtaError(f'--weights {path}: {wrong[0]} is {weights[wrong[0]].dtype}, weights are float32')
     wrong = [name for name, value in weights.items() if not np.isfinite(value).all()]
     if wrong:
         raise TwtaError(f'--weights {path}: {wrong[0]} holds NaN or infinity')
     return weights
+
+
+def read_header(file):
+    """Shape and dtype of an npy file."""
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):  # the others are for headers of more than 64 kB and names that are not ASCII
+        raise ValueError(f'npy version {version}')
+    shape, _, kind = np.lib.format.read_array_header_1_0(file)
+    return shape, kind
+
+
+def check_keys(what, entry, keys):
+    """Raises ValueError where a JSON object lacks one of the keys, or has no value of its kind there.
+
+    keys: by name, a type, or a tuple of types, or a function that says whether a value will do.
+    """
+    if not isinstance(entry, dict):
+        raise ValueError(f'{what} is no JSON object')
+    for key, kind in keys.items():
+        value = entry.get(key)
+        if key not in entry or not (isinstance(value, kind) if isinstance(kind, type | tuple) else kind(value)):
+            raise ValueError(f'{key} of {what} is {"absent" if key not in entry else repr(value)[:50]}')
+
+
+def is_natural(value):
+    return type(value) is int and 0 <= value < 2 ** 31
+
+
+def is_finite(value):
+    return type(value) in (int, float) and abs(value) < math.inf
+
+
+STAGE_KEYS = {'first_epoch': is_natural, 'epochs': is_natural, 'learning_rate': is_finite,
+              'batch_size': lambda value: is_natural(value) and value > 0,
+              'schedule': str, 'augmentation': str, 'protocol': str}
 
 
 def check_shapes(source, net, found):
