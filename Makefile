@@ -1,7 +1,7 @@
 PYTHON ?= python3.11
 VENV := .venv/bin
 
-.PHONY: demo test lint report reproduce-table pdf
+.PHONY: demo test soak lint report reproduce-table pdf
 
 # A few epochs on the embedded sample, then inference; needs no network once installed.
 demo: .venv/installed
@@ -13,6 +13,10 @@ test: .venv/installed
 
 lint: .venv/installed
 	$(VENV)/ruff check .
+
+# Kills a training 50 times and resumes it; about 20 minutes.
+soak: .venv/installed
+	$(VENV)/python tests/soak.py --kills 50
 
 # README.md's tables and pictures, from the records.
 report: .venv/installed

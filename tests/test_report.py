@@ -198,7 +198,8 @@ def test_what_cannot_be_added_is_refused(repository, finished_run, tmp_path, mon
         evidence.add(other, None, tmp_path)
     assert not list((repository / 'RESULTS').iterdir()) and not list((repository / 'PRETRAINED').iterdir())
     evidence.add(finished_run, None, tmp_path)
-    (other / 'record.json').write_text(json.dumps({**record, 'curve': {**record['curve'], 'loss': [0] * record['epochs']}}))
+    curve = {**record['curve'], 'loss': [0] * record['epochs']}
+    (other / 'record.json').write_text(json.dumps({**record, 'curve': curve}))
     with pytest.raises(UsageError, match='is of another run; remove that first'):
         evidence.add(other, None, tmp_path)
     monkeypatch.delitem(evidence.TITLES, 'digits')

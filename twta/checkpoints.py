@@ -40,8 +40,7 @@ class Checkpoints:
         self.finite = tf.reduce_all([tf.reduce_all(tf.is_finite(variable)) for variable in trained])
         self.savers = {which: tf.train.Saver(max_to_keep=keep, save_relative_paths=True)
                        for which, keep in (('last', 2), ('best', 1))}
-        for leftover in run_dir.glob('*_temp'):  # of a save that was killed
-            shutil.rmtree(leftover)
+        remove_leftovers(run_dir)
         for which, saver in self.savers.items():
             saver.recover_last_checkpoints(listed(run_dir, which))
 
@@ -70,6 +69,18 @@ def listed(run_dir, which):
         return []
     paths = index.all_model_checkpoint_paths if index else []
     return [path for path in paths if Path(path).parent == run_dir]
+
+
+def remove_leftovers(run_dir):
+    """Removes what kills have left: half-written files, and checkpoints that are no longer listed."""
+    for pattern in ('*_temp', '*.tempstate*', '.part.*'):
+        for path in run_dir.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for which in INDEX:
+        names = [Path(path).name for path in listed(run_dir, which)]
+        for path in run_dir.glob(f'{which}-*') if names else ():
+            if path.name.removesuffix('.index').removesuffix('.data-00000-of-00001') not in names:
+                path.unlink()
 
 
 def find(run_dir, which):

@@ -110,6 +110,9 @@ def parse(script, description, datasets, defaults, choices=(), argv=None):
     add('--precision', choices=('auto', 'float32', 'bfloat16'), default='auto',
         help='of training; auto, the default: bfloat16 where the hardware multiplies it. Evaluation is always float32, '
              'its first layer summed in float64')
+    add('--deterministic', action='store_true',
+        help='train in one thread with deterministic kernels: the same weights, bit for bit, whatever the number of '
+             'cores; slower')
     add('--checkpoint', choices=('last', 'best'), default='last',
         help='which one inference or export reads: after the last epoch (default), or the best on validation; without '
              'validation images that is the last')
@@ -161,6 +164,8 @@ def check(args, script, trained_on):
     for flag in ('epochs', 'learning_rate', 'schedule', 'augmentation', 'protocol', 'batch_size', 'seed', 'validation'):
         if evaluation and getattr(args, flag) is not None:
             raise UsageError(f'--{flag} {getattr(args, flag)} has no meaning with --mode {args.mode}; leave it out')
+    if evaluation and args.deterministic:
+        raise UsageError(f'--deterministic has no meaning with --mode {args.mode}; leave it out')
     if args.checkpoint == 'best' and (not evaluation or args.weights):
         raise UsageError('--checkpoint best is for --mode inference or export without --weights; training resumes from '
                          'the last')

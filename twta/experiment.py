@@ -19,7 +19,7 @@ from twta import TwtaError, UsageError, checkpoints, datasets, describe_fault, p
 from twta.command_line import complete, is_choice
 from twta.records import accuracy, say
 from twta.schedule import describe_stage, next_stage, scheduled_rate, shuffled_batches
-from twta.session import choose_precision, describe, find_gpu, open_session, stop_signals
+from twta.session import choose_precision, describe, find_gpu, make_deterministic, open_session, stop_signals
 from twta.tf1 import tf
 
 EVALUATION_BATCH = 500  # images; it decides on memory and speed, not on the result
@@ -28,6 +28,8 @@ NOTHING = {'steps': 0, 'loss': 0.0, 'correct': 0, 'seconds': 0.0}  # of an epoch
 
 def run(script, model, args, defaults, evaluate=None):
     """Trains or evaluates the network of a script, as the flags say, or as a function does that stands for infer."""
+    if args.deterministic:
+        make_deterministic()
     gpu = find_gpu(args.gpu)
     try:
         source, state = open_run(script, args) if args.resume else (None, None)

@@ -57,6 +57,16 @@ def configuration(**options):
     return config
 
 
+def make_deterministic():
+    """One thread, so that sums have one order on any number of cores, and deterministic kernels of a GPU.
+
+    To be called before anything is built: the process has one pool of threads, made with the first device.
+    """
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    os.environ['TF_DETERMINISTIC_OPS'] = '1'  # compat.v1 has no function for it
+
+
 def open_session(graph, gpu_index):
     """A session on the graph that sees only the GPU of that index, if there is one, and takes its memory as needed."""
     gpu_options = tf.GPUOptions(allow_growth=True, visible_device_list=str(gpu_index))
