@@ -36,14 +36,18 @@ def kept(run_dir):
     return {path.name for path in run_dir.iterdir() if not path.name.startswith(('events.', 'earlier-'))}
 
 
+def epochs_of(run_dir):
+    return len(log(run_dir)) if (run_dir / 'log.csv').exists() else 0
+
+
 def kill(process, run_dir, rng, moment):
     """Kills the process at a moment: 'start' or later, in an 'epoch', in a 'write'; returns what it was writing."""
-    old, begun = being_written(run_dir), time.time()
+    old, begun = being_written(run_dir), epochs_of(run_dir)
     deadline = time.monotonic() + (rng.uniform(0, LONGEST) if moment == 'start' else 60)
     while process.poll() is None and time.monotonic() < deadline:
         if moment == 'write' and being_written(run_dir) - old:
             break
-        if moment == 'epoch' and (run_dir / 'log.csv').exists() and (run_dir / 'log.csv').stat().st_mtime > begun:
+        if moment == 'epoch' and epochs_of(run_dir) > begun:
             moment, deadline = 'start', time.monotonic() + rng.uniform(0, LONGEST / 4)
         if moment != 'write':
             time.sleep(0.001)
@@ -64,7 +68,7 @@ def soak(folder, kills, epochs, seed, say=print):
         assert process.returncode in (0, -9), f'kill {number + 1}: exit {process.returncode}'
         hits += process.returncode == -9
         in_writes += bool(written)
-        say(f'kill {number + 1}: after {len(log(run_dir)) if (run_dir / "log.csv").exists() else 0} epochs'
+        say(f'kill {number + 1}: after {epochs_of(run_dir)} epochs'
             + (f', writing {", ".join(written)}' if written else ''))
         if not process.returncode:
             break  # it was faster than the kills

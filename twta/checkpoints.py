@@ -14,13 +14,22 @@ from pathlib import Path
 from types import NoneType
 
 from twta import TwtaError
-from twta.records import FIELDS, STAGE_KEYS, check_keys, check_shapes, is_finite, is_natural
+from twta.records import (
+    FIELDS,
+    STAGE_KEYS,
+    are_objects,
+    check_choices,
+    check_keys,
+    check_shapes,
+    is_finite,
+    is_natural,
+)
 from twta.tf1 import tf
 
 FORMAT = 4  # 1 knew no --validation, no --schedule and no part of an epoch, 2 no choices, 3 no --augmentation
 KEYS = {'format': is_natural, 'script': str, 'dataset': str, 'data_sha256': str, 'seed': is_natural,
-        'validation': is_natural, 'epoch': is_natural, 'part': (dict, NoneType), 'stages': list, 'history': list,
-        'best_validation_accuracy': is_finite, 'choices': dict}
+        'validation': is_natural, 'epoch': is_natural, 'part': (dict, NoneType), 'stages': are_objects,
+        'history': are_objects, 'best_validation_accuracy': is_finite, 'choices': dict}
 PART_KEYS = {'steps': is_natural, 'loss': is_finite, 'correct': is_natural, 'seconds': is_finite}
 ROW_KEYS = {**dict.fromkeys(FIELDS, is_finite), 'validation_accuracy': lambda value: value is None or is_finite(value)}
 UNREADABLE = ValueError, KeyError, TypeError, IndexError, RuntimeError, OSError, tf.errors.OpError  # by TensorFlow
@@ -123,7 +132,7 @@ def parse_state(path, text, script, dataset):
     """The state in its JSON text; path names the checkpoint in errors, which are as those of read_state."""
     try:
         state = json.loads(text)
-        check_keys('its state', state, {'format': is_natural, 'script': str, 'dataset': str})
+        check_keys('its state', state, {'format': is_natural, 'script': str, 'dataset': str, 'stages': are_objects})
         if state['format'] > FORMAT:
             raise TwtaError(f'{path}: written by a newer version of these scripts (format {state["format"]}, this one '
                             f'reads up to {FORMAT}); update them')
@@ -153,13 +162,15 @@ def update(state):
 def check_state(state):
     """The state; ValueError where it is not what a run saves."""
     check_keys('its state', state, KEYS)
+    check_choices(state['choices'])
     for stage in state['stages']:
         check_keys('a stage', stage, STAGE_KEYS)
     for row in state['history']:
         check_keys('an epoch', row, ROW_KEYS)
     if state['part']:
         check_keys('the part of an epoch', state['part'], PART_KEYS)
-    if [row['epoch'] for row in state['history']] != list(range(1, state['epoch'] + 1)):
+    numbers = [row['epoch'] for row in state['history']]
+    if len(numbers) != state['epoch'] or numbers != list(range(1, len(numbers) + 1)):
         raise ValueError(f'its history is not that of {state["epoch"]} epochs')
     return state
 

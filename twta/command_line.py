@@ -222,12 +222,14 @@ def complete(choices):
     """The choices with the defaults where they are None."""
     chosen = {name: CHOICES[name][0] if value is None else value for name, value in choices.items()}
     if 'threshold_value' in chosen and chosen['threshold_value'] is None:
-        chosen['threshold_value'] = 0.7 if chosen['threshold'] == 'runtime' else 0.5
+        chosen['threshold_value'] = 0.7 if chosen.get('threshold') == 'runtime' else 0.5
     return chosen
 
 
 def is_choice(name, value):
-    """Whether it is a value of that flag of CHOICES."""
+    """Whether it is a value of a flag of that name in CHOICES."""
+    if name not in CHOICES:
+        return False
     flag = CHOICES[name][1]
     try:
         return value in flag['choices'] if 'choices' in flag else flag['type'](str(value)) == value

@@ -14,6 +14,7 @@ from twta.records import (
     FIELDS,
     STAGE_KEYS,
     accuracy,
+    check_choices,
     check_keys,
     confuse,
     is_finite,
@@ -40,6 +41,7 @@ def read_record(path):
     try:
         record = json.loads(path.read_text())
         check_keys('the record', record, KEYS)
+        check_choices(record['choices'])
         check_keys('its last epoch', record['last'], {'test_accuracy': is_finite})
         check_keys('its data', record['data'], {'validation_images': is_natural, 'sha256': str, 'origin': str})
         check_keys('its flags', record['flags'], {'weights': (str, NoneType)})

@@ -16,7 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from twta import TwtaError, UsageError, checkpoints, datasets, describe_fault, packing, preprocessing, records
-from twta.command_line import complete, is_choice
+from twta.command_line import complete
 from twta.records import accuracy, say
 from twta.schedule import describe_stage, next_stage, scheduled_rate, shuffled_batches
 from twta.session import choose_precision, describe, find_gpu, make_deterministic, open_session, stop_signals
@@ -312,9 +312,8 @@ def open_run(script, args):
         if getattr(args, flag) not in (None, state[flag]):
             raise UsageError(f'--{flag} {getattr(args, flag)}: the run in {args.run_dir} was started with --{flag} '
                              f'{state[flag]}; leave --{flag} out, or start a new run with --resume False')
-    for name, value in state['choices'].items():
-        if name not in args.choices or not is_choice(name, value):
-            raise TwtaError(f'{source}: not a checkpoint of this script (--{name} {value})')
+    for name in state['choices'].keys() - args.choices.keys():
+        raise TwtaError(f'{source}: not a checkpoint of this script, which has no --{name}')
     state['choices'] = {**complete(dict.fromkeys(args.choices)), **state['choices']}
     for flag, value in args.choices.items():
         if value not in (None, state['choices'][flag]):

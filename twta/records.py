@@ -9,9 +9,11 @@ import math
 import os
 import platform
 import re
+import struct
 import subprocess
 import sys
 import time
+import tokenize
 import zipfile
 import zlib
 from importlib.metadata import PackageNotFoundError, version
@@ -21,7 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from twta import TwtaError, UsageError, replacing
-from twta.command_line import complete
+from twta.command_line import complete, is_choice
 
 try:
     import fcntl
@@ -31,7 +33,8 @@ except ImportError:  # Windows: without the lock
 FIELDS = ('epoch', 'learning_rate', 'loss', 'training_accuracy', 'validation_accuracy', 'images_per_second', 'seconds')
 SIGNS = 'negative', 'positive'
 PACKAGES = 'tensorflow', 'tensorflow-cpu', 'tensorlayer', 'numpy', 'numba'
-UNREADABLE = OSError, ValueError, TypeError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error  # an npz
+UNREADABLE = (OSError, ValueError, TypeError, EOFError, KeyError, RuntimeError, SyntaxError, MemoryError, zlib.error,
+              zipfile.BadZipFile, struct.error, tokenize.TokenError)  # an npz, by zipfile and numpy
 OURS = ('checkpoint*', 'last-*', 'best-*', '*_temp', 'events.out.tfevents*', 'config.json', 'log.csv', 'curve.png',
         'result*.json', 'record.json', 'confusion*.png', 'cost.csv', 'cost.png', 'model.npz', 'spikes-*')
 
@@ -339,6 +342,17 @@ def check_keys(what, entry, keys):
         value = entry.get(key)
         if key not in entry or not (isinstance(value, kind) if isinstance(kind, type | tuple) else kind(value)):
             raise ValueError(f'{key} of {what} is {"absent" if key not in entry else repr(value)[:50]}')
+
+
+def check_choices(choices):
+    """Raises ValueError where one is not a value of a flag that chooses between networks."""
+    for name, value in choices.items():
+        if not is_choice(name, value):
+            raise ValueError(f'--{name} {value}'[:80])
+
+
+def are_objects(value):
+    return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
 def is_natural(value):

@@ -1,0 +1,205 @@
+"""Feeds the readers of files from strangers with damaged ones: no exception but TwtaError, a line long, may come out.
+
+    pip install atheris
+    python tests/fuzz.py --minutes 60        # all readers in turn; or name some: python tests/fuzz.py npy state
+
+Atheris (libFuzzer) mutates towards code not yet reached, from the seeds below; test_fuzz.py does the same for seconds
+with hypothesis, and keeps what was found. The last line a reader prints has the number of inputs.
+"""
+import argparse
+import ast
+import gzip
+import hashlib
+import inspect
+import io
+import json
+import re
+import struct
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from twta import TwtaError, command_line, datasets, evidence, packed_file, records
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = Path(tempfile.mkdtemp())  # for the readers that want a file
+WEIGHTS = {'conv1/W:0': np.ones((2, 2, 1, 3), np.float32), 'bn1/beta:0': np.zeros(3, np.float32)}
+NET = SimpleNamespace(all_params=[SimpleNamespace(name=name, shape=SimpleNamespace(as_list=lambda array=array: list(
+    array.shape))) for name, array in WEIGHTS.items()])
+STATE = {'format': 4, 'script': 'S', 'dataset': 'digits', 'data_sha256': '0', 'seed': 0, 'validation': 297, 'epoch': 1,
+         'part': {'steps': 3, 'loss': 1.5, 'correct': 7, 'seconds': 0.5},
+         'stages': [{'first_epoch': 1, 'epochs': 4, 'learning_rate': 0.001, 'batch_size': 100, 'schedule': 'cosine',
+                     'augmentation': 'published', 'protocol': 'published'}],
+         'history': [{'epoch': 1, 'learning_rate': 0.001, 'loss': 1.5, 'training_accuracy': 0.5,
+                      'validation_accuracy': 0.5, 'images_per_second': 100.0, 'seconds': 2.0, 'shares': {}}],
+         'best_validation_accuracy': 0.5, 'choices': {'threshold': 'fixed', 'threshold_value': 0.5}}
+
+
+def write(name, data):
+    (FOLDER / name).write_bytes(data)
+    return FOLDER / name
+
+
+def read_images(data):
+    datasets.parse_idx(data, (3, 4, 5), 'images')
+
+
+def read_labels(data):
+    datasets.parse_idx(data, (9,), 'labels')
+
+
+def read_gz(data):
+    content = datasets.read_file(write('images.gz', data), limit=100)
+    assert len(content) <= 101
+
+
+def read_cifar(data):
+    datasets.parse_cifar(data, 2, 'data_batch_1.bin')
+
+
+def read_state(data):
+    """A state that is read can also be gone on from."""
+    from twta import checkpoints, schedule  # imports TensorFlow
+
+    state = checkpoints.parse_state('last-1', data, 'S', 'digits')
+    defaults = command_line.protocol(1e-4, 150, 200)
+    stage = schedule.next_stage(state, SimpleNamespace(dataset='digits', **dict.fromkeys(defaults)), defaults)
+    schedule.describe_stage(stage)
+    schedule.scheduled_rate(stage, 0, 12)
+    records.name_run(state)
+
+
+def read_npz(data):
+    records.read_weights(write('model.npz', data), NET)
+
+
+def read_npy(data):
+    """As one of the arrays in an archive that is whole."""
+    records.read_weights(write('model.npz', archive({'conv1/W:0': data})), NET)
+
+
+def read_twta(data):
+    """With a checksum that is right: only what the header and the arrays say is wrong."""
+    packed_file.read(write('network.twta', data + hashlib.sha256(data).digest()))
+
+
+def read_record(data):
+    record = evidence.read_record(write('record.json', data))
+    if record['dataset'] in evidence.TITLES:  # others are refused before that
+        evidence.protocol(record)
+
+
+READERS = {'images': read_images, 'labels': read_labels, 'gz': read_gz, 'cifar': read_cifar, 'state': read_state,
+           'npz': read_npz, 'npy': read_npy, 'twta': read_twta, 'record': read_record}
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def archive(changed):
+    """WEIGHTS as an npz, some of the members replaced by other bytes."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, 'w') as members:
+        for name, array in WEIGHTS.items():
+            members.writestr(f'{name}.npy', changed.get(name, npy(array)))
+    return file.getvalue()
+
+
+def seeds(reader):
+    """Whole files, as bytes, to be damaged."""
+    if reader == 'images':
+        return [struct.pack('>4I', 0x803, 3, 4, 5) + bytes(60)]
+    if reader == 'labels':
+        return [struct.pack('>2I', 0x801, 9) + bytes(range(9))]
+    if reader == 'gz':
+        return [gzip.compress(bytes(50)), gzip.compress(bytes(100_000))]
+    if reader == 'cifar':
+        return [bytes(2 * 3073)]
+    if reader == 'state':
+        return [json.dumps(STATE).encode(), json.dumps({**STATE, 'part': None, 'format': 1}).encode()]
+    if reader == 'npz':
+        return [archive({})]
+    if reader == 'npy':
+        return [npy(WEIGHTS['conv1/W:0']), npy(np.asfortranarray(WEIGHTS['conv1/W:0'][::-1]))]
+    if reader == 'twta':
+        from conftest import random_packed
+        network = random_packed((5, 5, 1), 0, [(3, 3, 1, 'SAME', 1), (6, 2, 2, 'VALID', 3), (4, 0, 1, 'VALID', 1)])
+        packed_file.write(FOLDER / 'seed.twta', network)
+        return [(FOLDER / 'seed.twta').read_bytes()[:-32]]
+    return [json.dumps(record).encode() for record in small_records()]
+
+
+def small_records():
+    """Records in results/, cut down to two epochs."""
+    for path in sorted((ROOT / 'results').glob('*mnist-0*.json'))[:3]:
+        record = json.loads(path.read_text())
+        curve = {field: column[:2] for field, column in record['curve'].items()}
+        yield {**record, 'epochs': 2, 'curve': curve, 'shares': {}}
+
+
+def check(reader, data):
+    """Raises what the reader should not."""
+    try:
+        READERS[reader](data)
+    except TwtaError as error:
+        assert '\n' not in str(error), error
+
+
+def fuzz(reader, seconds):
+    """Runs Atheris on a reader; ends the process."""
+    import atheris
+
+    from twta import checkpoints
+
+    check(reader, seeds(reader)[0])  # what is imported late is there now
+    for module in (checkpoints, datasets, evidence, packed_file, records, gzip, json.decoder, zipfile, ast,
+                   np.lib._format_impl):
+        instrument(module, atheris.instrument_func)
+    corpus = FOLDER / 'corpus'
+    corpus.mkdir()
+    for number, seed in enumerate(seeds(reader)):
+        (corpus / str(number)).write_bytes(seed)
+    atheris.Setup([sys.argv[0], f'-max_total_time={seconds}', '-max_len=40000', '-rss_limit_mb=4096',
+                   '-print_final_stats=1', f'-artifact_prefix={reader}-', str(corpus)],
+                  lambda data: check(reader, data))
+    atheris.Fuzz()
+
+
+def instrument(module, instrument_function):
+    """Has the functions and methods of a module tell Atheris where they get to."""
+    for owner in (module, *(item for item in vars(module).values() if inspect.isclass(item))):
+        if owner is module or owner.__module__ == module.__name__:
+            for item in vars(owner).values():
+                if inspect.isfunction(item) and item.__module__ == module.__name__:
+                    instrument_function(item)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+    parser.add_argument('readers', nargs='*', metavar='READER', help=f'of {", ".join(READERS)}; default: all')
+    parser.add_argument('--minutes', type=float, default=60, help='for all of them together; default: 60')
+    args = parser.parse_args()
+    readers = args.readers or list(READERS)
+    seconds = round(args.minutes * 60 / len(readers))
+    if len(readers) == 1:
+        fuzz(*readers, seconds)
+    for reader in readers:  # each in a process of its own, which Atheris ends
+        finished = subprocess.run([sys.executable, __file__, reader, '--minutes', str(seconds / 60)],
+                                  capture_output=True, text=True)
+        statistics = dict(re.findall(r'^stat::(\w+): +(\d+)', finished.stderr, re.M))
+        print(f'{reader}: {int(statistics.get("number_of_executed_units", 0)):,} inputs, largest process '
+              f'{statistics.get("peak_rss_mb")} MB, exit {finished.returncode}', flush=True)
+        if finished.returncode:
+            sys.exit(finished.stderr)
+
+
+if __name__ == '__main__':
+    main()

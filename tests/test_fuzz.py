@@ -1,0 +1,117 @@
+"""The readers of files from strangers on damaged ones, made by hypothesis; what it and fuzz.py have found is kept."""
+import gzip
+import json
+import tracemalloc
+import zipfile
+
+import fuzz
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from twta import TwtaError, datasets
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+                    max_leaves=5)
+SEEDS = {reader: fuzz.seeds(reader) for reader in fuzz.READERS}
+LARGEST = 1 << 20  # bytes that a reader may take; the seeds are a few kilobytes
+
+
+@st.composite
+def damaged(draw, reader):
+    """A whole file with up to four places where bytes were changed, lost or put in."""
+    data = bytearray(draw(st.sampled_from(SEEDS[reader])))
+    for _ in range(draw(st.integers(0, 4))):
+        start = draw(st.integers(0, len(data)))
+        data[start:start + draw(st.integers(0, 8))] = draw(st.binary(max_size=8))
+    return bytes(data)
+
+
+@st.composite
+def with_another_value(draw, reader):
+    """A JSON file in which a value, anywhere, is another one or gone."""
+    tree = json.loads(draw(st.sampled_from(SEEDS[reader])))
+    node = tree
+    while True:
+        key = draw(st.sampled_from(sorted(node) if isinstance(node, dict) else range(len(node))))
+        if not isinstance(node[key], dict | list) or not node[key] or draw(st.booleans()):
+            break
+        node = node[key]
+    if draw(st.booleans()):
+        node[key] = draw(JSON)
+    else:
+        del node[key]
+    return json.dumps(tree).encode()
+
+
+@pytest.mark.parametrize('reader', fuzz.READERS)
+def test_no_exception_but_ours_and_no_memory_beyond_the_input(reader):
+    inputs = damaged(reader)
+    if reader in ('state', 'record'):
+        inputs |= with_another_value(reader)
+
+    @settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    @given(inputs)
+    def run(data):
+        before, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        fuzz.check(reader, data)
+        assert tracemalloc.get_traced_memory()[1] - before < LARGEST
+
+    fuzz.check(reader, SEEDS[reader][0])  # imports what it needs
+    tracemalloc.start()
+    try:
+        run()
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize('reader', fuzz.READERS)
+def test_whole_files_are_read(reader):
+    for data in SEEDS[reader]:
+        fuzz.READERS[reader](data)
+
+
+def header(text):
+    """An npy file with that text as its header."""
+    return b'\x93NUMPY\x01\x00' + len(text).to_bytes(2, 'little') + text.encode() + bytes(48)
+
+
+STATE = json.dumps(fuzz.STATE)
+
+
+@pytest.mark.parametrize('reader, data', [
+    ('npy', header("{'descr': '<f4', 'fortran_order': False, 'shape': (2, 2, 1, 3), } (")),  # tokenize.TokenError
+    ('npy', header('(' * 4000)),  # MemoryError
+    ('npy', header("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000, 1000000), }")),  # 4 TB
+    ('state', STATE.replace('threshold"', 'thresh"').encode()),  # KeyError: a flag that no script has
+    ('state', STATE.replace('"threshold": "fixed", ', '').encode()),  # KeyError: one that needs another
+    ('state', b'{"format": 2, "script": "S", "dataset": "digits", "stages": {"a": "b"}}'),  # AttributeError
+    ('state', ('[' * 100_000).encode()),  # RecursionError
+    ('state', STATE.replace('0.001', '1e999').encode()),
+    ('state', STATE.replace('"epoch": 1', '"epoch": 1000000000').encode()),  # as many numbers in memory
+    ('record', b'[]'), ('record', b'\xff')])
+def test_what_was_found(reader, data):
+    fuzz.check(reader, data)
+
+
+def test_a_bomb_is_not_unpacked(tmp_path):
+    """300 MB of zeros in 300 kB: of a member that says so, of one that does not, and of a .gz."""
+    whole = fuzz.npy(np.zeros((2, 2, 1, 3), np.float32))
+    for content in (fuzz.npy(np.zeros(75_000_000, np.float32)), whole + bytes(300_000_000)):
+        with zipfile.ZipFile(tmp_path / 'bomb.npz', 'w', zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr('conv1/W:0.npy', content)
+            archive.writestr('bn1/beta:0.npy', fuzz.npy(np.zeros(3, np.float32)))
+        del content
+        tracemalloc.start()
+        with pytest.raises(TwtaError):
+            fuzz.read_npz((tmp_path / 'bomb.npz').read_bytes())
+        assert tracemalloc.get_traced_memory()[1] < LARGEST
+        tracemalloc.stop()
+    (tmp_path / 'bomb.gz').write_bytes(gzip.compress(bytes(300_000_000), 1))
+    tracemalloc.start()
+    assert len(datasets.read_file(tmp_path / 'bomb.gz', limit=1000)) == 1001
+    assert tracemalloc.get_traced_memory()[1] < LARGEST
+    tracemalloc.stop()
