@@ -95,6 +95,9 @@ def test_a_flag_without_its_value(flag):
     (['extra'], ['extra']),
     (['--verbose=1'], ['--verbose', "'1'"]),
     (['--debug=yes'], ['--debug', "'yes'"]),
+    (['--deterministic=yes'], ['--deterministic', "'yes'"]),
+    (['--mode', 'inference', '--deterministic'], ['--deterministic', '--mode inference']),
+    (['--mode', 'export', '--deterministic'], ['--deterministic', '--mode export']),
     (['--mode', 'inference', '--resume', 'False'], ['--resume False', '--mode inference']),
     (['--mode', 'inference', '--epochs', '3'], ['--epochs 3', '--mode inference']),
     (['--mode', 'inference', '--learning_rate', '0.1'], ['--learning_rate 0.1', '--mode inference']),
@@ -143,5 +146,5 @@ def test_help_without_tensorflow(name, tmp_path):
     finished = run_script(SCRIPTS[name], '--help', PYTHONPATH=str(tmp_path))
     for flag in ('--resume', '--learning_rate', '--mode', '--epochs', '--batch_size', '--seed', '--gpu', '--dataset',
                  '--data_dir', '--run_dir', '--schedule', '--augmentation', '--protocol', '--validation', '--precision',
-                 '--verbose', name):
+                 '--deterministic', '--verbose', name):
         assert flag in finished.stdout
