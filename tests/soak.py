@@ -8,6 +8,7 @@ have every epoch once, and nothing half-written may be left. What it did is prin
 import argparse
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -46,7 +47,11 @@ def kill(process, run_dir, rng, moment):
     deadline = time.monotonic() + (rng.uniform(0, LONGEST) if moment == 'start' else 60)
     while process.poll() is None and time.monotonic() < deadline:
         if moment == 'write' and being_written(run_dir) - old:
-            break
+            process.send_signal(signal.SIGSTOP)  # or the write may end before the kill
+            os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+            if being_written(run_dir) - old:
+                break
+            process.send_signal(signal.SIGCONT)
         if moment == 'epoch' and epochs_of(run_dir) > begun:
             moment, deadline = 'start', time.monotonic() + rng.uniform(0, LONGEST / 4)
         if moment != 'write':
