@@ -24,7 +24,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from twta import TwtaError, command_line, datasets, evidence, packed_file, records
+from twta import TwtaError, arrays, command_line, datasets, evidence, packed, packed_file, records
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path(tempfile.mkdtemp())  # for the readers that want a file
@@ -79,6 +79,11 @@ def read_npz(data):
 
 
 def read_npy(data):
+    """Images for twta.packed."""
+    packed.read_images(write('images.npy', data), (2, 2, 1))
+
+
+def read_member(data):
     """As one of the arrays in an archive that is whole."""
     records.read_weights(write('model.npz', archive({'conv1/W:0': data})), NET)
 
@@ -95,7 +100,7 @@ def read_record(data):
 
 
 READERS = {'images': read_images, 'labels': read_labels, 'gz': read_gz, 'cifar': read_cifar, 'state': read_state,
-           'npz': read_npz, 'npy': read_npy, 'twta': read_twta, 'record': read_record}
+           'npz': read_npz, 'member': read_member, 'npy': read_npy, 'twta': read_twta, 'record': read_record}
 
 
 def npy(array):
@@ -128,6 +133,8 @@ def seeds(reader):
     if reader == 'npz':
         return [archive({})]
     if reader == 'npy':
+        return [npy(np.zeros((3, 2, 2), np.uint8)), npy(np.zeros((3, 2, 2, 1), np.uint8))]
+    if reader == 'member':
         return [npy(WEIGHTS['conv1/W:0']), npy(np.asfortranarray(WEIGHTS['conv1/W:0'][::-1]))]
     if reader == 'twta':
         from conftest import random_packed
@@ -160,7 +167,8 @@ def fuzz(reader, seconds):
     from twta import checkpoints
 
     check(reader, seeds(reader)[0])  # what is imported late is there now
-    for module in (checkpoints, datasets, evidence, packed_file, records, gzip, json.decoder, zipfile, ast,
+    for module in (arrays, checkpoints, datasets, evidence, packed, packed_file, records, gzip, json.decoder,
+                   zipfile, ast,
                    np.lib._format_impl):
         instrument(module, atheris.instrument_func)
     corpus = FOLDER / 'corpus'
@@ -198,7 +206,7 @@ def main():
         print(f'{reader}: {int(statistics.get("number_of_executed_units", 0)):,} inputs, largest process '
               f'{statistics.get("peak_rss_mb")} MB, exit {finished.returncode}', flush=True)
         if finished.returncode:
-            sys.exit(finished.stderr)
+            sys.exit(finished.stdout[-3000:] + finished.stderr[-1000:])
 
 
 if __name__ == '__main__':

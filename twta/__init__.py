@@ -12,11 +12,19 @@ class TwtaError(Exception):
 
     exit_code = 1
 
+    def __init__(self, message):
+        super().__init__(in_a_line(message))
+
 
 class UsageError(TwtaError):
     """A flag that cannot be used as given."""
 
     exit_code = 2
+
+
+def in_a_line(text):
+    """The text with a space for each character that cannot be printed: names and values may come from a stranger."""
+    return ''.join(c if c.isprintable() else ' ' for c in text)
 
 
 @contextlib.contextmanager
@@ -36,4 +44,5 @@ def replacing(path):
 def describe_fault(error):
     """An OSError in words: of which file, what, and, where it is known, what to do."""
     words = error.filename, error.strerror or str(error)
-    return ': '.join(str(word) for word in words if word) + f'; {REMEDIES.get(error.errno, "")}'.removesuffix('; ')
+    text = ': '.join(str(word) for word in words if word) + f'; {REMEDIES.get(error.errno, "")}'.removesuffix('; ')
+    return in_a_line(text)

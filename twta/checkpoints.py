@@ -18,6 +18,7 @@ from twta.records import (
     FIELDS,
     STAGE_KEYS,
     are_objects,
+    are_shares,
     check_choices,
     check_keys,
     check_shapes,
@@ -31,7 +32,8 @@ KEYS = {'format': is_natural, 'script': str, 'dataset': str, 'data_sha256': str,
         'validation': is_natural, 'epoch': is_natural, 'part': (dict, NoneType), 'stages': are_objects,
         'history': are_objects, 'best_validation_accuracy': is_finite, 'choices': dict}
 PART_KEYS = {'steps': is_natural, 'loss': is_finite, 'correct': is_natural, 'seconds': is_finite}
-ROW_KEYS = {**dict.fromkeys(FIELDS, is_finite), 'validation_accuracy': lambda value: value is None or is_finite(value)}
+ROW_KEYS = {**dict.fromkeys(FIELDS, is_finite), 'validation_accuracy': lambda value: value is None or is_finite(value),
+            'shares': are_shares}  # absent from epochs of older versions
 UNREADABLE = ValueError, KeyError, TypeError, IndexError, RuntimeError, OSError, tf.errors.OpError  # by TensorFlow
 INDEX = {'last': 'checkpoint', 'best': 'checkpoint_best'}  # the files that name the newest checkpoint of each kind
 
@@ -165,13 +167,19 @@ def check_state(state):
     check_choices(state['choices'])
     for stage in state['stages']:
         check_keys('a stage', stage, STAGE_KEYS)
+        if stage['first_epoch'] > state['epoch'] + 1:
+            raise ValueError(f'a stage begins with epoch {stage["first_epoch"]}, after {state["epoch"]}')
     for row in state['history']:
-        check_keys('an epoch', row, ROW_KEYS)
+        check_keys('an epoch', {'shares': {}, **row}, ROW_KEYS)
     if state['part']:
         check_keys('the part of an epoch', state['part'], PART_KEYS)
     numbers = [row['epoch'] for row in state['history']]
     if len(numbers) != state['epoch'] or numbers != list(range(1, len(numbers) + 1)):
         raise ValueError(f'its history is not that of {state["epoch"]} epochs')
+    layers = [{kind: list(pairs) for kind, pairs in row['shares'].items()} for row in state['history']
+              if 'shares' in row]
+    if any(names != layers[0] for names in layers):
+        raise ValueError('the layers of its history are not the same in every epoch')
     return state
 
 

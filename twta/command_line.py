@@ -49,7 +49,7 @@ def errors_in_a_line(name):
         if '--debug' in sys.argv:
             raise
         line = describe_fault(error) if isinstance(error, OSError) else str(error)
-        print(f'{name}: error: {"".join(c if c.isprintable() else " " for c in line)}', file=sys.stderr)
+        print(f'{name}: error: {line}', file=sys.stderr)
         sys.exit(getattr(error, 'exit_code', TwtaError.exit_code))
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT
@@ -81,14 +81,14 @@ def parse(script, description, datasets, defaults, choices=(), argv=None):
         help=f'to train in this command, default: {defaults["epochs"]}. After --resume True the same flags finish an '
              'interrupted training, and flags left out are its own; other flags, or a finished training, begin N more '
              'epochs, and flags left out are the defaults')
-    add('--schedule', choices=('constant', 'cosine'),
+    add('--schedule', choices=WAYS['schedule'],
         help='of the learning rate over --epochs; cosine: up from 0 in the first epoch, then half a cosine down to '
              f'0. Default: {defaults["schedule"]}')
     short = SHORT[datasets[0]]
-    add('--augmentation', choices=('published', 'geometric'),
+    add('--augmentation', choices=WAYS['augmentation'],
         help='of training images; published: none of MNIST; crop, flip, brightness and contrast of CIFAR-10. '
              'geometric: a random affine map of MNIST; crop and flip of CIFAR-10. Default: published')
-    add('--protocol', choices=('published', 'short'),
+    add('--protocol', choices=WAYS['protocol'],
         help='the defaults of the four flags before; published, the default: as above. short: --learning_rate '
              f'{short["learning_rate"]:g} --epochs {short["epochs"]} --schedule {short["schedule"]} --augmentation '
              f'{short["augmentation"]}')
@@ -290,6 +290,9 @@ def natural(text, least=0, most=2 ** 31 - 1):
 def positive_integer(text):
     return natural(text, least=1)
 
+
+WAYS = {'schedule': ('constant', 'cosine'), 'augmentation': ('published', 'geometric'),
+        'protocol': ('published', 'short')}  # of training: valid values by flag
 
 SHORT = {dataset: {'protocol': 'short', 'learning_rate': learning_rate, 'epochs': epochs, 'schedule': 'cosine',
                    'augmentation': 'geometric'}  # what --protocol short stands for, by data set

@@ -48,7 +48,7 @@ def read_record(path):
         check_keys('its curve', record['curve'], dict.fromkeys(FIELDS, list))
         for stage in record['stages']:
             check_keys('a stage', stage, STAGE_KEYS)
-        if not record['stages'] or any(len(column) != record['epochs'] for column in record['curve'].values()):
+        if not record['stages'] or any(len(record['curve'][field]) != record['epochs'] for field in FIELDS):
             raise ValueError(f'its curve is not that of {record["epochs"]} epochs')
     except (OSError, ValueError, RecursionError) as error:
         raise TwtaError(f'{path}: not a record of a finished run, or damaged ({error}); a training writes record.json '

@@ -8,13 +8,11 @@ import argparse
 import os
 import sys
 import time
-import tokenize
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from twta import TwtaError, UsageError, packed_file
+from twta import TwtaError, UsageError, arrays, packed_file
 from twta.command_line import positive_integer
 
 
@@ -216,14 +214,13 @@ def main(argv=None):
 
 def read_images(path, shape):
     try:
-        images = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, MemoryError, SyntaxError, tokenize.TokenError,
-            zipfile.BadZipFile) as error:
+        images = arrays.read_npy(path)
+    except arrays.UNREADABLE as error:
         reason = getattr(error, 'strerror', None) or 'not an array that numpy.save wrote, or damaged'
         raise TwtaError(f'{path}: {reason}; make one with numpy.save') from None
     wanted = f'uint8 [n, {", ".join(map(str, shape))}]'
-    if not isinstance(images, np.ndarray) or images.dtype != np.uint8:
-        raise TwtaError(f'{path}: {getattr(images, "dtype", "an archive")}, but the network takes {wanted}')
+    if images.dtype != np.uint8:
+        raise TwtaError(f'{path}: {images.dtype}, but the network takes {wanted}')
     if images.ndim == 3 and shape[2] == 1:
         images = images[..., np.newaxis]
     if images.shape[1:] != tuple(shape) or not len(images):

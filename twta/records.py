@@ -5,25 +5,20 @@ Each is written beside its name and moved into place, so that a kill leaves the 
 import contextlib
 import csv
 import json
-import math
 import os
 import platform
 import re
-import struct
 import subprocess
 import sys
 import time
-import tokenize
-import zipfile
-import zlib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from twta import TwtaError, UsageError, replacing
-from twta.command_line import complete, is_choice
+from twta import TwtaError, UsageError, arrays, replacing
+from twta.command_line import WAYS, complete, is_choice
 
 try:
     import fcntl
@@ -33,8 +28,6 @@ except ImportError:  # Windows: without the lock
 FIELDS = ('epoch', 'learning_rate', 'loss', 'training_accuracy', 'validation_accuracy', 'images_per_second', 'seconds')
 SIGNS = 'negative', 'positive'
 PACKAGES = 'tensorflow', 'tensorflow-cpu', 'tensorlayer', 'numpy', 'numba'
-UNREADABLE = (OSError, ValueError, TypeError, EOFError, KeyError, RuntimeError, SyntaxError, MemoryError, zlib.error,
-              zipfile.BadZipFile, struct.error, tokenize.TokenError)  # an npz, by zipfile and numpy
 OURS = ('checkpoint*', 'last-*', 'best-*', '*_temp', 'events.out.tfevents*', 'config.json', 'log.csv', 'curve.png',
         'result*.json', 'record.json', 'confusion*.png', 'cost.csv', 'cost.png', 'model.npz', 'spikes-*')
 
@@ -293,42 +286,22 @@ def save_weights(path, net, session):
 
 
 def read_weights(path, net):
-    """A model.npz as arrays by variable name; TwtaError where they are not finite float32 of the network's shapes.
+    """A model.npz as arrays by variable name; TwtaError where they are not finite float32 of the network's shapes."""
+    def check(headers):
+        check_shapes(f'--weights {path}', net, {name: list(shape) for name, (shape, _) in headers.items()})
+        for name, (_, kind) in headers.items():
+            if kind != np.float32:
+                raise TwtaError(f'--weights {path}: {name} is {kind}, weights are float32')
 
-    Nothing is allocated, and nothing unpacked, before the headers say so; nothing is unpickled.
-    """
     try:
-        with zipfile.ZipFile(path) as archive:
-            found = {}
-            for name in archive.namelist():
-                with archive.open(name) as member:
-                    found[name.removesuffix('.npy')] = read_header(member)
-            check_shapes(f'--weights {path}', net, {name: list(shape) for name, (shape, _) in found.items()})
-            for name, (_, kind) in found.items():
-                if kind != np.float32:
-                    raise TwtaError(f'--weights {path}: {name} is {kind}, weights are float32')
-            weights = {}
-            for name in found:
-                with archive.open(f'{name}.npy') as member:
-                    weights[name] = np.lib.format.read_array(member, allow_pickle=False)
-                    if member.read(1):
-                        raise ValueError('longer than its header says')
-    except UNREADABLE:
+        weights = arrays.read_npz(path, check)
+    except arrays.UNREADABLE:
         raise TwtaError(f'--weights {path}: not an npz file of weights, or damaged; a training writes model.npz into '
                         'its --run_dir') from None
     wrong = [name for name, value in weights.items() if not np.isfinite(value).all()]
     if wrong:
         raise TwtaError(f'--weights {path}: {wrong[0]} holds NaN or infinity')
     return weights
-
-
-def read_header(file):
-    """Shape and dtype of an npy file."""
-    version = np.lib.format.read_magic(file)
-    if version != (1, 0):  # the others are for headers of more than 64 kB and names that are not ASCII
-        raise ValueError(f'npy version {version}')
-    shape, _, kind = np.lib.format.read_array_header_1_0(file)
-    return shape, kind
 
 
 def check_keys(what, entry, keys):
@@ -355,17 +328,24 @@ def are_objects(value):
     return isinstance(value, list) and all(isinstance(item, dict) for item in value)
 
 
+def are_shares(value):
+    """Whether it is what experiment.measure_shares returns: two numbers by kind and layer."""
+    return isinstance(value, dict) and all(
+        isinstance(layers, dict) and all(isinstance(pair, list) and len(pair) == 2 and all(map(is_finite, pair))
+                                         for pair in layers.values()) for layers in value.values())
+
+
 def is_natural(value):
     return type(value) is int and 0 <= value < 2 ** 31
 
 
 def is_finite(value):
-    return type(value) in (int, float) and abs(value) < math.inf
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 STAGE_KEYS = {'first_epoch': is_natural, 'epochs': is_natural, 'learning_rate': is_finite,
               'batch_size': lambda value: is_natural(value) and value > 0,
-              'schedule': str, 'augmentation': str, 'protocol': str}
+              **{name: values.__contains__ for name, values in WAYS.items()}}
 
 
 def check_shapes(source, net, found):
