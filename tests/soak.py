@@ -26,10 +26,16 @@ def train(run_dir, epochs, resume=False, before=None):
                              run_dir, '--resume', str(resume)], stdout=subprocess.DEVNULL, preexec_fn=before)
 
 
+def one_core():
+    """Has this process, and those it starts, run on one of its cores; where the system can (Linux)."""
+    if hasattr(os, 'sched_setaffinity'):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+
+
 def being_written(run_dir):
     """The names of what a save, or a replacement of a file, has not yet put into place."""
     names = os.listdir(run_dir) if run_dir.exists() else []
-    return {name for name in names if 'temp' in name or name.startswith('.part')}
+    return {name for name in names if 'temp' in name or '.tmp' in name or name.startswith('.part')}
 
 
 def kept(run_dir):
@@ -44,7 +50,7 @@ def epochs_of(run_dir):
 def kill(process, run_dir, rng, moment):
     """Kills the process at a moment: 'start' or later, in an 'epoch', in a 'write'; returns what it was writing."""
     old, begun = being_written(run_dir), epochs_of(run_dir)
-    deadline = time.monotonic() + (rng.uniform(0, LONGEST) if moment == 'start' else 60)
+    deadline = time.monotonic() + (rng.uniform(0, LONGEST) if moment == 'start' else 300)
     while process.poll() is None and time.monotonic() < deadline:
         if moment == 'write' and being_written(run_dir) - old:
             process.send_signal(signal.SIGSTOP)  # or the write may end before the kill
@@ -78,7 +84,7 @@ def soak(folder, kills, epochs, seed, say=print):
         if not process.returncode:
             break  # it was faster than the kills
     assert train(run_dir, epochs, resume=(run_dir / 'checkpoint').exists()).wait() == 0
-    assert train(folder / 'whole', epochs, before=lambda: os.sched_setaffinity(0, {0})).wait() == 0
+    assert train(folder / 'whole', epochs, before=one_core).wait() == 0
     assert_same(variables(run_dir), variables(folder / 'whole'))
     assert (run_dir / 'model.npz').read_bytes() == (folder / 'whole' / 'model.npz').read_bytes()
     assert [int(row['epoch']) for row in log(run_dir)] == list(range(1, epochs + 1))

@@ -1,5 +1,7 @@
 """The command line: --help and mistakes answer without TensorFlow, in one line, with exit code 2, nothing on disk."""
 import math
+import os
+import sys
 
 import pytest
 from conftest import ROOT, SCRIPTS, run_script
@@ -52,7 +54,7 @@ BAD_VALUES = {
     '--levels': ['1', '4', '2.0', 'two', ''],
     '--k': ['-1', '4', '1.5', 'x', ''],
     '--B': ['0', '9', '1.0', '-1', ''],
-    '--run_dir': ['', ' ', LONG, __file__],
+    '--run_dir': ['', ' ', LONG, __file__, f'{os.path.realpath(sys.executable)}/x'],
     '--data_dir': ['', ' ', LONG, __file__],
     '--weights': ['', ' ', LONG, '/absent.npz', '/', 'model .npz'],
 }
@@ -117,6 +119,12 @@ def test_flags_that_are_unknown_or_contradict_each_other(flags, words):
     line = mistake(*flags)
     for word in words:
         assert word in line
+
+
+@pytest.mark.parametrize('flag', ['--run_dir', '--data_dir', '--weights', '--file'])
+def test_a_path_that_is_not_utf8(flag):
+    line = mistake(f'{flag}=/tmp/x\udcff')  # as Python has such bytes of a command line
+    assert flag in line and '/tmp/x' in line and 'not UTF-8' in line and line.isprintable()
 
 
 def test_debug_shows_the_traceback():

@@ -1,12 +1,15 @@
 """The IDX reader on hand-made files, the embedded sample, the real files where they are, downloads from a server."""
 import contextlib
+import errno
 import gzip
 import hashlib
+import http.client
 import struct
 import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -124,6 +127,9 @@ CONTENT = np.random.default_rng(3).bytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
+MOVED = {'/moved': '/good', '/loop': '/loop', '/nowhere': 'http://a..b/x', '/no_address': 'http://[bad/'}
+
+
 class Handler(BaseHTTPRequestHandler):
     """/good serves ranges, /whole ignores them, /wrong serves something else, the others what their names say."""
 
@@ -132,11 +138,11 @@ class Handler(BaseHTTPRequestHandler):
         asked = [path for path, _ in self.server.requests].count(self.path)
         if self.path == '/absent':
             return self.send_error(404)
-        if self.path == '/busy' and asked < 3:
-            return self.send_error(503)
-        if self.path in ('/moved', '/loop'):
+        if self.path in ('/busy', '/too_many') and asked < 3:
+            return self.send_error({'/busy': 503, '/too_many': 429}[self.path])
+        if self.path in MOVED:
             self.send_response(302)
-            self.send_header('Location', {'/moved': '/good', '/loop': '/loop'}[self.path])
+            self.send_header('Location', MOVED[self.path])
             return self.end_headers()
         start = int(self.headers['Range'].removeprefix('bytes=').removesuffix('-'))
         content = bytes(len(CONTENT)) if self.path == '/wrong' else CONTENT
@@ -152,11 +158,11 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.path == '/stalls' and asked < 2:
             self.wfile.write(content[:100_000])
-            time.sleep(1)
+            time.sleep(3)
         elif self.path == '/drips' and asked < 2:
             for i in range(10):
                 self.wfile.write(content[i:i + 1])
-                time.sleep(0.1)
+                time.sleep(0.3)
         elif self.path == '/endless':
             with contextlib.suppress(OSError):  # until the other side has enough
                 while True:
@@ -215,10 +221,12 @@ def test_mirrors_are_asked_again_but_not_for_what_they_do_not_have(server, tmp_p
     assert 'no mirror has given file whole, again in 0.01 s' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('name, requests', [('busy', 3), ('stalls', 2), ('drips', 2), ('moved', 2), ('says_more', 1)])
+@pytest.mark.parametrize('name, requests', [('busy', 3), ('too_many', 3), ('stalls', 2), ('drips', 2), ('moved', 2),
+                                            ('says_more', 1)])
 def test_from_a_server_with_a_fault(server, tmp_path, monkeypatch, name, requests):
     """Asked again, it goes on from the bytes that are there."""
-    monkeypatch.setattr(download, 'TIMEOUT', 0.3)
+    if name in ('stalls', 'drips'):
+        monkeypatch.setattr(download, 'TIMEOUT', 1)
     fetch(server, tmp_path / 'file', name)
     assert (tmp_path / 'file').read_bytes() == CONTENT and len(server.requests) == requests
     assert [path.name for path in tmp_path.iterdir()] == ['file']
@@ -233,7 +241,8 @@ def test_says_less(server, tmp_path):
 
 
 @pytest.mark.parametrize('name, reason', [
-    ('loop', 'infinite loop'), ('endless', 'its SHA-256 is'), ('wrong', 'its SHA-256 is'),
+    ('loop', 'infinite loop'), ('nowhere', 'label'),
+    ('no_address', 'IPv6|bad'), ('endless', 'its SHA-256 is'), ('wrong', 'its SHA-256 is'),
     ('other_range', r'asked for the bytes from 1 on, got bytes 0-299999/300000')])
 def test_a_wrong_answer_never_gets_the_name(server, tmp_path, name, reason):
     (tmp_path / 'file.part').write_bytes(CONTENT[:1])
@@ -261,6 +270,23 @@ def test_a_fault_of_the_disk_is_not_blamed_on_the_mirrors(server, tmp_path):
     (tmp_path / 'file.part').mkdir()
     with pytest.raises(IsADirectoryError):
         fetch(server, tmp_path / 'file', 'good')
+
+
+def test_a_fault_of_the_network_is_not_taken_for_one_of_the_disk(server, tmp_path, monkeypatch):
+    def unreachable(*_):
+        raise OSError(errno.EHOSTUNREACH, 'No route to host')
+
+    monkeypatch.setattr(http.client.HTTPResponse, 'read1', unreachable)
+    with pytest.raises(TwtaError, match='No route to host'):
+        fetch(server, tmp_path / 'file', 'good')
+    assert len(server.requests) == 3
+
+
+def test_two_that_want_the_same_file_download_it_once(server, tmp_path):
+    with ThreadPoolExecutor() as pool:
+        for future in [pool.submit(fetch, server, tmp_path / 'file', 'good') for _ in range(4)]:
+            future.result()
+    assert (tmp_path / 'file').read_bytes() == CONTENT and len(server.requests) == 1
 
 
 def test_without_a_network_the_message_names_every_mirror(server, tmp_path):

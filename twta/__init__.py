@@ -4,7 +4,8 @@ import errno
 import os
 
 REMEDIES = {errno.ENOSPC: 'make room on the disk', errno.EDQUOT: 'make room in the quota',
-            **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), 'choose one that can be written to')}
+            errno.EROFS: 'choose one that can be written to',
+            **dict.fromkeys((errno.EACCES, errno.EPERM), 'change its permissions, or choose another')}
 
 
 class TwtaError(Exception):

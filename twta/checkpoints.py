@@ -9,6 +9,8 @@ and epoch, from which each epoch's shuffle and augmentation are drawn. Saver wri
 import errno
 import json
 import math
+import os
+import re
 import shutil
 from pathlib import Path
 from types import NoneType
@@ -36,6 +38,8 @@ ROW_KEYS = {**dict.fromkeys(FIELDS, is_finite), 'validation_accuracy': lambda va
             'shares': are_shares}  # absent from epochs of older versions
 UNREADABLE = ValueError, KeyError, TypeError, IndexError, RuntimeError, OSError, tf.errors.OpError  # by TensorFlow
 INDEX = {'last': 'checkpoint', 'best': 'checkpoint_best'}  # the files that name the newest checkpoint of each kind
+SAVED = re.compile(r'(?P<name>(?P<which>last|best)-(?P<epoch>\d+(\.\d+)?))\.(index|data-\d+-of-\d+)')  # Saver's files
+HALF_WRITTEN = re.compile(r'(last|best)-\d+(\.\d+)?(_temp|\..*\.tempstate\d+)|checkpoint(_best)?\.tmp\w+|\.part\..*')
 
 
 class Checkpoints:
@@ -73,25 +77,30 @@ class Checkpoints:
 
 
 def listed(run_dir, which):
-    """The checkpoints of a kind, 'last' or 'best', oldest first; only those of the run directory itself."""
+    """The checkpoints of a kind, 'last' or 'best', oldest first; only those of the run directory itself.
+
+    Those that the file INDEX names or, where it is damaged and names none, all that are there.
+    """
+    if not (run_dir / INDEX[which]).is_file():
+        return []
     try:
         index = tf.train.get_checkpoint_state(str(run_dir), INDEX[which])
-    except ValueError:  # the file is empty
-        return []
-    paths = index.all_model_checkpoint_paths if index else []
-    return [path for path in paths if Path(path).parent == run_dir]
+        paths = [path for path in index.all_model_checkpoint_paths if Path(path).parent == run_dir]
+    except (ValueError, AttributeError):  # it is empty, or no list
+        paths = []
+    found = {saved['name']: [int(number) for number in saved['epoch'].split('.')]
+             for saved in map(SAVED.fullmatch, os.listdir(run_dir)) if saved and saved['which'] == which}
+    return paths or [str(run_dir / name) for name in sorted(found, key=found.get)]
 
 
 def remove_leftovers(run_dir):
-    """Removes what kills have left: half-written files, and checkpoints that are no longer listed."""
-    for pattern in ('*_temp', '*.tempstate*', '.part.*'):
-        for path in run_dir.glob(pattern):
+    """Removes what kills have left: half-written files, and checkpoints that are no longer listed; no other files."""
+    names = {which: [Path(path).name for path in listed(run_dir, which)] for which in INDEX}
+    for path in run_dir.iterdir():
+        saved = SAVED.fullmatch(path.name)
+        is_replaced = saved and names[saved['which']] and saved['name'] not in names[saved['which']]
+        if is_replaced or HALF_WRITTEN.fullmatch(path.name):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for which in INDEX:
-        names = [Path(path).name for path in listed(run_dir, which)]
-        for path in run_dir.glob(f'{which}-*') if names else ():
-            if path.name.removesuffix('.index').removesuffix('.data-00000-of-00001') not in names:
-                path.unlink()
 
 
 def find(run_dir, which):

@@ -203,7 +203,7 @@ def check(args, script, trained_on):
             raise UsageError(f'--{flag} {folder}: not a directory')
     written, folder = ('file', args.file.parent) if args.mode == 'export' else ('run_dir', args.run_dir)
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise UsageError(f'--{written} {getattr(args, written)}: nothing can be written to {there}; choose another')
     args.resume = bool(evaluation and not args.weights and not packed if args.resume is None else args.resume)
     if args.resume and not (args.run_dir / 'checkpoint').is_file():
@@ -253,7 +253,10 @@ def path(text):
     if not text.strip():
         raise argparse.ArgumentTypeError(f'{text!r} is no path')
     try:
+        text.encode()
         Path(text).exists()
+    except UnicodeEncodeError:  # the bytes that Python could not decode
+        raise argparse.ArgumentTypeError(f'{text[:80]!r} is no path here: not UTF-8') from None
     except (OSError, ValueError) as error:  # too long, or in a folder that may not be read
         reason = getattr(error, 'strerror', None) or error
         raise argparse.ArgumentTypeError(f'{text[:80]!r} is no path here: {reason}') from None

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from twta import TwtaError, UsageError, replacing, shapes
-from twta.download import download
+from twta.download import digest, download, one_at_a_time
 
 MNIST_MIRRORS = ('https://ossci-datasets.s3.amazonaws.com/mnist/', 'https://storage.googleapis.com/cvdf-datasets/mnist/')
 # name: bytes and SHA-256 of the published .gz file, SHA-256 of its contents, dimensions
@@ -102,12 +102,12 @@ def assemble(name, origin, folder, published, train, validation, test, classes, 
                          f'valid are 0 to {len(labels) - 1}')
     splits = [Split(images, labels.astype(np.int32))
               for images, labels in ((images[:n], labels[:n]), (images[n:], labels[n:]), test)]
-    digest = hashlib.sha256()
+    content = hashlib.sha256()
     for split in splits:
         for array in split:
-            digest.update(array)
+            content.update(array)
     origin = origin or ('the published files' if published else 'NOT the published files')
-    return Dataset(name, origin, folder, published, *splits, classes, crop, digest.hexdigest())
+    return Dataset(name, origin, folder, published, *splits, classes, crop, content.hexdigest())
 
 
 def load_mnist(data_dir, validation=10000):
@@ -235,12 +235,11 @@ def unpack_cifar10(folder, names):
     if not archive.exists():
         download([CIFAR10_URL], archive, size, sha256,
                  f'put {", ".join(names)} of its binary version in {folder}; --dataset shapes needs no network')
-    actual = hashlib.sha256(archive.read_bytes()).hexdigest()
+    actual = digest(archive)
     if actual != sha256:
         raise TwtaError(f'{archive}: its SHA-256 is {actual}, not {sha256}; remove it to have it downloaded again, or '
                         f'put the files of the binary version of CIFAR-10 in {folder}')
-    folder.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(archive, 'r|gz') as members:
+    with one_at_a_time(folder), tarfile.open(archive, 'r|gz') as members:
         for member in members:
             head, _, name = member.name.rpartition('/')
             if head == CIFAR10_FOLDER and name in names and member.isfile():

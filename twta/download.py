@@ -1,4 +1,5 @@
 """Downloads: from mirrors in turn, resumed after an interruption, verified, and in place only when whole."""
+import contextlib
 import hashlib
 import os
 import ssl
@@ -12,22 +13,54 @@ from tqdm import tqdm
 
 from twta import TwtaError
 
+try:
+    import fcntl
+except ImportError:  # Windows: without waiting
+    fcntl = None
+
 TIMEOUT = 30  # seconds without a byte
 SLOWEST = 1000  # bytes a second, over TIMEOUT; less is taken for a stall
 WAITS = 0, 2, 8  # seconds before each round of the mirrors
 CHUNK = 1 << 16  # bytes
-FAILURES = urllib.error.URLError, HTTPException, ssl.SSLError, ConnectionError, TimeoutError  # not those of the disk
+FAILURES = (urllib.error.URLError, HTTPException, ssl.SSLError, ConnectionError, TimeoutError,
+            ValueError)  # of a redirect to what is no address; not those of the disk
+AGAIN = 408, 429  # of 4xx, those that pass
 
 
 def download(urls, path, size, sha256, otherwise):
     """Puts the file that has this size (bytes) and SHA-256 at path, from the first of the urls that gives it.
 
-    What has arrived is kept in path + '.part', from which the next mirror, or a later call, goes on. Mirrors that
-    answer with another file, or with 4xx, are asked once, the others again after WAITS. Raises TwtaError where none
-    gives the file; its message says what to do otherwise.
+    What has arrived is kept in path + '.part', from which the next mirror, or a later call, goes on; other processes
+    that want the file wait. Mirrors that answer with another file, or with 4xx, are asked once, the others again after
+    WAITS. Raises TwtaError where none gives the file; its message says what to do otherwise.
     """
+    with one_at_a_time(path.parent):
+        if not path.exists():
+            download_alone(urls, path, size, sha256, otherwise)
+
+
+@contextlib.contextmanager
+def one_at_a_time(folder):
+    """Makes the folder and holds it, once no other process does: two first runs may want the same files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not fcntl:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f'waiting for another process that fills {folder}', flush=True)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def download_alone(urls, path, size, sha256, otherwise):
+    """download, where no other process does."""
     part = path.with_name(path.name + '.part')
-    part.parent.mkdir(parents=True, exist_ok=True)
     if part.exists() and part.stat().st_size >= size and digest(part) != sha256:
         part.unlink()  # whoever it came from
     failures, left = {}, list(urls)
@@ -42,7 +75,7 @@ def download(urls, path, size, sha256, otherwise):
             except FAILURES as error:
                 reason = str(getattr(error, 'reason', None) or error or type(error).__name__)
                 failures[url] = ' '.join(reason.split())  # urllib has messages of several lines
-                if 400 <= getattr(error, 'code', 0) < 500:
+                if 400 <= getattr(error, 'code', 0) < 500 and error.code not in AGAIN:
                     left.remove(url)
                 continue
             found = digest(part)
@@ -93,10 +126,20 @@ def fetch(url, part, size):
     return not (resumed and have)
 
 
+def read(response):
+    """The next bytes of a response, none at its end; raises one of FAILURES where the network fails."""
+    try:
+        return response.read1(CHUNK)
+    except FAILURES:
+        raise
+    except OSError as error:  # no route to the host, the interface is down: else taken for a fault of the disk
+        raise ConnectionError(error.strerror or str(error)) from None
+
+
 def receive(response, file, size, bar):
     """Writes what a response brings until it ends or the file is too large; raises TimeoutError where it stalls."""
     since, arrived = time.monotonic(), 0
-    while chunk := response.read1(CHUNK):
+    while chunk := read(response):
         file.write(chunk)
         bar.update(len(chunk))
         arrived += len(chunk)

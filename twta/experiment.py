@@ -31,20 +31,22 @@ def run(script, model, args, defaults, evaluate=None):
     if args.deterministic:
         make_deterministic()
     gpu = find_gpu(args.gpu)
+    is_continued = args.mode == 'training' and args.resume  # its state is read under the lock of its training
     try:
-        source, state = open_run(script, args) if args.resume else (None, None)
-        args.choices = state['choices'] if state else complete(args.choices)
-        model = functools.partial(model, **args.choices)
-        if args.weights:
-            check_choices(args)
-        dataset = datasets.load(args.dataset, args.data_dir, state['validation'] if state else args.validation)
-        say(f'data: {dataset}')
-        say(f'device: {describe(gpu)}')
-        if args.mode == 'training':
-            train(script, model, args, defaults, dataset, choose_precision(args.precision, gpu), source, state)
-        else:
-            evaluate = evaluate or {'inference': infer, 'export': export}[args.mode]
-            evaluate(script, model, args, dataset, source, state)
+        with records.locked(args.run_dir) if is_continued else contextlib.nullcontext():
+            source, state = open_run(script, args) if args.resume else (None, None)
+            args.choices = state['choices'] if state else complete(args.choices)
+            model = functools.partial(model, **args.choices)
+            if args.weights:
+                check_choices(args)
+            dataset = datasets.load(args.dataset, args.data_dir, state['validation'] if state else args.validation)
+            say(f'data: {dataset}')
+            say(f'device: {describe(gpu)}')
+            if args.mode == 'training':
+                train(script, model, args, defaults, dataset, choose_precision(args.precision, gpu), source, state)
+            else:
+                evaluate = evaluate or {'inference': infer, 'export': export}[args.mode]
+                evaluate(script, model, args, dataset, source, state)
     except tf.errors.OpError as error:  # too little memory, a damaged checkpoint, ...
         raise TwtaError(find_cause(error)) from None
 
@@ -106,7 +108,7 @@ def measure(net, labels):
 def train(script, model, args, defaults, dataset, precision, source, state):
     """Trains for the epochs of a stage, from the checkpoint source and its state or, without, from the start.
 
-    Each epoch ends with a line, a checkpoint and a row of log.csv.
+    A run that is continued is locked already.     Each epoch ends with a line, a checkpoint and a row of log.csv.
     """
     if not state:
         state = new_run(script, args, dataset)
@@ -121,7 +123,8 @@ def train(script, model, args, defaults, dataset, precision, source, state):
     network = build(model, dataset, state['seed'], precision, stage['augmentation'])
     weights = records.read_weights(args.weights, network.net) if args.weights else {}
     args.run_dir.mkdir(parents=True, exist_ok=True)
-    with records.locked(args.run_dir), network.graph.as_default(), open_session(network.graph, args.gpu) as session:
+    with (contextlib.nullcontext() if args.resume else records.locked(args.run_dir), network.graph.as_default(),
+          open_session(network.graph, args.gpu) as session):
         earlier = None if args.resume else records.move_aside(args.run_dir)
         if earlier:
             say(f'the earlier run in {args.run_dir} is now in {earlier}')
@@ -140,8 +143,8 @@ def train(script, model, args, defaults, dataset, precision, source, state):
         config = {'script': script, 'command': sys.argv, 'flags': vars(args), 'stages': state['stages'],
                   'seed': state['seed'], 'precision': precision.name, 'data': records.describe_data(dataset),
                   **records.environment()}
-        records.write_json(args.run_dir / 'config.json', config)
         try:
+            records.write_json(args.run_dir / 'config.json', config)
             with stop_signals() as stop:
                 if epochs:
                     train_epochs(network, session, store, state, stage, epochs, dataset, args.run_dir, stop)
@@ -150,6 +153,9 @@ def train(script, model, args, defaults, dataset, precision, source, state):
                         else f'stopped after epoch {state["epoch"]}')
                     say('go on with --resume True and the same flags')
                     sys.exit(128 + stop[0])
+            loss, confusion = report(script, network, session, dataset, args, state['epoch'])
+            best = test_best(network, session, dataset, args.run_dir, state)
+            records.write_record(args.run_dir, config, state, network.net.count_params(), loss, confusion, best)
         except FloatingPointError as error:
             raise TwtaError(f'{error}; {where_to_go_on(args.run_dir, state)} and a lower --learning_rate') from None
         except (OSError, tf.errors.OpError) as error:
@@ -158,10 +164,10 @@ def train(script, model, args, defaults, dataset, precision, source, state):
         finally:
             if state['history'] and args.run_dir.exists():
                 figure = records.draw_curve(f'{script} on {dataset.title}', state['history'])
-                records.save_figure(args.run_dir / 'curve.png', figure)
-        loss, confusion = report(script, network, session, dataset, args, state['epoch'])
-        best = test_best(network, session, dataset, args.run_dir, state)
-        records.write_record(args.run_dir, config, state, network.net.count_params(), loss, confusion, best)
+                try:
+                    records.save_figure(args.run_dir / 'curve.png', figure)
+                except OSError as error:  # not in place of the fault that ended the training
+                    say(describe_fault(error))
 
 
 def where_to_go_on(run_dir, state):
@@ -208,8 +214,8 @@ def train_epochs(network, session, store, state, stage, epochs, dataset, run_dir
             bar.set_description(f'epoch {epoch}/{last}')
             part = train_epoch(run_step, dataset.train, stage, epoch, part, seed, bar, stop)
             if part['steps'] < n_steps:
+                store.save(session, {**state, 'part': part}, is_best=False)
                 state['part'] = part
-                store.save(session, state, is_best=False)
                 return
             loss, train_accuracy, speed = (part['loss'] / n_images, part['correct'] / n_images,
                                            n_images / part['seconds'])

@@ -60,7 +60,8 @@ def configuration(**options):
 def make_deterministic():
     """One thread, so that sums have one order on any number of cores, and deterministic kernels of a GPU.
 
-    To be called before anything is built: the process has one pool of threads, made with the first device.
+    To be called before anything is built: the process has one pool of threads, made with the first device. The numbers
+    are read again by open_session, whose pools they decide on as well.
     """
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
@@ -70,8 +71,12 @@ def make_deterministic():
 def open_session(graph, gpu_index):
     """A session on the graph that sees only the GPU of that index, if there is one, and takes its memory as needed."""
     gpu_options = tf.GPUOptions(allow_growth=True, visible_device_list=str(gpu_index))
+    threading = tf.config.threading
+    config = configuration(gpu_options=gpu_options,
+                           intra_op_parallelism_threads=threading.get_intra_op_parallelism_threads(),
+                           inter_op_parallelism_threads=threading.get_inter_op_parallelism_threads())
     with native_chatter_hidden():
-        return tf.Session(graph=graph, config=configuration(gpu_options=gpu_options))
+        return tf.Session(graph=graph, config=config)
 
 
 @contextlib.contextmanager
