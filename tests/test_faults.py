@@ -42,7 +42,7 @@ def test_stopped_and_resumed_equals_never_stopped(finished_run, tmp_path, monkey
     assert signal.signal(number, before) is signal.default_int_handler  # put back as it was
     assert stopped.value.code == 128 + number
     said = capsys.readouterr().out.splitlines()
-    assert said[-2:] == [f'stopped after 6 steps of epoch {epoch}', 'go on with --resume True and the same flags']
+    assert said[-2:] == [f'stopped after step 6 of epoch {epoch}', 'go on with --resume True and the same flags']
     assert len(log(tmp_path)) == epoch - 1
     start(tmp_path, '--resume', 'True')  # no other flags: the stage's own
     assert_same(variables(tmp_path), variables(finished_run))
@@ -155,7 +155,8 @@ def test_the_newest_whole_checkpoint_is_used(finished_run, tmp_path, capsys, dam
     assert checkpoints.find(run_dir, 'last').endswith('last-4')
     damage(run_dir / f'last-4.{kind}')
     assert checkpoints.find(run_dir, 'last').endswith('last-3')
-    assert f'{run_dir}/last-4: damaged' in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f'{run_dir}/last-4: damaged' in said and f'{run_dir}/last-3: whole, and used in its place' in said
     damage(run_dir / f'last-3.{kind}')
     for flags in (('--resume', 'True'), ('--mode', 'inference')):
         with pytest.raises(TwtaError, match='damaged, and no older') as error:
@@ -163,10 +164,12 @@ def test_the_newest_whole_checkpoint_is_used(finished_run, tmp_path, capsys, dam
         assert '\n' not in str(error.value)
 
 
-@pytest.mark.parametrize('content', ['', 'garbage {', 'model_checkpoint_path: "elsewhere"'])
-def test_a_damaged_list_of_checkpoints_costs_nothing(finished_run, tmp_path, content):
+@pytest.mark.parametrize('damage', [lambda path: path.write_text(''), lambda path: path.write_text('garbage {'),
+                                    lambda path: path.write_text('model_checkpoint_path: "elsewhere"'),
+                                    Path.unlink, replace_by_a_folder])
+def test_a_damaged_list_of_checkpoints_costs_nothing(finished_run, tmp_path, damage):
     shutil.copytree(finished_run, tmp_path / 'run')
-    (tmp_path / 'run' / 'checkpoint').write_text(content)
+    damage(tmp_path / 'run' / 'checkpoint')
     assert [Path(path).name for path in checkpoints.listed(tmp_path / 'run', 'last')] == ['last-3', 'last-4']
     assert checkpoints.find(tmp_path / 'run', 'last').endswith('last-4')
 

@@ -27,6 +27,18 @@ def test_resuming_a_finished_run_counts_on_with_the_new_learning_rate(finished_r
     assert (old['conv1/W'] != new['conv1/W']).any() and (old['conv1/W/Adam'] != new['conv1/W/Adam']).any()
 
 
+def test_a_run_that_goes_on_otherwise_says_so(finished_run, tmp_path, capsys):
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / 'config.json').read_text())
+    config['flags']['deterministic'] = True
+    (tmp_path / 'config.json').write_text(json.dumps({**config, 'precision': 'float16'}))
+    start(tmp_path, '--resume', 'True', '--epochs', 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith('WARNING')] == [
+        f'WARNING: the run was trained in float16 and goes on in {config["precision"]}; see --precision',
+        'WARNING: the run was trained with --deterministic and goes on without']
+
+
 def test_stages():
     class Flags:
         learning_rate = epochs = batch_size = schedule = augmentation = protocol = None

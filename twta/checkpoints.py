@@ -9,7 +9,6 @@ and epoch, from which each epoch's shuffle and augmentation are drawn. Saver wri
 import errno
 import json
 import math
-import os
 import re
 import shutil
 from pathlib import Path
@@ -38,7 +37,7 @@ ROW_KEYS = {**dict.fromkeys(FIELDS, is_finite), 'validation_accuracy': lambda va
             'shares': are_shares}  # absent from epochs of older versions
 UNREADABLE = ValueError, KeyError, TypeError, IndexError, RuntimeError, OSError, tf.errors.OpError  # by TensorFlow
 INDEX = {'last': 'checkpoint', 'best': 'checkpoint_best'}  # the files that name the newest checkpoint of each kind
-SAVED = re.compile(r'(?P<name>(?P<which>last|best)-(?P<epoch>\d+(\.\d+)?))\.(index|data-\d+-of-\d+)')  # Saver's files
+SAVED = re.compile(r'(?P<name>(?P<which>last|best)-\d+(\.\d+)?)\.(index|data-\d+-of-\d+)')  # Saver's files
 HALF_WRITTEN = re.compile(r'(last|best)-\d+(\.\d+)?(_temp|\..*\.tempstate\d+)|checkpoint(_best)?\.tmp\w+|\.part\..*')
 
 
@@ -79,18 +78,16 @@ class Checkpoints:
 def listed(run_dir, which):
     """The checkpoints of a kind, 'last' or 'best', oldest first; only those of the run directory itself.
 
-    Those that the file INDEX names or, where it is damaged and names none, all that are there.
+    Those that the file INDEX names or, where it is lost or damaged and names none, all that are there.
     """
-    if not (run_dir / INDEX[which]).is_file():
-        return []
     try:
         index = tf.train.get_checkpoint_state(str(run_dir), INDEX[which])
         paths = [path for path in index.all_model_checkpoint_paths if Path(path).parent == run_dir]
-    except (ValueError, AttributeError):  # it is empty, or no list
+    except (ValueError, AttributeError, tf.errors.OpError):  # it is empty, no list, absent, no file
         paths = []
-    found = {saved['name']: [int(number) for number in saved['epoch'].split('.')]
-             for saved in map(SAVED.fullmatch, os.listdir(run_dir)) if saved and saved['which'] == which}
-    return paths or [str(run_dir / name) for name in sorted(found, key=found.get)]
+    found = [path.with_suffix('') for path in run_dir.glob(f'{which}-*.index') if SAVED.fullmatch(path.name)]
+    found.sort(key=lambda path: [int(number) for number in path.name.partition('-')[2].split('.')])
+    return paths or [str(path) for path in found]
 
 
 def remove_leftovers(run_dir):
@@ -109,8 +106,11 @@ def find(run_dir, which):
     Every byte is read: TensorFlow keeps a checksum of each tensor and of the index.
     """
     paths = listed(run_dir, which)
+    otherwise = 'leave out --checkpoint best' if which == 'best' else 'start again with --resume False'
+    if (run_dir / 'model.npz').exists():
+        otherwise += f', or try --weights {run_dir / "model.npz"}'
     if not paths:
-        raise TwtaError(f'{run_dir / INDEX[which]} names no checkpoint; start again with --resume False')
+        raise TwtaError(f'{run_dir / INDEX[which]} names no checkpoint, and none is there; {otherwise}')
     for path in reversed(paths):
         try:
             reader = tf.train.load_checkpoint(path)
@@ -120,10 +120,12 @@ def find(run_dir, which):
                 raise ValueError(f'it declares {declared:,} bytes, more than there are')
             for name in shapes:
                 reader.get_tensor(name)
+            if path != paths[-1]:
+                print(f'{path}: whole, and used in its place', flush=True)
             return path
         except UNREADABLE as error:
             print(f'{path}: damaged ({first_line(error)})', flush=True)
-    raise TwtaError(f'{paths[-1]}: damaged, and no older checkpoint is whole; start again with --resume False')
+    raise TwtaError(f'{paths[-1]}: damaged, and no older checkpoint is whole; {otherwise}')
 
 
 def first_line(error):

@@ -52,6 +52,7 @@ def errors_in_a_line(name):
         print(f'{name}: error: {line}', file=sys.stderr)
         sys.exit(getattr(error, 'exit_code', TwtaError.exit_code))
     except KeyboardInterrupt:
+        print(f'{name}: interrupted', file=sys.stderr)
         sys.exit(130)  # 128 + SIGINT
 
 
@@ -155,10 +156,11 @@ def check(args, script, trained_on):
     evaluation = args.mode != 'training'
     packed = args.engine == 'packed'
     if args.weights and not args.weights.is_file():
-        raise UsageError(f'--weights {args.weights}: no such file; a training writes model.npz into its --run_dir')
+        reason = 'not a file' if args.weights.exists() else 'no such file'
+        raise UsageError(f'--weights {args.weights}: {reason}; a training writes model.npz into its --run_dir')
     if args.weights and args.resume:
         raise UsageError('--weights and --resume True: weights come from a file or from a checkpoint; leave one out')
-    if evaluation and args.resume is False and not args.weights:
+    if evaluation and args.resume is False and not args.weights and not packed:
         raise UsageError(f'--resume False with --mode {args.mode}: there is nothing but random weights; use --resume '
                          'True, or --weights model.npz')
     for flag in ('epochs', 'learning_rate', 'schedule', 'augmentation', 'protocol', 'batch_size', 'seed', 'validation'):
@@ -206,7 +208,7 @@ def check(args, script, trained_on):
     if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise UsageError(f'--{written} {getattr(args, written)}: nothing can be written to {there}; choose another')
     args.resume = bool(evaluation and not args.weights and not packed if args.resume is None else args.resume)
-    if args.resume and not (args.run_dir / 'checkpoint').is_file():
+    if args.resume and not ((args.run_dir / 'checkpoint').is_file() or list(args.run_dir.glob('last-*.index'))):
         make = command(script, '--resume False --mode training', 'dataset', 'data_dir', 'run_dir', args=args)
         raise UsageError(f'no checkpoint in {args.run_dir}; make one with: {make}')
 
@@ -272,8 +274,8 @@ def real(text):
 
 def positive_number(text):
     value = real(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0')
+    if not 2 ** -126 <= value < 2 ** 127:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0, or none that float32 holds')
     return value
 
 

@@ -187,6 +187,8 @@ def read_file(path, limit):
     try:
         with gzip.open(path) if path.suffix == '.gz' else open(path, 'rb') as file:
             return file.read(limit + 1)
+    except PermissionError:
+        raise
     except (OSError, EOFError, zlib.error) as error:
         raise TwtaError(f'{path}: cannot be read ({getattr(error, "strerror", None) or error}); {REMEDY}') from None
 
@@ -196,8 +198,8 @@ def parse_idx(content, shape, path):
     header = struct.pack(f'>I{len(shape)}I', 0x800 + len(shape), *shape)
     found = content[:len(header)]
     if found != header:
-        raise TwtaError(f'{path}: starts with {found.hex(" ", 4)}, not with {header.hex(" ", 4)}, the IDX header of '
-                        f'{shape} bytes; {REMEDY}')
+        raise TwtaError(f'{path}: starts with {found.hex(" ", 4) or "nothing"}, not with {header.hex(" ", 4)}, the IDX '
+                        f'header of {shape} bytes; {REMEDY}')
     check_length(content, len(header) + int(np.prod(shape)), path)
     array = np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape)
     if len(shape) == 1:

@@ -66,7 +66,7 @@ def download_alone(urls, path, size, sha256, otherwise):
     failures, left = {}, list(urls)
     for wait in WAITS:
         if wait and left:
-            print(f'no mirror has given {path.name} whole, again in {wait} s', flush=True)
+            print(f'{path.name} has not arrived whole; trying again in {wait} s', flush=True)
             time.sleep(wait)
         for url in list(left):
             print(f'downloading {url}', flush=True)

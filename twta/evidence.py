@@ -126,14 +126,17 @@ def count_operations(network, data_dir):
 
 def reproduce(data_dir):
     """Evaluates every network in pretrained/ on its test images; TwtaError where one is not what its record says."""
-    verdicts, load = [], functools.cache(datasets.load)
+    verdicts, load, absent = [], functools.cache(datasets.load), {}
     for file in sorted(PRETRAINED.glob('*.twta')):
         network = packed_file.read(file)
         record = read_record(RESULTS / f'{network.record.get("run")}.json')
         recorded = record['last']['test_accuracy']
         try:
+            if network.dataset in absent:  # not looked for, nor downloaded, once more
+                raise absent[network.dataset]
             dataset = load(network.dataset, data_dir, record['data']['validation_images'])
         except TwtaError as error:
+            absent[network.dataset] = error
             say(f'{network.network:28} recorded {recorded:.2%}  not compared: {str(error).partition(";")[0]}')
             verdicts.append('not compared')
             continue

@@ -114,6 +114,8 @@ def train(script, model, args, defaults, dataset, precision, source, state):
         state = new_run(script, args, dataset)
     elif dataset.sha256 != state['data_sha256']:
         say('WARNING: these are not the images that the run was started on')
+    if args.resume:
+        records.warn_of_changes(args.run_dir, precision.name, args.deterministic)
     stage = next_stage(state, args, defaults, records.is_judged(args.run_dir, state))
     last = stage['first_epoch'] + stage['epochs'] - 1
     epochs = range(state['epoch'] + 1, last + 1)
@@ -149,8 +151,7 @@ def train(script, model, args, defaults, dataset, precision, source, state):
                 if epochs:
                     train_epochs(network, session, store, state, stage, epochs, dataset, args.run_dir, stop)
                 if stop and state['epoch'] < last:
-                    say(f'stopped after {state["part"]["steps"]} steps of epoch {state["epoch"] + 1}' if state['part']
-                        else f'stopped after epoch {state["epoch"]}')
+                    say(f'stopped after {describe_end(state)}')
                     say('go on with --resume True and the same flags')
                     sys.exit(128 + stop[0])
             loss, confusion = report(script, network, session, dataset, args, state['epoch'])
@@ -172,11 +173,16 @@ def train(script, model, args, defaults, dataset, precision, source, state):
 
 def where_to_go_on(run_dir, state):
     """What a user can do after a fault, as words."""
-    if not checkpoints.listed(run_dir, 'last'):
+    if not (state['epoch'] or state['part']) or not checkpoints.listed(run_dir, 'last'):
         return 'start again with --resume False'
-    saved = (f'step {state["part"]["steps"]} of epoch {state["epoch"] + 1}' if state['part'] else
-             f'epoch {state["epoch"]}')
-    return f'go on from {saved}, which is saved, with --resume True'
+    return f'go on from {describe_end(state)}, which is saved, with --resume True'
+
+
+def describe_end(state):
+    """The last step that a state has, as words."""
+    if state['part']:
+        return f'step {state["part"]["steps"]} of epoch {state["epoch"] + 1}'
+    return f'epoch {state["epoch"]}'
 
 
 def test_best(network, session, dataset, run_dir, state):

@@ -4,7 +4,6 @@ Two engines have the same activations, and the same logits but for roundings. `n
 (twta.bitplanes). `numpy`: the same integers as arrays, slower: the fall-back, and the plain statement of what a packed
 network computes.
 """
-import argparse
 import os
 import sys
 import time
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from twta import TwtaError, UsageError, arrays, packed_file
-from twta.command_line import positive_integer
+from twta.command_line import Parser, errors_in_a_line, positive_integer
 
 
 def prepare(images, crop):
@@ -185,8 +184,7 @@ def started(packed, engine, threads):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog='python -m twta.packed', description=__doc__.partition('\n')[0],
-                                     allow_abbrev=False)
+    parser = Parser(prog='python -m twta.packed', description=__doc__.partition('\n')[0], allow_abbrev=False)
     parser.add_argument('file', type=Path, help='a packed network, from --mode export')
     parser.add_argument('images', type=Path, help='uint8 [n, height, width, channels] as numpy.save writes them; of '
                                                   'images with one channel, [n, height, width] does as well')
@@ -194,22 +192,15 @@ def main(argv=None):
                         help='auto, the default: numba where it is installed, else numpy, slower; the same classes')
     parser.add_argument('--threads', type=positive_integer, metavar='N', help='default: one a core')
     parser.add_argument('--names', action='store_true', help="print the classes' names, not their numbers")
-    args = parser.parse_args(argv)
-    try:
+    with errors_in_a_line('twta.packed'):
+        args = parser.parse_args(argv)
         packed = packed_file.read(args.file)
         images = read_images(args.images, packed.image)
         predicted = logits(started(packed, args.engine, args.threads), images).argmax(1)
-        print('\n'.join(packed.classes[k] if args.names else str(k) for k in predicted), flush=True)
-    except TwtaError as error:
-        print(f'twta.packed: error: {error}', file=sys.stderr)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:  # a reader such as head has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        print(f'twta.packed: error: {error}', file=sys.stderr)
-        sys.exit(TwtaError.exit_code)
-    except KeyboardInterrupt:
-        sys.exit(130)  # 128 + SIGINT
+        try:
+            print('\n'.join(packed.classes[k] if args.names else str(k) for k in predicted), flush=True)
+        except BrokenPipeError:  # a reader such as head has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def read_images(path, shape):

@@ -197,6 +197,19 @@ def processor():
     return names[0] if names else platform.processor()
 
 
+def warn_of_changes(run_dir, precision, deterministic):
+    """A line where a run that is continued was trained otherwise, by the flags that no checkpoint holds."""
+    try:
+        config = json.loads((run_dir / 'config.json').read_text())
+        was_precision, was_deterministic = config['precision'], config['flags']['deterministic']
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # config.json is for the reader; a run goes on without
+    if was_precision != precision:
+        say(f'WARNING: the run was trained in {str(was_precision)[:20]} and goes on in {precision}; see --precision')
+    if was_deterministic and not deterministic:
+        say('WARNING: the run was trained with --deterministic and goes on without')
+
+
 def write_log(path, history):
     """log.csv, a row an epoch, from the state's history: rewritten whole, no epoch is missing or there twice."""
     write_csv(path, FIELDS, [{field: row[field] for field in FIELDS} for row in history])
@@ -295,6 +308,8 @@ def read_weights(path, net):
 
     try:
         weights = arrays.read_npz(path, check)
+    except PermissionError:
+        raise
     except arrays.UNREADABLE:
         raise TwtaError(f'--weights {path}: not an npz file of weights, or damaged; a training writes model.npz into '
                         'its --run_dir') from None
