@@ -18,8 +18,9 @@ MNIST_SCRIPTS = [name for name, path in SCRIPTS.items() if path.parent.name == '
 
 
 def load_script(name):
-    """A script as a module, from its path."""
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS[name])
+    """A script as a module, by its name, or by its path if it is none of ours."""
+    path = SCRIPTS.get(name, name)
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -44,9 +45,9 @@ def start(run_dir, *flags, script='TWTA_5_5_MNIST'):
     module = load_script(script)
     defaults = command_line.protocol(module.LEARNING_RATE, module.EPOCHS, module.BATCH_SIZE)
     argv = ['--run_dir', run_dir, '--dataset', module.DATASETS[1], *flags]
-    args = command_line.parse(SCRIPTS[script], '', module.DATASETS, defaults, module.CHOICES,
-                              list(map(str, argv)))
-    experiment.run(script, module.model, args, defaults)
+    path = SCRIPTS.get(script, script)
+    args = command_line.parse(path, '', module.DATASETS, defaults, module.CHOICES, list(map(str, argv)))
+    experiment.run(path.stem, module.model, args, defaults)
 
 
 def loss_and_gradients(name, images, labels, precision):

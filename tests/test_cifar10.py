@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, assert_same, load_script, log, run_script, start, variables
 from sklearn.linear_model import RidgeClassifier
 
-from twta import TwtaError, UsageError, datasets, experiment, records, shapes
+from twta import TwtaError, UsageError, datasets, download, experiment, records, shapes
 from twta.tf1 import tf
 
 SHARED_CIFAR10 = ROOT.parent / 'shared' / 'datasets' / 'cifar10_jpeg.npz'
@@ -140,8 +140,9 @@ def test_only_the_published_archive_is_opened(small, monkeypatch):
     assert not (data_dir / 'cifar10' / FOLDER / 'test_batch.bin').exists()
 
 
-def test_without_a_network_one_line_says_what_to_do(small):
+def test_without_a_network_one_line_says_what_to_do(small, monkeypatch):
     data_dir, _, _, _ = small
+    monkeypatch.setattr(download, 'WAITS', (0,))
     (data_dir / 'cifar10' / FOLDER / 'test_batch.bin').unlink()
     with pytest.raises(TwtaError, match=r'not be downloaded .* or put test_batch.bin .* --dataset shapes needs no'):
         datasets.load('cifar10', data_dir)
@@ -329,10 +330,10 @@ def test_augmentation_in_training_follows_the_step_and_evaluation_has_none(tmp_p
 
 
 @pytest.mark.parametrize('name, precision, epochs, accuracy', [
-    (GROUPED, 'bfloat16', 5, 0.6), ('TWTA_3_3_CIFAR10_VGG13', 'float32', 6, 0.5),
+    (GROUPED, 'bfloat16', 5, 0.6), ('TWTA_3_3_CIFAR10_VGG13', 'auto', 6, 0.5),
     ('FP_3_3_CIFAR10_VGG13', 'float32', 3, 0.8)])
 def test_accuracy_on_the_sample(tmp_path, name, precision, epochs, accuracy):
-    """Of each family, in epochs of 50 steps; measured: 73, 63 and 91 %."""
+    """Of each family, in epochs of 50 steps; measured: 73, 63 (in float32) and 91 %."""
     start(tmp_path, '--schedule', 'cosine', '--learning_rate', 0.003, '--batch_size', 50, '--epochs', epochs,
           '--precision', precision, script=name)
     assert json.loads((tmp_path / 'result.json').read_text())['test_accuracy'] >= accuracy

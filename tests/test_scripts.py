@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, SCRIPTS, chosen, image_shape, load_script, run_script
+from conftest import ROOT, SCRIPTS, chosen, image_shape, load_script, start
 
 # parameters, and the maps after each convolution, from the published architectures
 DOCUMENTED = {
@@ -118,7 +118,7 @@ def test_the_docstring_names_the_script_and_its_commands(name):
 
 
 @pytest.mark.parametrize('kernel', [2, 3, 5])
-def test_another_kernel_size_takes_the_three_lines_of_the_readme(tmp_path, kernel):
+def test_another_kernel_size_takes_the_three_lines_of_the_readme(tmp_path, kernel, capsys):
     text = SCRIPTS['TWTA_4_4_MNIST'].read_text()
     for line in ('net.encode(32, {})', 'net.conv(64, {})', "net.conv(64, {}, padding='VALID')"):
         assert text.count(line.format(4)) == 1
@@ -127,11 +127,10 @@ def test_another_kernel_size_takes_the_three_lines_of_the_readme(tmp_path, kerne
     script = tmp_path / 'MNIST' / f'TWTA_{kernel}_{kernel}_again.py'
     script.parent.mkdir()
     script.write_text(text)
-    flags = '--dataset', 'digits', '--run_dir', tmp_path / 'run'
-    finished = run_script(script, *flags, '--epochs', 1)
-    assert finished.returncode == 0 and 'test acc' in finished.stdout, finished.stderr
-    finished = run_script(script, *flags, '--mode', 'export', cwd=tmp_path)
-    assert finished.returncode == 0 and 'checked: the same predictions' in finished.stdout, finished.stderr
+    start(tmp_path / 'run', '--epochs', 1, script=script)
+    assert 'test acc' in capsys.readouterr().out
+    start(tmp_path / 'run', '--mode', 'export', '--file', tmp_path / 'network.twta', script=script)
+    assert 'checked: the same predictions' in capsys.readouterr().out
 
 
 def test_importing_a_script_has_no_side_effect():
