@@ -275,7 +275,7 @@ def real(text):
 def positive_number(text):
     value = real(text)
     if not 2 ** -126 <= value < 2 ** 127:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0, or none that float32 holds')
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0 that float32 holds')
     return value
 
 

@@ -108,7 +108,7 @@ def measure(net, labels):
 def train(script, model, args, defaults, dataset, precision, source, state):
     """Trains for the epochs of a stage, from the checkpoint source and its state or, without, from the start.
 
-    A run that is continued is locked already.     Each epoch ends with a line, a checkpoint and a row of log.csv.
+    Each epoch ends with a line, a checkpoint and a row of log.csv. A run that is continued is locked already.
     """
     if not state:
         state = new_run(script, args, dataset)

@@ -99,22 +99,28 @@ def draw_cost(title, records):
     left, right = figure.subplots(1, 2, sharey=True)
     of_float = {record['script'].split('_', 1)[1]: record['packed']['float_multiply_adds'] for record in records
                 if 'additions' in record.get('packed', {})}
-    seen = set()
-    for runs in by_protocol(records):
+    def mean_accuracy(runs):
+        return 100 * float(np.mean([run['last']['test_accuracy'] for run in runs]))
+
+    seen, places = set(), []
+    for runs in sorted(by_protocol(records), key=mean_accuracy, reverse=True):
         family, architecture = runs[0]['script'].split('_', 1)
         costs = [(run['packed']['bytes'], run['packed']['additions'] + run['packed']['multiply_adds']) for run in runs
                  if 'additions' in run.get('packed', {})]
         if family == 'FP':
             costs = [(4 * runs[0]['parameters'], of_float.get(architecture))]
         label, colour, marker = FAMILIES[family]
-        y = 100 * float(np.mean([run['last']['test_accuracy'] for run in runs]))
+        y = mean_accuracy(runs)
         kind = ' + '.join(f'{name_stage(stage)} {stage["epochs"]}' for stage in runs[0]['stages'])
         for size, operations in costs[:1]:
             for axes, x in ((left, size / 1000), (right, operations and operations / 1e6)):
                 if x:
                     axes.plot(x, y, marker, color=colour, label=None if family in seen else label)
+                    is_crowded = any(axes is other and abs(np.log(x / x0)) < 0.8 and abs(y - y0) < 0.05
+                                     for other, x0, y0 in places)  # the one above has its label above
                     axes.annotate(f'{runs[0]["script"]}, {kind}', (x, y), fontsize=7, ha='center',
-                                  xytext=(0, -11 if family == 'BWBA' else 6), textcoords='offset points')
+                                  xytext=(0, -11 if is_crowded else 6), textcoords='offset points')
+                    places.append((axes, x, y))
             seen.add(family)
     left.set(xlabel='model (KB; float32: 4 bytes a parameter)', ylabel='test accuracy, mean of the seeds (%)')
     right.set(xlabel='operations an image (millions): additions where neither\nweight nor activation is 0, and '
