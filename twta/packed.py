@@ -151,7 +151,7 @@ def infer(script, args):
     records.report(script, args, packed.record.get('choices'), dataset, 'packed', args.file, epoch, float(loss.mean()),
                    confusion)
     if args.report:
-        packed_report.report(engine, images, args.run_dir)
+        packed_report.report(engine, dataset, args.run_dir)
 
 
 def is_expanded(packed):

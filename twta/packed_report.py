@@ -21,9 +21,9 @@ FIELDS = ('layer', 'weights', 'bits', 'zero_weights', 'zero_inputs', 'multiply_a
           'packed_nJ')
 
 
-def report(engine, images, run_dir):
-    """Prints the table of an engine's network and writes it as cost.csv and cost.png."""
-    rows = measure(engine, images[:IMAGES])
+def report(engine, dataset, run_dir):
+    """Prints the table of an engine's network on a data set and writes it as cost.csv and cost.png."""
+    rows = measure(engine, dataset.test.images[:IMAGES])
     for line in table(rows):
         records.say(line)
     if is_expanded(engine.packed):
@@ -31,7 +31,7 @@ def report(engine, images, run_dir):
                     'more than the one that was trained')
     records.say('zero x: of the inputs; nJ: an estimate of the arithmetic alone, 45 nm (Horowitz, ISSCC 2014)')
     records.write_csv(run_dir / 'cost.csv', FIELDS, rows)
-    records.save_figure(run_dir / 'cost.png', draw(engine.packed, rows))
+    records.save_figure(run_dir / 'cost.png', draw(engine.packed, dataset, rows))
     records.say(f'the table and its picture: {run_dir / "cost.csv"}, {run_dir / "cost.png"}')
 
 
@@ -90,7 +90,7 @@ def table(rows):
                + f' {entry["float_nJ"]:11,.1f} {entry["packed_nJ"]:10,.1f}')
 
 
-def draw(packed, rows):
+def draw(packed, dataset, rows):
     """Multiply-adds of the float network and additions of the packed one, by layer, and the energy of both."""
     from matplotlib.figure import Figure  # here: only some commands draw
 
@@ -113,7 +113,7 @@ def draw(packed, rows):
     right.set(xlabel='energy an image (µJ): arithmetic only, 45 nm, Horowitz 2014', xscale='log')
     less = total['float_nJ'] / total['packed_nJ']
     neurons = ', levels and pooling as neurons' if is_expanded(packed) else ''
-    figure.suptitle(f'{packed.network} on {packed.dataset}{neurons}: {total["bits"] / 8000:,.0f} KB, '
+    figure.suptitle(f'{packed.network} on {dataset.title}{neurons}\n{total["bits"] / 8000:,.0f} KB, '
                     f'{total["additions"] / 1e6:,.1f} M additions for {total["multiply_adds"] / 1e6:,.1f} M '
-                    f'multiply-adds,\n{less:.0f} times less energy for the arithmetic (estimate)')
+                    f'multiply-adds, {less:.0f} times less energy for the arithmetic (estimate)')
     return figure

@@ -10,13 +10,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from twta import datasets, packed, packed_file, replacing
+from twta import datasets, packed, packed_file, packed_report, replacing, spikes
 from twta.evidence import PRETRAINED, RESULTS, TITLES, by_protocol, protocol
 from twta.records import name_stage, say
 
 FOLDER = RESULTS / 'pictures'
 FILTERS = 'TWTA_4_4_MNIST', 'TWTA_3_3_CIFAR10_Group_V2'
-MISCLASSIFIED = 'TWTA_4_4_MNIST'  # whose errors are shown
+MISCLASSIFIED = SPIKING = 'TWTA_4_4_MNIST'  # whose errors are shown, and whose spikes, layer by layer
+LAYERS = 'TWTA_3_3_CIFAR10_Group_V2'  # whose costs are shown layer by layer
 FAMILIES = {'FP': ('float32', 'tab:grey', 's'), 'TWTA': ('TWTA', 'tab:blue', 'o'), 'TWBA': ('TWBA', 'tab:orange', '^'),
             'BWBA': ('BWBA', 'tab:red', 'v'), 'Quant': ('ternary weights, 5 levels', 'tab:green', 'D')}
 
@@ -37,18 +38,21 @@ def sources(records):
         if runs:
             found[f'shares-{script}'] = draw_shares, runs[0]
     found['misclassified'] = draw_misclassified, PRETRAINED / f'{MISCLASSIFIED}.twta'
+    found[f'cost-layers-{LAYERS}'] = draw_cost_layers, PRETRAINED / f'{LAYERS}.twta'
+    found[f'spikes-{SPIKING}'] = draw_spikes, RESULTS / 'spikes' / f'{SPIKING}-spatial.json'
     return found
 
 
 def write_all(records, data_dir):
-    """Draws every picture; the misclassified digits where MNIST is in data_dir."""
+    """Draws every picture; those that show or run on test images where these are in data_dir."""
     FOLDER.mkdir(exist_ok=True)
+    shown = {draw_misclassified: 'mnist', draw_cost_layers: 'cifar10'}
     for name, (draw, *arguments) in sources(records).items():
-        if draw is draw_misclassified:
-            if not (data_dir / 'mnist').is_dir():
-                say(f'{name}.png is left as it is: no MNIST in {data_dir}')
+        if draw in shown:
+            if not (data_dir / shown[draw]).is_dir():
+                say(f'{name}.png is left as it is: no {TITLES[shown[draw]]} in {data_dir}')
                 continue
-            arguments.append(datasets.load('mnist', data_dir))
+            arguments.append(datasets.load(shown[draw], data_dir))
         save(name, draw(*arguments), fingerprint(arguments))
 
 
@@ -182,6 +186,20 @@ def draw_filters(file):
         axes.set_axis_off()
     figure.suptitle(f'{network.network}: the filters of the encoder', fontsize=10)
     return figure
+
+
+def draw_cost_layers(file, dataset):
+    """Operations and energy of a packed network, layer by layer, as --report has them."""
+    engine = packed.open_engine(packed_file.read(file))
+    return packed_report.draw(engine.packed, dataset, packed_report.measure(
+        engine, dataset.test.images[:packed_report.IMAGES]))
+
+
+def draw_spikes(file):
+    """Spikes and synaptic operations, layer by layer, as a Spiking script has counted them."""
+    record = json.loads(file.read_text())
+    return spikes.draw(f'{record["network"]} on {TITLES[record["dataset"]]}, {record["conversion"]} conversion',
+                       record['layers'])
 
 
 def draw_misclassified(file, dataset, most=40):
