@@ -35,8 +35,8 @@ def test_a_run_that_goes_on_otherwise_says_so(finished_run, tmp_path, capsys):
     start(tmp_path, '--resume', 'True', '--epochs', 1)
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith('WARNING')] == [
-        f'WARNING: the run was trained in float16 and goes on in {config["precision"]}; see --precision',
-        'WARNING: the run was trained with --deterministic and goes on without']
+        f'WARNING: the last command trained in \'float16\', this one does in {config["precision"]!r}; see --precision',
+        'WARNING: the last command trained with --deterministic, this one does without']
 
 
 def test_stages():

@@ -78,16 +78,19 @@ class Checkpoints:
 def listed(run_dir, which):
     """The checkpoints of a kind, 'last' or 'best', oldest first; only those of the run directory itself.
 
-    Those that the file INDEX names or, where it is lost or damaged and names none, all that are there.
+    Those that the file INDEX names; with all that are there where it is lost, damaged, or names one that is not there.
     """
     try:
         index = tf.train.get_checkpoint_state(str(run_dir), INDEX[which])
         paths = [path for path in index.all_model_checkpoint_paths if Path(path).parent == run_dir]
     except (ValueError, AttributeError, tf.errors.OpError):  # it is empty, no list, absent, no file
         paths = []
-    found = [path.with_suffix('') for path in run_dir.glob(f'{which}-*.index') if SAVED.fullmatch(path.name)]
-    found.sort(key=lambda path: [int(number) for number in path.name.partition('-')[2].split('.')])
-    return paths or [str(path) for path in found]
+    if paths and Path(f'{paths[-1]}.index').exists():
+        return paths
+    there = [str(path.with_suffix('')) for path in run_dir.glob(f'{which}-*.index')]
+    names = {Path(path).name for path in (*paths, *there) if SAVED.fullmatch(f'{Path(path).name}.index')}
+    return [str(run_dir / name) for name in
+            sorted(names, key=lambda name: [int(number) for number in name.partition('-')[2].split('.')])]
 
 
 def remove_leftovers(run_dir):
@@ -106,7 +109,8 @@ def find(run_dir, which):
     Every byte is read: TensorFlow keeps a checksum of each tensor and of the index.
     """
     paths = listed(run_dir, which)
-    otherwise = 'leave out --checkpoint best' if which == 'best' else 'start again with --resume False'
+    otherwise = ('leave out --checkpoint best' if which == 'best' else
+                 'train again with --resume False --mode training')
     if (run_dir / 'model.npz').exists():
         otherwise += f', or try --weights {run_dir / "model.npz"}'
     if not paths:

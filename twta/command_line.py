@@ -274,8 +274,8 @@ def real(text):
 
 def positive_number(text):
     value = real(text)
-    if not 2 ** -126 <= value < 2 ** 127:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0 that float32 holds')
+    if not 1e-37 <= value <= 1e38:  # what float32 holds
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0, from 1e-37 to 1e38')
     return value
 
 

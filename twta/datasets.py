@@ -244,6 +244,6 @@ def unpack_cifar10(folder, names):
     with one_at_a_time(folder), tarfile.open(archive, 'r|gz') as members:
         for member in members:
             head, _, name = member.name.rpartition('/')
-            if head == CIFAR10_FOLDER and name in names and member.isfile():
+            if head == CIFAR10_FOLDER and name in names and member.isfile() and not (folder / name).exists():
                 with replacing(folder / name) as part:
                     part.write_bytes(members.extractfile(member).read())

@@ -31,8 +31,8 @@ def download(urls, path, size, sha256, otherwise):
     """Puts the file that has this size (bytes) and SHA-256 at path, from the first of the urls that gives it.
 
     What has arrived is kept in path + '.part', from which the next mirror, or a later call, goes on; other processes
-    that want the file wait. Mirrors that answer with another file, or with 4xx, are asked once, the others again after
-    WAITS. Raises TwtaError where none gives the file; its message says what to do otherwise.
+    that want the file wait. Mirrors that answer with another file, or with 4xx (but AGAIN), are asked once, the others
+    again after WAITS. Raises TwtaError where none gives the file; its message says what to do otherwise.
     """
     with one_at_a_time(path.parent):
         if not path.exists():
@@ -113,7 +113,9 @@ def fetch(url, part, size):
     if have >= size:
         return False
     request = urllib.request.Request(url, headers={'Range': f'bytes={have}-', 'User-Agent': 'TWTA-Net'})
-    with urllib.request.build_opener(Redirects).open(request, timeout=TIMEOUT) as response:
+    with on_the_network():
+        response = urllib.request.build_opener(Redirects).open(request, timeout=TIMEOUT)
+    with response:
         resumed = response.status == 206 and response.headers.get('Content-Range', '').startswith(f'bytes {have}-')
         if response.status == 206 and not resumed:
             raise ConnectionError(f'asked for the bytes from {have} on, got {response.headers.get("Content-Range")}')
@@ -126,20 +128,25 @@ def fetch(url, part, size):
     return not (resumed and have)
 
 
-def read(response):
-    """The next bytes of a response, none at its end; raises one of FAILURES where the network fails."""
+@contextlib.contextmanager
+def on_the_network():
+    """Makes every OSError one of FAILURES: no route to a host, say, is not to be taken for a fault of the disk."""
     try:
-        return response.read1(CHUNK)
+        yield
     except FAILURES:
         raise
-    except OSError as error:  # no route to the host, the interface is down: else taken for a fault of the disk
+    except OSError as error:
         raise ConnectionError(error.strerror or str(error)) from None
 
 
 def receive(response, file, size, bar):
     """Writes what a response brings until it ends or the file is too large; raises TimeoutError where it stalls."""
     since, arrived = time.monotonic(), 0
-    while chunk := read(response):
+    while True:
+        with on_the_network():
+            chunk = response.read1(CHUNK)
+        if not chunk:
+            return
         file.write(chunk)
         bar.update(len(chunk))
         arrived += len(chunk)

@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 from types import NoneType
 
-from twta import TwtaError, UsageError, datasets, packed, packed_file, packed_report, replacing
+from twta import TwtaError, UsageError, datasets, describe_fault, packed, packed_file, packed_report, replacing
 from twta.records import (
     FIELDS,
     STAGE_KEYS,
@@ -135,9 +135,10 @@ def reproduce(data_dir):
             if network.dataset in absent:  # not looked for, nor downloaded, once more
                 raise absent[network.dataset]
             dataset = load(network.dataset, data_dir, record['data']['validation_images'])
-        except TwtaError as error:
+        except (TwtaError, OSError) as error:
             absent[network.dataset] = error
-            say(f'{network.network:28} recorded {recorded:.2%}  not compared: {str(error).partition(";")[0]}')
+            reason = describe_fault(error) if isinstance(error, OSError) else str(error)
+            say(f'{network.network:28} recorded {recorded:.2%}  not compared: {reason.partition(";")[0]}')
             verdicts.append('not compared')
             continue
         predicted = packed.logits(packed.open_engine(network), dataset.test.images).argmax(1)

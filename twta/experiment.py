@@ -6,7 +6,6 @@ One graph holds the network twice over the same variables: as it trains (augment
 import contextlib
 import functools
 import itertools
-import json
 import math
 import sys
 import time
@@ -114,11 +113,11 @@ def train(script, model, args, defaults, dataset, precision, source, state):
         state = new_run(script, args, dataset)
     elif dataset.sha256 != state['data_sha256']:
         say('WARNING: these are not the images that the run was started on')
-    if args.resume:
-        records.warn_of_changes(args.run_dir, precision.name, args.deterministic)
     stage = next_stage(state, args, defaults, records.is_judged(args.run_dir, state))
     last = stage['first_epoch'] + stage['epochs'] - 1
     epochs = range(state['epoch'] + 1, last + 1)
+    if args.resume and epochs:
+        records.warn_of_changes(args.run_dir, precision.name, args.deterministic)
     if stage['batch_size'] > len(dataset.train.labels):
         raise UsageError(f'--batch_size {stage["batch_size"]}: more than the {len(dataset.train.labels):,} training '
                          'images')
@@ -165,10 +164,8 @@ def train(script, model, args, defaults, dataset, precision, source, state):
         finally:
             if state['history'] and args.run_dir.exists():
                 figure = records.draw_curve(f'{script} on {dataset.title}', state['history'])
-                try:
+                with contextlib.suppress(OSError):  # or it would take the place of the fault that ended the training
                     records.save_figure(args.run_dir / 'curve.png', figure)
-                except OSError as error:  # not in place of the fault that ended the training
-                    say(describe_fault(error))
 
 
 def where_to_go_on(run_dir, state):
@@ -198,7 +195,7 @@ def test_best(network, session, dataset, run_dir, state):
         best = checkpoints.read_state(source, state['script'], state['dataset'])
         checkpoints.restore(session, source, network.net, network.net.all_params)
     except TwtaError as error:
-        say(f'the record is without the best epoch on validation: {error}')
+        say(f'the record is without the best epoch on validation: {str(error).partition(";")[0]}')
         return None
     return {'epoch': best['epoch'], 'validation_accuracy': best['best_validation_accuracy'],
             'test_accuracy': accuracy(evaluate(network, session, dataset.test)[1])}
@@ -336,11 +333,8 @@ def open_run(script, args):
 
 def check_choices(args):
     """UsageError where the config.json beside --weights tells of other choices than the flags."""
-    try:
-        trained_with = json.loads((args.weights.parent / 'config.json').read_text())['flags']['choices']
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # weights may lie anywhere
-    for flag, value in args.choices.items():
+    trained_with = records.read_config(args.weights.parent)['flags'].get('choices', {})
+    for flag, value in args.choices.items():  # weights may lie anywhere, without a config.json
         if trained_with.get(flag, value) != value:
             raise UsageError(f'--{flag} {value}: the weights in {args.weights} were trained with --{flag} '
                              f'{trained_with[flag]}; give that')

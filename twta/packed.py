@@ -192,6 +192,7 @@ def main(argv=None):
                         help='auto, the default: numba where it is installed, else numpy, slower; the same classes')
     parser.add_argument('--threads', type=positive_integer, metavar='N', help='default: one a core')
     parser.add_argument('--names', action='store_true', help="print the classes' names, not their numbers")
+    parser.add_argument('--debug', action='store_true', help='show the traceback of an error, not only its line')
     with errors_in_a_line('twta.packed'):
         args = parser.parse_args(argv)
         packed = packed_file.read(args.file)

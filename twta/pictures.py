@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from twta import datasets, packed, packed_file, packed_report, replacing, spikes
+from twta import TwtaError, datasets, packed, packed_file, packed_report, replacing, spikes
 from twta.evidence import PRETRAINED, RESULTS, TITLES, by_protocol, protocol
 from twta.records import name_stage, say
 
@@ -52,7 +52,11 @@ def write_all(records, data_dir):
             if not (data_dir / shown[draw]).is_dir():
                 say(f'{name}.png is left as it is: no {TITLES[shown[draw]]} in {data_dir}')
                 continue
-            arguments.append(datasets.load(shown[draw], data_dir))
+            try:
+                arguments.append(datasets.load(shown[draw], data_dir))
+            except TwtaError as error:
+                say(f'{name}.png is left as it is: {error}')
+                continue
         save(name, draw(*arguments), fingerprint(arguments))
 
 

@@ -112,10 +112,7 @@ def write_record(run_dir, config, state, parameters, loss, confusion, best):
 
 def is_judged(run_dir, state):
     """Whether record.json is of the run as it stands, and not of an earlier epoch of it, or absent."""
-    try:
-        return json.loads((run_dir / 'record.json').read_text())['epochs'] == state['epoch']
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return read_object(run_dir / 'record.json').get('epochs') == state['epoch']
 
 
 def name_run(state):
@@ -199,15 +196,30 @@ def processor():
 
 def warn_of_changes(run_dir, precision, deterministic):
     """A line where a run that is continued was trained otherwise, by the flags that no checkpoint holds."""
+    config = read_config(run_dir)
+    if config.get('precision', precision) != precision:
+        say(f'WARNING: the last command trained in {str(config["precision"])[:20]!r}, this one does in {precision!r}; '
+            'see --precision')
+    if config['flags'].get('deterministic') and not deterministic:
+        say('WARNING: the last command trained with --deterministic, this one does without')
+
+
+def read_object(path):
+    """A JSON file as a dictionary, empty where it is no object, or absent: what a run can do without."""
     try:
-        config = json.loads((run_dir / 'config.json').read_text())
-        was_precision, was_deterministic = config['precision'], config['flags']['deterministic']
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # config.json is for the reader; a run goes on without
-    if was_precision != precision:
-        say(f'WARNING: the run was trained in {str(was_precision)[:20]} and goes on in {precision}; see --precision')
-    if was_deterministic and not deterministic:
-        say('WARNING: the run was trained with --deterministic and goes on without')
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_config(run_dir):
+    """config.json of a run, without what is not as a run writes it."""
+    config = read_object(run_dir / 'config.json')
+    flags = config.get('flags')
+    if not isinstance(flags, dict) or not isinstance(flags.get('choices'), dict):
+        config['flags'] = {}
+    return config
 
 
 def write_log(path, history):
