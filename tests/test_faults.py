@@ -284,7 +284,7 @@ def test_a_stop_on_a_full_disk_says_what_is_saved(tmp_path):
     finished = mounted(tmp_path / 'disk', f'''
         mount -t tmpfs -o size=40m none $DISK
         $TRAIN {" ".join(QUICK)} --epochs 400 --run_dir $DISK/run >{tmp_path}/out &
-        until grep -q "^epoch 1/" {tmp_path}/out; do sleep 0.1; done
+        until grep -qs "^epoch 1/" {tmp_path}/out; do sleep 0.1; done
         kill -STOP $!
         cat /dev/zero >$DISK/other 2>/dev/null
         kill -CONT $!

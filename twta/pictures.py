@@ -17,6 +17,7 @@ from twta.records import name_stage, say
 FOLDER = RESULTS / 'pictures'
 FILTERS = 'TWTA_4_4_MNIST', 'TWTA_3_3_CIFAR10_Group_V2'
 MISCLASSIFIED = SPIKING = 'TWTA_4_4_MNIST'  # whose errors are shown, and whose spikes, layer by layer
+LINES = {'constant': '--', 'short': '-'}  # of curves, by schedule
 LAYERS = 'TWTA_3_3_CIFAR10_Group_V2'  # whose costs are shown layer by layer
 FAMILIES = {'FP': ('float32', 'tab:grey', 's'), 'TWTA': ('TWTA', 'tab:blue', 'o'), 'TWBA': ('TWBA', 'tab:orange', '^'),
             'BWBA': ('BWBA', 'tab:red', 'v'), 'Quant': ('ternary weights, 5 levels', 'tab:green', 'D')}
@@ -88,7 +89,7 @@ def draw_curves(title, records):
     for first, *_ in by_protocol([record for record in networks if len(record['stages']) == 1]):
         axes.plot(first['curve']['epoch'], [100 * value for value in first['curve'][key]],
                   color=f'C{scripts.index(first["script"])}', linewidth=1,
-                  linestyle='--' if first['stages'][0]['schedule'] == 'constant' else '-',
+                  linestyle=LINES.get(name_stage(first['stages'][0]), ':'),
                   label=f'{first["script"]}, {protocol(first)}, {first["epochs"]} epochs')
     kind = 'validation accuracy' if held_out else 'training accuracy'
     axes.set(xlabel='epoch', ylabel=f'{kind} (%)', xscale='log')
