@@ -8,8 +8,9 @@ demo: .venv/installed
 	$(VENV)/python MNIST/TWTA_4_4_MNIST.py --dataset digits --resume False --learning_rate 0.001 --batch_size 50 --epochs 12 --mode training
 	$(VENV)/python MNIST/TWTA_4_4_MNIST.py --dataset digits --resume True --mode inference
 
+# Two processes on two cores: with a thread each, TensorFlow does not wait for the other one's.
 test: .venv/installed
-	$(VENV)/python -m pytest -n 2
+	TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1 $(VENV)/python -m pytest -n 2
 
 lint: .venv/installed
 	$(VENV)/ruff check .
