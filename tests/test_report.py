@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, start
 from PIL import Image
 
-from twta import TwtaError, UsageError, evidence, packed_file, pictures, report
+from twta import TwtaError, UsageError, evidence, markdown, packed_file, pictures, report, speeds
 
 SHARED = ROOT.parent / 'shared' / 'datasets'
 RECORDS = evidence.load_records()
@@ -21,9 +21,10 @@ RECORDS = evidence.load_records()
 # Nothing is stale
 
 
-def test_the_readme_has_the_tables_of_the_records():
-    text = report.README.read_text()
-    assert report.fill(text, report.tables(RECORDS)) == text, 'run make report'
+@pytest.mark.parametrize(('page', 'tables'), [(report.README, report.tables(RECORDS)),
+                                              (report.BENCHMARKS, speeds.benchmark_tables())], ids=str)
+def test_a_page_has_the_tables_of_the_records(page, tables):
+    assert markdown.fill(page, tables) == page.read_text(), 'run make report'
 
 
 def test_docstrings_have_the_figures_of_the_records():
@@ -218,9 +219,11 @@ def test_bad_flags_get_one_line(flags, capsys):
     '<!-- table other -->\n<!-- end -->', '', '<!-- table mnist -->\n',
     '<!-- table mnist -->\n<!-- table mnist -->\n<!-- end -->',
     '<!-- table mnist -->\n<!-- table other -->\n<!-- end -->'])
-def test_a_table_without_a_place_and_a_place_without_an_end_are_refused(text):
+def test_a_table_without_a_place_and_a_place_without_an_end_are_refused(text, tmp_path):
+    page = tmp_path / 'README.md'
+    page.write_text(text)
     with pytest.raises(TwtaError, match=r'README\.md has places for the tables'):
-        report.fill(text, {'mnist': []})
+        markdown.fill(page, {'mnist': []})
 
 
 def test_the_record_of_a_run(finished_run):

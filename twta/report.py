@@ -1,25 +1,27 @@
-"""The evidence: tables of README.md, figures in the scripts' docstrings, pictures, from the records of finished runs.
+"""The evidence: tables, figures in the scripts' docstrings, pictures, from the records of finished runs and benchmarks.
 
-    python -m twta.report                                  # writes them: README.md, MNIST/*.py, CIFAR10/*.py, pictures
+    python -m twta.report                                  # writes them: README.md, benchmarks/README.md, MNIST/*.py,
+                                                           # CIFAR10/*.py, pictures
     python -m twta.report --add runs/TWTA_4_4_MNIST-mnist  # before that, a finished run becomes a record in results/
     python -m twta.report --add RUN_DIR --packed TWTA_4_4_MNIST.twta  # and its network one in pretrained/
     python -m twta.report --reproduce                      # only evaluates the networks in pretrained/ and compares
 
-Records: twta.evidence. results/spikes has what the Spiking scripts write, benchmarks/*.json what the benchmarks do.
-README.md holds each table between two comments.
+Records: twta.evidence. results/spikes has what the Spiking scripts write, benchmarks/*.json what the benchmarks do
+(twta.speeds). Each table stands between two comments (twta.markdown).
 """
 import argparse
 import json
 import re
-import shutil
 import statistics
 import textwrap
 
-from twta import TwtaError, UsageError, evidence, replacing
+from twta import UsageError, evidence, speeds
 from twta.command_line import Parser, errors_in_a_line, path
 from twta.evidence import ROOT, by_protocol, load_records, protocol
+from twta.markdown import fill, replace_text, table
+from twta.speeds import benchmark
 
-README = ROOT / 'README.md'
+README, BENCHMARKS = ROOT / 'README.md', ROOT / 'benchmarks' / 'README.md'
 PUBLISHED = re.compile(r'published accuracy ([\d.]+ %)')  # in a script's docstring
 
 
@@ -45,17 +47,11 @@ def main(argv=None):
         from twta import pictures  # here: the first two do without matplotlib
 
         records = load_records()
-        replace_text(README, fill(README.read_text(), tables(records)))
+        replace_text(README, fill(README, tables(records)))
+        replace_text(BENCHMARKS, fill(BENCHMARKS, speeds.benchmark_tables()))
         for file, text in docstrings(records).items():
             replace_text(file, text)
         pictures.write_all(records, args.data_dir)
-
-
-def replace_text(file, text):
-    if file.read_text() != text:
-        with replacing(file) as part:
-            part.write_text(text)
-            shutil.copymode(file, part)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -73,32 +69,8 @@ def tables(records):
         'choices': choices([row for row in benchmark('choices') if row['script'] != 'TWTA_5_5_MNIST']),
         'spikes': spikes(json.loads(file.read_text())
                          for file in sorted((evidence.RESULTS / 'spikes').glob('*.json'))),
-        'training_speed': training_speed(benchmark('training_speed')['rows']),
-        'inference_speed': inference_speed(benchmark('inference_speed')['rows']),
+        **speeds.readme_tables(),
     }
-
-
-def benchmark(name):
-    return json.loads((ROOT / 'benchmarks' / f'{name}.json').read_text())
-
-
-def fill(text, found):
-    """The text with each table between its comments; TwtaError where one has no place, or a place no table or end."""
-    places = re.findall(r'<!-- table (\w+)[^>]*-->\n(?:(?!<!-- table).)*?<!-- end -->', text, re.DOTALL)
-    if not sorted(places) == sorted(re.findall(r'<!-- table (\w+)', text)) == sorted(found):
-        raise TwtaError(f'README.md has places for the tables {", ".join(sorted(places))}; needed, each with its <!-- '
-                        f'end -->, are {", ".join(sorted(found))}')
-    for name, lines in found.items():
-        text = re.sub(rf'(<!-- table {name}\b[^>]*-->\n).*?(<!-- end -->)',
-                      lambda match, lines=lines: match[1] + '\n'.join(lines) + '\n' + match[2], text, flags=re.DOTALL)
-    return text
-
-
-def table(header, rows):
-    yield '| ' + ' | '.join(header) + ' |'
-    yield '|---' * len(header) + '|'
-    for row in rows:
-        yield '| ' + ' | '.join(row) + ' |'
 
 
 def percent(values):
@@ -196,33 +168,6 @@ def spikes(found):
                      f'{total["rate"]:.1%}', f'{total["operations"]:,.0f}', f'{total["nonzero_operations"]:,.0f}'))
     return table(('network', 'conversion, steps', 'noise', 'test, %', 'neurons', 'spikes', 'rate',
                   'synaptic operations', 'over weights not 0'), rows)
-
-
-def training_speed(rows):
-    speeds = {(row['network'], row['way']): row for row in rows}
-    networks = dict.fromkeys(row['network'] for row in rows)
-    ways = 'project', 'project float32', 'published'
-    return table(('', 'these scripts', 'the same with `--precision float32`', 'published way', 'gain'), (
-        (network, *(f'{speeds[network, way]["training_images_per_second"]:,.0f}' for way in ways),
-         f'{speeds[network, "published"]["training_ratio"]:.1f}') for network in networks))
-
-
-def inference_speed(rows):
-    """Each engine with the number of threads that it is fastest with."""
-    best = {}
-    for row in rows:
-        key = row['network'], row['batch'], row['engine']
-        if key not in best or row['images_per_second'] > best[key]['images_per_second']:
-            best[key] = row
-    engines = list(dict.fromkeys(row['engine'] for row in rows))
-    keys = dict.fromkeys((network, batch) for network, batch, _ in best)
-    lines = []
-    for network, batch in keys:
-        own = best[network, batch, 'packed']['images_per_second']
-        speeds = [best[network, batch, engine]['images_per_second'] for engine in engines]
-        lines.append((network, str(batch), *(f'{speed:,.0f}' + ('' if engine == 'packed' else f' ({own / speed:.1f})')
-                                             for engine, speed in zip(engines, speeds, strict=True))))
-    return table(('', 'batch', *engines), lines)
 
 
 if __name__ == '__main__':
