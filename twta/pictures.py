@@ -31,8 +31,9 @@ def sources(records):
         if not all(record['data']['published'] for record in of_data):
             title += ', JPEG-recompressed, NOT the published files'
         found[f'curves-{name}'] = draw_curves, title, of_data
-        if name == 'mnist':  # on CIFAR-10 no two networks have been trained for as long
-            found[f'cost-{name}'] = draw_cost, title, of_data
+        alike = [record for record in of_data if [name_stage(stage) for stage in record['stages']] == ['short']]
+        if len({record['script'] for record in alike}) > 2:
+            found[f'cost-{name}'] = draw_cost, title, alike
     for script in FILTERS:
         found[f'filters-{script}'] = draw_filters, PRETRAINED / f'{script}.twta'
         runs = [record for record in records if record['script'] == script and record['shares']]
@@ -108,6 +109,7 @@ def draw_cost(title, records):
     left, right = figure.subplots(1, 2, sharey=True)
     of_float = {record['script'].split('_', 1)[1]: record['packed']['float_multiply_adds'] for record in records
                 if 'additions' in record.get('packed', {})}
+
     def mean_accuracy(runs):
         return 100 * float(np.mean([run['last']['test_accuracy'] for run in runs]))
 
@@ -120,14 +122,13 @@ def draw_cost(title, records):
             costs = [(4 * runs[0]['parameters'], of_float.get(architecture))]
         label, colour, marker = FAMILIES[family]
         y = mean_accuracy(runs)
-        kind = ' + '.join(f'{name_stage(stage)} {stage["epochs"]}' for stage in runs[0]['stages'])
         for size, operations in costs[:1]:
             for axes, x in ((left, size / 1000), (right, operations and operations / 1e6)):
                 if x:
                     axes.plot(x, y, marker, color=colour, label=None if family in seen else label)
                     is_crowded = any(axes is other and abs(np.log(x / x0)) < 0.8 and abs(y - y0) < 0.05
                                      for other, x0, y0 in places)  # the one above has its label above
-                    axes.annotate(f'{runs[0]["script"]}, {kind}', (x, y), fontsize=7, ha='center',
+                    axes.annotate(runs[0]['script'], (x, y), fontsize=7, ha='center',
                                   xytext=(0, -11 if is_crowded else 6), textcoords='offset points')
                     places.append((axes, x, y))
             seen.add(family)
@@ -140,7 +141,7 @@ def draw_cost(title, records):
         axes.grid(alpha=0.3, which='both')
         axes.margins(0.45, 0.12)
     left.legend()
-    figure.suptitle(f'{title}: accuracy against size and work')
+    figure.suptitle(f'{title}: accuracy after the short protocol against size and work')
     return figure
 
 
