@@ -19,7 +19,7 @@ lint: .venv/installed
 soak: .venv/installed
 	$(VENV)/python tests/soak.py --kills 50
 
-# README.md's tables and pictures, from the records.
+# Tables of README.md and benchmarks/README.md, figures in docstrings, pictures: from the records.
 report: .venv/installed
 	$(VENV)/python -m twta.report
 

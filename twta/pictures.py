@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from twta import TwtaError, datasets, packed, packed_file, packed_report, replacing, spikes
+from twta.command_line import SHORT
 from twta.evidence import PRETRAINED, RESULTS, TITLES, by_protocol, protocol
 from twta.records import name_stage, say
 
@@ -31,7 +32,9 @@ def sources(records):
         if not all(record['data']['published'] for record in of_data):
             title += ', JPEG-recompressed, NOT the published files'
         found[f'curves-{name}'] = draw_curves, title, of_data
-        alike = [record for record in of_data if [name_stage(stage) for stage in record['stages']] == ['short']]
+        short = SHORT[name]
+        alike = [record for record in of_data
+                 if (protocol(record), record['epochs']) == (f'short {short["learning_rate"]:g}', short['epochs'])]
         if len({record['script'] for record in alike}) > 2:
             found[f'cost-{name}'] = draw_cost, title, alike
     for script in FILTERS:
@@ -120,18 +123,19 @@ def draw_cost(title, records):
                  if 'additions' in run.get('packed', {})]
         if family == 'FP':
             costs = [(4 * runs[0]['parameters'], of_float.get(architecture))]
+        if not costs or None in costs[0]:
+            continue
         label, colour, marker = FAMILIES[family]
         y = mean_accuracy(runs)
-        for size, operations in costs[:1]:
-            for axes, x in ((left, size / 1000), (right, operations and operations / 1e6)):
-                if x:
-                    axes.plot(x, y, marker, color=colour, label=None if family in seen else label)
-                    is_crowded = any(axes is other and abs(np.log(x / x0)) < 0.8 and abs(y - y0) < 0.05
-                                     for other, x0, y0 in places)  # the one above has its label above
-                    axes.annotate(runs[0]['script'], (x, y), fontsize=7, ha='center',
-                                  xytext=(0, -11 if is_crowded else 6), textcoords='offset points')
-                    places.append((axes, x, y))
-            seen.add(family)
+        size, operations = np.mean(costs, axis=0)
+        for axes, x in ((left, size / 1000), (right, operations / 1e6)):
+            axes.plot(x, y, marker, color=colour, label=None if family in seen else label)
+            is_crowded = any(axes is other and abs(np.log(x / x0)) < 0.8 and abs(y - y0) < 0.05
+                             for other, x0, y0 in places)  # the one above has its label above
+            axes.annotate(runs[0]['script'], (x, y), fontsize=7, ha='center', xytext=(0, -11 if is_crowded else 6),
+                          textcoords='offset points')
+            places.append((axes, x, y))
+        seen.add(family)
     left.set(xlabel='model (KB; float32: 4 bytes a parameter)', ylabel='test accuracy, mean of the seeds (%)')
     right.set(xlabel='operations an image (millions): additions where neither\nweight nor activation is 0, and '
                      'the multiply-adds\nof real-valued layers')
