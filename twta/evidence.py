@@ -63,11 +63,16 @@ def load_records():
                                                -record['epochs'], protocol(record), record['seed']))
 
 
+def schedule(stage):
+    """Schedule, augmentation and learning rate as words."""
+    return f'{name_stage(stage)} {stage["learning_rate"]:.8f}'.rstrip('0')
+
+
 def protocol(record):
     """Everything that was chosen for a run but its seed, as words: runs that agree in it share a row."""
     words = []
     for stage in record['stages']:
-        words.append(f'{name_stage(stage)} {stage["learning_rate"]:.8f}'.rstrip('0'))
+        words.append(schedule(stage))
         words += [] if stage['batch_size'] == BATCH_SIZE else [f'batches of {stage["batch_size"]}']
     words += list_choices(record['choices'])
     held_out = record['data']['validation_images']

@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from twta import TwtaError, datasets, packed, packed_file, packed_report, replacing, spikes
 from twta.command_line import SHORT
-from twta.evidence import PRETRAINED, RESULTS, TITLES, by_protocol, protocol
+from twta.evidence import PRETRAINED, RESULTS, TITLES, by_protocol, protocol, schedule
 from twta.records import name_stage, say
 
 FOLDER = RESULTS / 'pictures'
@@ -34,7 +34,7 @@ def sources(records):
         found[f'curves-{name}'] = draw_curves, title, of_data
         short = SHORT[name]
         alike = [record for record in of_data
-                 if (protocol(record), record['epochs']) == (f'short {short["learning_rate"]:g}', short['epochs'])]
+                 if (protocol(record), record['epochs']) == (schedule(short), short['epochs'])]
         if len({record['script'] for record in alike}) > 2:
             found[f'cost-{name}'] = draw_cost, title, alike
     for script in FILTERS:

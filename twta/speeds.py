@@ -28,11 +28,11 @@ def benchmark_tables():
 
 
 def by_way(rows):
-    """(network, {way: row}) in the order of the rows."""
+    """{network: {way: row}} in the order of the rows."""
     networks = {}
     for row in rows:
         networks.setdefault(row['network'], {})[row['way']] = row
-    return networks.items()
+    return networks
 
 
 def per_second(row, what='training'):
@@ -43,12 +43,12 @@ def training_summary(rows):
     ways = 'project', 'project float32', 'published'
     return table(('', 'these scripts', 'the same with `--precision float32`', 'published way', 'gain'), (
         (network, *(per_second(row[way]) for way in ways), f'{row["published"]["training_ratio"]:.1f}')
-        for network, row in by_way(rows)))
+        for network, row in by_way(rows).items()))
 
 
 def training_gains(rows):
     lines = []
-    for network, row in by_way(rows):
+    for network, row in by_way(rows).items():
         own, plain, its = row['project'], row['project float32'], row['published']
         lines.append((network, per_second(own), per_second(plain), per_second(its), f'**{its["training_ratio"]:.2f}**',
                       f'{its["training_ratio"] / plain["training_ratio"]:.2f}', f'{its["step_ratio"]:.2f}',
@@ -68,7 +68,7 @@ def beginnings(rows):
     return table(('network', 'first step after, s (of them import)', 'published way', 'peak memory, MiB',
                   'published way', 'end of an epoch, s'), (
         (network, first(row['project']), first(row['published']), memory(row['project']), memory(row['published']),
-         f'{row["project"]["epoch_end_seconds"]:.2f}') for network, row in by_way(rows)))
+         f'{row["project"]["epoch_end_seconds"]:.2f}') for network, row in by_way(rows).items()))
 
 
 def torch_speeds(rows):
@@ -76,7 +76,7 @@ def torch_speeds(rows):
     return table(('network', 'these scripts', 'published way', *(way.replace('torch', 'PyTorch') for way in ways)), (
         (network, per_second(row['project']),
          *(f'{per_second(row[way])} ({row[way]["training_ratio"]:.2f})' for way in ('published', *ways)))
-        for network, row in by_way(rows)))
+        for network, row in by_way(rows).items()))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
