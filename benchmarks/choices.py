@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Which threshold, which pooling, which protocol? The same training with each choice, on MNIST and CIFAR-10.
 
-Every run is a command of a script, with equal epochs; they go one after the other, an hour and a half in all on 2
-cores. A run that is finished in --runs is not repeated, so an interrupted study goes on. Prints the table and writes
-choices.json. CIFAR-10 holds out 5,000 images: what is chosen here is chosen on validation.
+Every run is a command of a script, within a study with equal epochs; they go one after the other, two and a half hours
+in all on 2 cores. A run that is finished in --runs is not repeated, so an interrupted study goes on. Prints the table
+and writes choices.json. CIFAR-10 holds out 5,000 images: what is chosen here is chosen on validation.
 
     python benchmarks/choices.py                    # needs the data sets under data/, or downloads them
     python benchmarks/choices.py --study MNIST --epochs 1 --seeds 0 --data_dir ../data
@@ -25,17 +25,28 @@ CHOICES = {
     'pooling max': ('--pooling', 'max'),
     'pooling average': ('--pooling', 'average'),
 }
-PROTOCOLS = {
+MNIST_PROTOCOLS = {
     'short': (),
     'without augmentation': ('--augmentation', 'published'),
     '--learning_rate 0.005': ('--learning_rate', '0.005'),
     '--batch_size 100': ('--batch_size', '100'),
 }
+CIFAR10_PROTOCOLS = {flags: flags.split() for flags in (
+    '--learning_rate 0.001',
+    '--learning_rate 0.005',
+    '--learning_rate 0.02',
+    '--learning_rate 0.06',
+    '--learning_rate 0.005 --batch_size 50',
+    '--learning_rate 0.02 --batch_size 50')}
 COSINE = '--schedule', 'cosine', '--learning_rate'
+SHORT = '--protocol', 'short'
+HELD_OUT = '--validation', '5000'
+GROUP_V2 = 'CIFAR10/TWTA_3_3_CIFAR10_Group_V2.py'
 STUDIES = {  # script, flags, epochs, seeds, variants with their flags
     'MNIST': ('MNIST/TWTA_4_4_MNIST.py', (*COSINE, '0.002'), 6, (0, 1, 2), CHOICES),
-    'CIFAR10': ('CIFAR10/TWTA_3_3_CIFAR10_Group_V2.py', (*COSINE, '0.005', '--validation', '5000'), 3, (0,), CHOICES),
-    'short': ('MNIST/TWTA_5_5_MNIST.py', ('--protocol', 'short'), 30, (0,), PROTOCOLS),
+    'CIFAR10': (GROUP_V2, (*COSINE, '0.005', *HELD_OUT), 3, (0,), CHOICES),
+    'short-MNIST': ('MNIST/TWTA_5_5_MNIST.py', SHORT, 30, (0,), MNIST_PROTOCOLS),
+    'short-CIFAR10': (GROUP_V2, (*SHORT, *HELD_OUT), 6, (0,), CIFAR10_PROTOCOLS),
 }
 
 
@@ -55,7 +66,7 @@ def run(study, variant, seed, epochs, args):
         sys.exit(f'choices.py: error: {run_dir} has {result["epoch"]} epochs, not {epochs}; remove it')
     with open(run_dir / 'log.csv', newline='') as file:
         *_, last = csv.DictReader(file)
-    return {'script': script, 'variant': variant, 'seed': seed, 'epochs': epochs,
+    return {'study': study, 'script': script, 'variant': variant, 'seed': seed, 'epochs': epochs,
             'validation_accuracy': float(last['validation_accuracy']), 'test_accuracy': result['test_accuracy'],
             'images_per_second': float(last['images_per_second']), 'data': result['data'], 'code': result['code'],
             'versions': result['versions'], 'machine': result['machine']}
@@ -64,7 +75,7 @@ def run(study, variant, seed, epochs, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--study', choices=STUDIES, help='default: all')
-    parser.add_argument('--epochs', type=int, metavar='N', help='default: 6 on MNIST, 3 on CIFAR-10, 30 of short')
+    parser.add_argument('--epochs', type=int, metavar='N', help='default: 6 on MNIST, 3 on CIFAR-10, 30 and 6 of short')
     parser.add_argument('--seeds', type=int, nargs='+', metavar='N', help='default: 0 1 2 on MNIST, else 0')
     parser.add_argument('--runs', type=Path, default=ROOT / 'runs' / 'choices', metavar='DIR',
                         help='default: runs/choices')
@@ -73,9 +84,8 @@ def main():
                         help='default: benchmarks/choices.json')
     args = parser.parse_args()
     studies = [study for study in STUDIES if args.study in (None, study)]
-    scripts = [Path(STUDIES[study][0]).stem for study in studies]
     rows = json.loads(args.json.read_text()) if args.json.exists() else []
-    rows = [row for row in rows if row['script'] not in scripts]
+    rows = [row for row in rows if row['study'] not in studies]
     for study in studies:
         _, _, epochs, seeds, variants = STUDIES[study]
         for seed in args.seeds or seeds:

@@ -65,8 +65,8 @@ def tables(records):
         'cifar10': accuracies(records, r'(FP|TWTA)_.*CIFAR10'),
         'siblings': accuracies(records, r'(TWBA|BWBA|Quant)_'),
         'architectures': architectures(records),
-        'short': choices([row for row in benchmark('choices') if row['script'] == 'TWTA_5_5_MNIST']),
-        'choices': choices([row for row in benchmark('choices') if row['script'] != 'TWTA_5_5_MNIST']),
+        'short': choices([row for row in benchmark('choices') if row['study'].startswith('short')]),
+        'choices': choices([row for row in benchmark('choices') if not row['study'].startswith('short')]),
         'spikes': spikes(json.loads(file.read_text())
                          for file in sorted((evidence.RESULTS / 'spikes').glob('*.json'))),
         **speeds.readme_tables(),
