@@ -302,7 +302,7 @@ WAYS = {'schedule': ('constant', 'cosine'), 'augmentation': ('published', 'geome
 SHORT = {dataset: {'protocol': 'short', 'learning_rate': learning_rate, 'epochs': epochs, 'schedule': 'cosine',
                    'augmentation': 'geometric'}  # what --protocol short stands for, by data set
          for dataset, learning_rate, epochs in (('mnist', 2e-3, 30), ('digits', 2e-3, 30),
-                                                ('cifar10', 2e-2, 40), ('shapes', 2e-2, 40))}
+                                                ('cifar10', 5e-3, 40), ('shapes', 5e-3, 40))}
 
 CHOICES = {  # flags that choose between networks of one architecture; a script says which it has
     'threshold': ('fixed', {'choices': ('fixed', 'trainable', 'runtime'), 'help':
