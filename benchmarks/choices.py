@@ -3,10 +3,11 @@
 
 Every run is a command of a script, within a study with equal epochs; they go one after the other, two and a half hours
 in all on 2 cores. A run that is finished in --runs is not repeated, so an interrupted study goes on. Prints the table
-and writes choices.json. CIFAR-10 holds out 5,000 images: what is chosen here is chosen on validation.
+and, as each study ends, puts its rows in choices.json in place of the old ones. Other epochs or seeds than a study's
+are a trial, which needs a --json of its own. CIFAR-10 holds out 5,000 images: chosen is on validation.
 
     python benchmarks/choices.py                    # needs the data sets under data/, or downloads them
-    python benchmarks/choices.py --study MNIST --epochs 1 --seeds 0 --data_dir ../data
+    python benchmarks/choices.py --study MNIST --epochs 1 --seeds 0 --json trial.json
 """
 import argparse
 import csv
@@ -83,11 +84,13 @@ def main():
     parser.add_argument('--json', type=Path, default=Path(__file__).with_suffix('.json'), metavar='FILE',
                         help='default: benchmarks/choices.json')
     args = parser.parse_args()
-    studies = [study for study in STUDIES if args.study in (None, study)]
+    if (args.epochs or args.seeds) and args.json == parser.get_default('json'):
+        parser.error(f'--epochs and --seeds make a trial, whose rows would replace those of the study in {args.json}; '
+                     'give it another --json')
     rows = json.loads(args.json.read_text()) if args.json.exists() else []
-    rows = [row for row in rows if row['study'] not in studies]
-    for study in studies:
+    for study in [study for study in STUDIES if args.study in (None, study)]:
         _, _, epochs, seeds, variants = STUDIES[study]
+        rows = [row for row in rows if row['study'] != study]
         for seed in args.seeds or seeds:
             for variant in variants:
                 try:
@@ -95,7 +98,7 @@ def main():
                 except subprocess.CalledProcessError as error:
                     sys.exit(f'choices.py: error: {study}, {variant}, seed {seed}: the script has ended with '
                              f'{error.returncode}')
-                args.json.write_text(json.dumps(rows, indent=1) + '\n')
+        args.json.write_text(json.dumps(rows, indent=1) + '\n')
     print('\n'.join(table(rows)))
 
 

@@ -1,5 +1,6 @@
 """From trained graphs to packed networks and other formats: on every reachable sum, on hostile parameters, on data."""
 import contextlib
+import errno
 import functools
 import shutil
 import subprocess
@@ -367,6 +368,22 @@ def test_onnx(deployed, tmp_path):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     with np.load(tmp_path / 'n.vectors.npz') as vectors:
         assert set(vectors.files) == {'images', 'logits', *(layer.name for layer in packed.layers)}
+
+
+@pytest.mark.parametrize('full', ['n.onnx', 'n.vectors.npz'])
+def test_an_onnx_model_never_lies_beside_vectors_of_another(deployed, tmp_path, monkeypatch, full):
+    pytest.importorskip('onnx')
+    packed, images = deployed
+    for name in ('n.onnx', 'n.vectors.npz'):
+        (tmp_path / name).write_text('before')
+
+    def refuse(*arguments, **arrays):
+        raise OSError(errno.ENOSPC, 'No space left on device')
+    monkeypatch.setattr(*((Path, 'write_bytes') if full == 'n.onnx' else (np, 'savez_compressed')), refuse)
+    with pytest.raises(OSError, match='No space left'):
+        interchange.write_onnx(tmp_path / 'n.onnx', packed, images[:2])
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(('n.onnx', 'n.vectors.npz'),
+                                                                                         'before')
 
 
 def test_a_stem_in_the_other_formats(tmp_path):

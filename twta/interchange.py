@@ -240,11 +240,11 @@ def write_onnx(path, packed, images):
                               producer_name='TWTA-Net')
     helper.set_model_props(model, {'dataset': packed.dataset, 'classes': ','.join(packed.classes)})
     onnx.checker.check_model(model)
-    with replacing(path.with_suffix('.vectors.npz')) as part, open(part, 'wb') as file:
-        np.savez_compressed(file, **vectors(packed, images))
     data = model.SerializeToString()
-    with replacing(path) as part:
+    with replacing(path) as part, replacing(path.with_suffix('.vectors.npz')) as beside:  # both or neither
         part.write_bytes(data)
+        with open(beside, 'wb') as file:
+            np.savez_compressed(file, **vectors(packed, images))
     return len(data)
 
 
