@@ -91,7 +91,10 @@ def table(rows):
 
 
 def draw(packed, dataset, rows):
-    """Multiply-adds of the float network and additions of the packed one, by layer, and the energy of both."""
+    """Operations of the float network and of the packed one, by layer, and the energy of both.
+
+    Those of the packed one are additions; its real-valued layers, whose additions are None, multiply as before.
+    """
     from matplotlib.figure import Figure  # here: only some commands draw
 
     total = rows[-1]
@@ -99,12 +102,15 @@ def draw(packed, dataset, rows):
     figure = Figure(figsize=(10, 0.6 + 0.32 * len(names) + 1), layout='constrained')
     left, right = figure.subplots(1, 2, sharey=True)
     places = np.arange(len(names))
-    for axes, fields, labels, scale in (
-            (left, ('multiply_adds', 'additions'), ('float32: multiply-adds', 'packed: additions'), 1e6),
-            (right, ('float_nJ', 'packed_nJ'), ('float32', 'packed'), 1e3)):
-        for shift, field, label, colour in zip((-0.2, 0.2), fields, labels, ('tab:grey', 'tab:blue'), strict=True):
-            values = [(entry[field] or 0) / scale for entry in rows[:-1]]
-            axes.barh(places + shift, values, 0.4, label=label, color=colour)
+    multiplied = [entry['multiply_adds'] if entry['additions'] is None else 0 for entry in rows[:-1]]
+    operations = [entry['additions'] or rest for entry, rest in zip(rows[:-1], multiplied, strict=True)]
+    for axes, labels, scale, *both in (
+            (left, ('float32: multiply-adds', 'packed: additions, real-valued\nlayers: multiply-adds'), 1e6,
+             [entry['multiply_adds'] for entry in rows[:-1]], operations),
+            (right, ('float32', 'packed'), 1e3,
+             *([entry[field] for entry in rows[:-1]] for field in ('float_nJ', 'packed_nJ')))):
+        for shift, values, label, colour in zip((-0.2, 0.2), both, labels, ('tab:grey', 'tab:blue'), strict=True):
+            axes.barh(places + shift, np.divide(values, scale), 0.4, label=label, color=colour)
         axes.grid(alpha=0.3, axis='x')
         axes.legend()
     left.set_yticks(places, names)
@@ -113,7 +119,8 @@ def draw(packed, dataset, rows):
     right.set(xlabel='energy an image (µJ): arithmetic only, 45 nm, Horowitz 2014', xscale='log')
     less = total['float_nJ'] / total['packed_nJ']
     neurons = ', levels and pooling as neurons' if is_expanded(packed) else ''
-    figure.suptitle(f'{packed.network} on {dataset.title}{neurons}\n{total["bits"] / 8000:,.0f} KB, '
-                    f'{total["additions"] / 1e6:,.1f} M additions for {total["multiply_adds"] / 1e6:,.1f} M '
-                    f'multiply-adds, {less:.0f} times less energy for the arithmetic (estimate)')
+    figure.suptitle(f'{packed.network} on {dataset.title}{neurons}, {total["bits"] / 8000:,.0f} KB\n'
+                    f'{total["additions"] / 1e6:,.1f} M additions and {sum(multiplied) / 1e6:,.1f} M multiply-adds '
+                    f'for {total["multiply_adds"] / 1e6:,.1f} M, {less:.0f} times less energy for the arithmetic '
+                    '(estimate)')
     return figure

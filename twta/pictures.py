@@ -178,7 +178,7 @@ def draw_shares(record):
         axes.set_title(layer, fontsize=9)
     for axes in grid[1]:
         axes.set_xlabel('epoch')
-    grid[1][0].legend(loc='upper left', fontsize=7)
+    figure.legend(*grid[1][0].get_legend_handles_labels(), loc='outside right center', reverse=True, fontsize=8)
     figure.suptitle(f'{record["name"]}: values of weights and activations over the epochs')
     return figure
 
@@ -187,14 +187,16 @@ def draw_filters(file):
     """The filters of the first convolution, the encoder: real-valued, each scaled to its own largest weight."""
     network = packed_file.read(file)
     weights = network.layers[0].weights.transpose(3, 0, 1, 2)
+    is_grey = weights.shape[3] == 1
     columns = 16
     rows = -(-len(weights) // columns)
     figure = Figure(figsize=(8, 0.55 * rows + 0.5), layout='constrained')
     for axes, values in zip(figure.subplots(rows, columns).flat, weights, strict=True):
         scaled = values / np.abs(values).max()
-        axes.imshow(scaled[..., 0] if values.shape[2] == 1 else (scaled + 1) / 2, cmap='RdBu_r', vmin=-1, vmax=1)
+        axes.imshow(scaled[..., 0] if is_grey else (scaled + 1) / 2, cmap='RdBu_r', vmin=-1, vmax=1)
         axes.set_axis_off()
-    figure.suptitle(f'{network.network}: the filters of the encoder', fontsize=10)
+    key = 'red above 0, blue below' if is_grey else 'in colours, grey: 0'
+    figure.suptitle(f'{network.network}: the filters of the encoder, {key}', fontsize=10)
     return figure
 
 
