@@ -32,20 +32,24 @@ def sources(records):
         if not all(record['data']['published'] for record in of_data):
             title += ', JPEG-recompressed, NOT the published files'
         found[f'curves-{name}'] = draw_curves, title, of_data
-        short = SHORT[name]
-        alike = [record for record in of_data
-                 if (protocol(record), record['epochs']) == (schedule(short), short['epochs'])]
+        alike = [record for record in of_data if is_short(record)]
         if len({record['script'] for record in alike}) > 2:
             found[f'cost-{name}'] = draw_cost, title, alike
     for script in FILTERS:
         found[f'filters-{script}'] = draw_filters, PRETRAINED / f'{script}.twta'
-        runs = [record for record in records if record['script'] == script and record['shares']]
+        runs = [record for record in records if record['script'] == script and record['shares'] and is_short(record)]
         if runs:
             found[f'shares-{script}'] = draw_shares, runs[0]
     found['misclassified'] = draw_misclassified, PRETRAINED / f'{MISCLASSIFIED}.twta'
     found[f'cost-layers-{LAYERS}'] = draw_cost_layers, PRETRAINED / f'{LAYERS}.twta'
     found[f'spikes-{SPIKING}'] = draw_spikes, RESULTS / 'spikes' / f'{SPIKING}-spatial.json'
     return found
+
+
+def is_short(record):
+    """Whether the run was of the short protocol, with nothing changed."""
+    short = SHORT[record['dataset']]
+    return (protocol(record), record['epochs']) == (schedule(short), short['epochs'])
 
 
 def write_all(records, data_dir):
