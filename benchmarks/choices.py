@@ -4,7 +4,7 @@
 Every run is a command of a script, within a study with equal epochs; they go one after the other, two and a half hours
 in all on 2 cores. A run that is finished in --runs is not repeated, so an interrupted study goes on. Prints the table
 and, as each study ends, puts its rows in choices.json in place of the old ones. Other epochs or seeds than a study's
-are a trial, which needs a --json of its own. CIFAR-10 holds out 5,000 images: chosen is on validation.
+are a trial, which needs a --json of its own. On CIFAR-10 5,000 images are held out to choose on.
 
     python benchmarks/choices.py                    # needs the data sets under data/, or downloads them
     python benchmarks/choices.py --study MNIST --epochs 1 --seeds 0 --json trial.json
@@ -81,10 +81,10 @@ def main():
     parser.add_argument('--runs', type=Path, default=ROOT / 'runs' / 'choices', metavar='DIR',
                         help='default: runs/choices')
     parser.add_argument('--data_dir', type=Path, metavar='DIR', help='default: data')
-    parser.add_argument('--json', type=Path, default=Path(__file__).with_suffix('.json'), metavar='FILE',
+    parser.add_argument('--json', type=Path, default=ROOT / 'benchmarks' / 'choices.json', metavar='FILE',
                         help='default: benchmarks/choices.json')
     args = parser.parse_args()
-    if (args.epochs or args.seeds) and args.json == parser.get_default('json'):
+    if (args.epochs or args.seeds) and args.json.resolve() == parser.get_default('json'):
         parser.error(f'--epochs and --seeds make a trial, whose rows would replace those of the study in {args.json}; '
                      'give it another --json')
     rows = json.loads(args.json.read_text()) if args.json.exists() else []

@@ -123,10 +123,10 @@ def count_operations(network, data_dir):
     if packed.is_expanded(network):
         return {}
     images = datasets.load(network.dataset, data_dir, None).test.images[:packed_report.IMAGES]
-    *layers, total = packed_report.measure(packed.open_engine(network), images)
-    real = sum(layer['multiply_adds'] for layer in layers if layer['additions'] is None)
-    return {'images': len(images), 'additions': total['additions'], 'multiply_adds': real,
-            'float_multiply_adds': total['multiply_adds']}
+    rows = packed_report.measure(packed.open_engine(network), images)
+    return {'images': len(images), 'additions': rows[-1]['additions'],
+            'multiply_adds': packed_report.remaining_multiply_adds(rows),
+            'float_multiply_adds': rows[-1]['multiply_adds']}
 
 
 def reproduce(data_dir):

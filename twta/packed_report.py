@@ -71,6 +71,11 @@ def row(name, weights, bits, zero_inputs, multiply_adds, additions):
         real if additions is None else additions * PICOJOULES_ADD / 1000), strict=True))
 
 
+def remaining_multiply_adds(rows):
+    """Multiply-adds of the real-valued layers, an image."""
+    return sum(entry['multiply_adds'] for entry in rows if entry['additions'] is None)
+
+
 def count_additions(x, layer):
     """Products of a non-zero weight and a non-zero activation, summed over maps x [n, height, width, channels]."""
     height, width, channels, _ = layer.weights.shape
@@ -102,15 +107,16 @@ def draw(packed, dataset, rows):
     figure = Figure(figsize=(10, 0.6 + 0.32 * len(names) + 1), layout='constrained')
     left, right = figure.subplots(1, 2, sharey=True)
     places = np.arange(len(names))
-    multiplied = [entry['multiply_adds'] if entry['additions'] is None else 0 for entry in rows[:-1]]
-    operations = [entry['additions'] or rest for entry, rest in zip(rows[:-1], multiplied, strict=True)]
-    for axes, labels, scale, *both in (
-            (left, ('float32: multiply-adds', 'packed: additions, real-valued\nlayers: multiply-adds'), 1e6,
-             [entry['multiply_adds'] for entry in rows[:-1]], operations),
-            (right, ('float32', 'packed'), 1e3,
-             *([entry[field] for entry in rows[:-1]] for field in ('float_nJ', 'packed_nJ')))):
-        for shift, values, label, colour in zip((-0.2, 0.2), both, labels, ('tab:grey', 'tab:blue'), strict=True):
-            axes.barh(places + shift, np.divide(values, scale), 0.4, label=label, color=colour)
+    multiply_adds, additions, float_nj, packed_nj = (
+        [entry[field] for entry in rows[:-1]] for field in ('multiply_adds', 'additions', 'float_nJ', 'packed_nJ'))
+    operations = [multiplied if added is None else added
+                  for multiplied, added in zip(multiply_adds, additions, strict=True)]
+    for axes, scale, of_float, of_packed, labels in (
+            (left, 1e6, multiply_adds, operations,
+             ('float32: multiply-adds', 'packed: additions, real-valued\nlayers: multiply-adds')),
+            (right, 1e3, float_nj, packed_nj, ('float32', 'packed'))):
+        axes.barh(places - 0.2, np.divide(of_float, scale), 0.4, label=labels[0], color='tab:grey')
+        axes.barh(places + 0.2, np.divide(of_packed, scale), 0.4, label=labels[1], color='tab:blue')
         axes.grid(alpha=0.3, axis='x')
         axes.legend()
     left.set_yticks(places, names)
@@ -120,7 +126,7 @@ def draw(packed, dataset, rows):
     less = total['float_nJ'] / total['packed_nJ']
     neurons = ', levels and pooling as neurons' if is_expanded(packed) else ''
     figure.suptitle(f'{packed.network} on {dataset.title}{neurons}, {total["bits"] / 8000:,.0f} KB\n'
-                    f'{total["additions"] / 1e6:,.1f} M additions and {sum(multiplied) / 1e6:,.1f} M multiply-adds '
-                    f'for {total["multiply_adds"] / 1e6:,.1f} M, {less:.0f} times less energy for the arithmetic '
-                    '(estimate)')
+                    f'{total["additions"] / 1e6:,.1f} M additions and {remaining_multiply_adds(rows) / 1e6:,.1f} M '
+                    f'multiply-adds for {total["multiply_adds"] / 1e6:,.1f} M, {less:.0f} times less energy for the '
+                    'arithmetic (estimate)')
     return figure
