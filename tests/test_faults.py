@@ -76,6 +76,8 @@ def test_weights_that_do_not_fit_are_refused(finished_run, tmp_path):
     refused('more is .* there and absent here', more=np.zeros(1, np.float32))
     refused(r'conv1/W:0 is \[1\] there and \[5, 5, 1, 32\] here', **{'conv1/W:0': np.zeros(1, np.float32)})
     refused('conv1/W:0 holds NaN', **{'conv1/W:0': np.full((5, 5, 1, 32), np.nan, np.float32)})
+    refused('conv1/bn/moving_variance:0 holds .* a negative variance', **{
+        'conv1/bn/moving_variance:0': np.full(32, -1, np.float32)})
     refused('conv1/W:0 is int64, weights are float32', **{'conv1/W:0': np.zeros((5, 5, 1, 32), np.int64)})
     refused('conv1/W:0 is object, weights are float32', **{
         'conv1/W:0': np.full((5, 5, 1, 32), Malicious(), object)})

@@ -11,12 +11,7 @@ from http.client import HTTPException
 
 from tqdm import tqdm
 
-from twta import TwtaError
-
-try:
-    import fcntl
-except ImportError:  # Windows: without waiting
-    fcntl = None
+from twta import TwtaError, locks
 
 TIMEOUT = 30  # seconds without a byte
 SLOWEST = 1000  # bytes a second, over TIMEOUT; less is taken for a stall
@@ -43,19 +38,8 @@ def download(urls, path, size, sha256, otherwise):
 def one_at_a_time(folder):
     """Makes the folder and holds it, once no other process does: two first runs may want the same files."""
     folder.mkdir(parents=True, exist_ok=True)
-    if not fcntl:
+    with locks.holding(folder, lambda: print(f'waiting for another process that fills {folder}', flush=True)):
         yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f'waiting for another process that fills {folder}', flush=True)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def download_alone(urls, path, size, sha256, otherwise):

@@ -17,7 +17,7 @@ import numpy as np
 from twta import TwtaError, interchange, packed_file, ternary_layers
 from twta import packed as engines
 from twta.packed_file import Layer, Packed, Stem, fan_in
-from twta.records import name_run, say
+from twta.records import is_sound, name_run, say
 from twta.tf1 import tf
 
 LARGEST_FLOAT = 2.0 ** 64  # beyond any real sum of the encoder
@@ -114,7 +114,7 @@ def fold(net, session, script):
 
 def check_finite(net, session):
     for variable, value in zip(net.all_params, session.run(net.all_params), strict=True):
-        if not np.isfinite(value).all() or ('moving_variance' in variable.name and (value < 0).any()):
+        if not is_sound(variable.name, value):
             raise TwtaError(f'{variable.name} holds NaN, infinity or a negative variance: the training has failed; '
                             'export another checkpoint')
 

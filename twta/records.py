@@ -17,13 +17,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from twta import TwtaError, UsageError, arrays, replacing
+from twta import TwtaError, UsageError, arrays, locks, replacing
 from twta.command_line import WAYS, complete, is_choice
-
-try:
-    import fcntl
-except ImportError:  # Windows: without the lock
-    fcntl = None
 
 FIELDS = ('epoch', 'learning_rate', 'loss', 'training_accuracy', 'validation_accuracy', 'images_per_second', 'seconds')
 SIGNS = 'negative', 'positive'
@@ -34,17 +29,13 @@ OURS = ('checkpoint*', 'last-*', 'best-*', '*_temp', 'events.out.tfevents*', 'co
 
 @contextlib.contextmanager
 def locked(run_dir):
-    """Holds run_dir/lock for a training; the system lets go of it when the process ends, in whatever way it does.
+    """Holds run_dir/lock for a training; UsageError where another process does."""
+    def refuse():
+        raise UsageError(f'--run_dir {run_dir}: another training is writing there; wait for its end, or choose another '
+                         'directory') from None
 
-    Raises UsageError where another process holds it.
-    """
-    with open(run_dir / 'lock', 'w') as file:
-        if fcntl:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UsageError(f'--run_dir {run_dir}: another training is writing there; wait for its end, or choose '
-                                 'another directory') from None
+    (run_dir / 'lock').touch()
+    with locks.holding(run_dir / 'lock', refuse):
         yield
 
 
@@ -325,10 +316,15 @@ def read_weights(path, net):
     except arrays.UNREADABLE:
         raise TwtaError(f'--weights {path}: not an npz file of weights, or damaged; a training writes model.npz into '
                         'its --run_dir') from None
-    wrong = [name for name, value in weights.items() if not np.isfinite(value).all()]
+    wrong = [name for name, value in weights.items() if not is_sound(name, value)]
     if wrong:
-        raise TwtaError(f'--weights {path}: {wrong[0]} holds NaN or infinity')
+        raise TwtaError(f'--weights {path}: {wrong[0]} holds NaN, infinity or a negative variance')
     return weights
+
+
+def is_sound(name, value):
+    """Whether a parameter can be that of a training: finite, and a variance not negative."""
+    return np.isfinite(value).all() and not ('moving_variance' in name and (value < 0).any())
 
 
 def check_keys(what, entry, keys):
