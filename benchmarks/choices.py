@@ -16,6 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from twta import replacing
 from twta.report import choices as table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,6 +85,10 @@ def main():
     parser.add_argument('--json', type=Path, default=ROOT / 'benchmarks' / 'choices.json', metavar='FILE',
                         help='default: benchmarks/choices.json')
     args = parser.parse_args()
+    if args.epochs is not None and args.epochs < 1:
+        parser.error(f'--epochs {args.epochs}: at least 1')
+    if args.json.is_dir() or not args.json.resolve().parent.is_dir():
+        parser.error(f'--json {args.json}: must be a file in a folder that exists')
     if (args.epochs or args.seeds) and args.json.resolve() == parser.get_default('json'):
         parser.error(f'--epochs and --seeds make a trial, whose rows would replace those of the study in {args.json}; '
                      'give it another --json')
@@ -98,7 +103,8 @@ def main():
                 except subprocess.CalledProcessError as error:
                     sys.exit(f'choices.py: error: {study}, {variant}, seed {seed}: the script has ended with '
                              f'{error.returncode}')
-        args.json.write_text(json.dumps(rows, indent=1) + '\n')
+        with replacing(args.json) as part:
+            part.write_text(json.dumps(rows, indent=1) + '\n')
     print('\n'.join(table(rows)))
 
 

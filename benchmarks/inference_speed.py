@@ -349,8 +349,11 @@ def profile(name, repetitions):
 
 def child(*arguments):
     """The last line that this script prints with those arguments, in a process of its own."""
-    done = subprocess.run([sys.executable, __file__, *map(str, arguments)], check=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.DEVNULL, text=True)
+    done = subprocess.run([sys.executable, __file__, *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ['nothing said'])[-1]
+        sys.exit(f'inference_speed.py: error: {" ".join(map(str, arguments))} has ended with {done.returncode}: '
+                 f'{reason}')
     return done.stdout.splitlines()[-1]
 
 
@@ -364,6 +367,8 @@ def main():
     for internal, count in (('--tflite', 1), ('--memory', 2), ('--rows', '+')):
         parser.add_argument(internal, nargs=count, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.repetitions < 1:
+        parser.error(f'--repetitions {args.repetitions}: at least 1')
     if args.profile:
         return profile(args.profile, args.repetitions)
     if args.tflite:
@@ -380,14 +385,16 @@ def main():
     if args.rows:
         threads, repetitions, *batches = map(int, args.rows[1:])
         return print(json.dumps(interleave(Path(args.rows[0]), threads, repetitions, batches)))
+    if args.json and (args.json.is_dir() or not args.json.resolve().parent.is_dir()):
+        parser.error(f'--json {args.json}: must be a file in a folder that exists')
     print(f'{"network":26} {"engine":18} batch threads  images/s packed/x  file bytes mem MiB predicts as packed')
     rows = []
     for name in SCRIPTS if args.all else SHORT:
         rows += measure(name, (1, 200), sorted({1, os.cpu_count()}), args.repetitions)
-    if args.json:
-        versions = dict(installed(('onnxruntime', 'ai-edge-litert')))
-        args.json.write_text(json.dumps({'environment': environment(), 'others': versions,
-                                         'repetitions': args.repetitions, 'rows': rows}, indent=1) + '\n')
+        if args.json:
+            versions = dict(installed(('onnxruntime', 'ai-edge-litert')))
+            args.json.write_text(json.dumps({'environment': environment(), 'others': versions,
+                                             'repetitions': args.repetitions, 'rows': rows}, indent=1) + '\n')
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """Packed networks without TensorFlow: the file, the engines, the stand-alone command."""
 import hashlib
 import json
+import os
 import re
 import struct
 import subprocess
@@ -202,6 +203,12 @@ def test_a_refusal_names_the_file_and_what_to_do(tmp_path, file):
         (tmp_path / 'bad.twta').write_bytes(content)
         with pytest.raises(TwtaError, match=f'bad.twta: .*{word}.*--mode export'):
             packed_file.read(tmp_path / 'bad.twta')
+    with pytest.raises(TwtaError, match=r'/dev/zero: not a \.twta file'):  # without an end
+        packed_file.read(Path('/dev/zero'))
+    (tmp_path / 'large.twta').write_bytes(packed_file.MAGIC)
+    os.truncate(tmp_path / 'large.twta', 1 << 30)
+    with pytest.raises(TwtaError, match=r'large\.twta: larger than 268,435,456 bytes'):
+        packed_file.read(tmp_path / 'large.twta')
     with pytest.raises(TwtaError, match=r'absent\.twta: No such file'):
         packed_file.read(tmp_path / 'absent.twta')
     with pytest.raises(TwtaError, match='Is a directory'):

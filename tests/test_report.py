@@ -38,7 +38,7 @@ def a_record(seed, accuracy, **changes):
     return {'script': 'TWTA_4_4_MNIST', 'dataset': 'mnist', 'seed': seed, 'epochs': 30, 'choices': {},
             'stages': [{**stage, **changes}], 'wall_seconds': 60 * (seed + 1), 'precision': 'bfloat16',
             'last': {'validation_accuracy': accuracy - 0.001, 'test_accuracy': accuracy}, 'best_validation': None,
-            'data': {'validation_images': 10000}, 'flags': {'weights': None}}
+            'data': {'validation_images': 10000, 'published': True}, 'flags': {'weights': None}}
 
 
 def test_runs_that_differ_in_their_seed_alone_share_a_row():
@@ -55,9 +55,10 @@ def test_runs_that_differ_in_their_seed_alone_share_a_row():
 
 def test_other_choices_precision_validation_and_weights_are_words():
     record = a_record(0, 0.99)
-    record.update(choices={'pooling': 'max'}, precision='float32', data={'validation_images': 0},
-                  flags={'weights': 'model.npz'})
-    assert evidence.protocol(record) == 'short 0.002, pooling max, validation 0, float32, from other weights'
+    record.update(choices={'pooling': 'max'}, precision='float32', flags={'weights': 'model.npz'},
+                  data={'validation_images': 0, 'published': False})
+    assert evidence.protocol(record) == ('short 0.002, pooling max, validation 0, NOT the published files, float32, '
+                                         'from other weights')
 
 
 def test_choices_are_means_over_seeds_whatever_their_order():
@@ -113,7 +114,7 @@ def test_records_are_whole(record):
     best, validation = record['best_validation'], record['curve']['validation_accuracy']
     if best:
         assert best['validation_accuracy'] == max(validation) == validation[best['epoch'] - 1]
-    assert record['data']['published'] is (record['dataset'] == 'mnist') and len(record['data']['sha256']) == 64
+    assert (record['data']['published'] or record['dataset'] == 'cifar10') and len(record['data']['sha256']) == 64
 
 
 @pytest.mark.parametrize('file', sorted(evidence.PRETRAINED.glob('*.twta')), ids=lambda file: file.stem)
@@ -194,9 +195,13 @@ def test_what_cannot_be_added_is_refused(repository, finished_run, tmp_path, mon
     (other / 'record.json').write_text(json.dumps({**record, 'name': 'TWTA_5_5_MNIST-digits-1-constant4'}))
     with pytest.raises(UsageError, match='of the run TWTA_5_5_MNIST-digits-0-constant4, epoch 4, not of'):
         evidence.add(other, repository / 'TWTA_5_5_MNIST.twta', tmp_path)
-    (other / 'record.json').write_text(json.dumps({**record, 'name': '../escaped'}))
-    with pytest.raises(UsageError, match='none of a file'):
-        evidence.add(other, None, tmp_path)
+    for key in 'name', 'script':
+        (other / 'record.json').write_text(json.dumps({**record, key: '../escaped'}))
+        with pytest.raises(UsageError, match='none of a file'):
+            evidence.add(other, None, tmp_path)
+    (other / 'record.json').write_text(json.dumps({**record, 'script': 'TWTA_4_4_MNIST'}))
+    with pytest.raises(UsageError, match='of TWTA_5_5_MNIST on digits, not of TWTA_4_4_MNIST on digits'):
+        evidence.add(other, repository / 'TWTA_5_5_MNIST.twta', tmp_path)
     assert not list((repository / 'RESULTS').iterdir()) and not list((repository / 'PRETRAINED').iterdir())
     evidence.add(finished_run, None, tmp_path)
     curve = {**record['curve'], 'loss': [0] * record['epochs']}

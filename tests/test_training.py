@@ -167,6 +167,14 @@ def test_weights_hand_a_network_on(finished_run, tmp_path, capsys):
     assert float(log(tmp_path / 'tuned')[0]['training_accuracy']) > 0.9
 
 
+def test_a_record_tells_of_the_weights_and_of_every_precision_of_its_run(finished_run, tmp_path):
+    for resume, precision in (('--weights', finished_run / 'model.npz'), 'float32'), (('--resume', True), 'bfloat16'):
+        start(tmp_path, *QUICK[2:], *resume, '--epochs', 1, '--precision', precision)
+    record = json.loads((tmp_path / 'record.json').read_text())
+    assert record['flags']['weights'] == str(finished_run / 'model.npz')
+    assert record['precision'] == 'float32 and bfloat16'
+
+
 def test_weights_with_other_choices_than_they_were_trained_with(finished_run, tmp_path):
     with pytest.raises(UsageError, match=r'--pooling max: .* were trained with --pooling conv'):
         start(tmp_path, '--mode', 'inference', '--weights', finished_run / 'model.npz', '--pooling', 'max')

@@ -1,10 +1,11 @@
 """Checkpoints: everything that resuming needs, in one tf.train.Saver file that is complete or absent.
 
 Beside the variables (latent weights, Adam slots, moving moments) a checkpoint holds the run's state as JSON text: its
-script and its choices, data set and validation split, seed, epoch, what a part of the next one has come to, stages
-(learning rates and schedules in order), history and best validation accuracy. The random state needs no more than seed
-and epoch, from which each epoch's shuffle and augmentation are drawn. Saver writes a new file, then the name of it into
-`checkpoint`, then removes an old one: a kill at any moment leaves the previous checkpoint usable.
+script and its choices, data set and validation split, seed, the weights that it began with, precision, epoch, what a
+part of the next one has come to, stages (learning rates and schedules in order), history and best validation accuracy.
+The random state needs no more than seed and epoch, from which each epoch's shuffle and augmentation are drawn. Saver
+writes a new file, then the name of it into `checkpoint`, then removes an old one: a kill at any moment leaves the
+previous checkpoint usable.
 """
 import errno
 import json
@@ -28,10 +29,13 @@ from twta.records import (
 )
 from twta.tf1 import tf
 
-FORMAT = 4  # 1 knew no --validation, no --schedule and no part of an epoch, 2 no choices, 3 no --augmentation
+FORMAT = 5  # 1 knew no --validation, no --schedule and no part of an epoch, 2 no choices, 3 no --augmentation; 4 had
+            # neither weights nor precision
 KEYS = {'format': is_natural, 'script': str, 'dataset': str, 'data_sha256': str, 'seed': is_natural,
         'validation': is_natural, 'epoch': is_natural, 'part': (dict, NoneType), 'stages': are_objects,
-        'history': are_objects, 'best_validation_accuracy': is_finite, 'choices': dict}
+        'history': are_objects, 'best_validation_accuracy': is_finite, 'choices': dict,
+        'weights': (str, NoneType), 'precision': lambda names: isinstance(names, list) and all(
+            isinstance(name, str) for name in names)}
 PART_KEYS = {'steps': is_natural, 'loss': is_finite, 'correct': is_natural, 'seconds': is_finite}
 ROW_KEYS = {**dict.fromkeys(FIELDS, is_finite), 'validation_accuracy': lambda value: value is None or is_finite(value),
             'shares': are_shares}  # absent from epochs of older versions
@@ -173,6 +177,8 @@ def update(state):
     if state['format'] < 4:
         for stage in state['stages']:
             stage.update(augmentation='published', protocol='published')
+    if state['format'] < 5:
+        state.update(weights=None, precision=[])
     return {**state, 'format': FORMAT}
 
 

@@ -75,7 +75,7 @@ def parse(script, description, datasets, defaults, choices=(), argv=None):
              '--format, for other programs')
     add('--resume', type=truth, metavar='{True,False}',
         help='True: go on from the last checkpoint in --run_dir; False: start with new weights, an earlier run is '
-             'moved aside. Default: False in training; inference and export always read a checkpoint or --weights')
+             'moved aside. Default: False in training; inference and export read a checkpoint, or --weights')
     add('--learning_rate', type=positive_number, metavar='RATE',
         help=f'of Adam, default: {defaults["learning_rate"]:g}')
     add('--epochs', type=positive_integer, metavar='N',
@@ -83,8 +83,8 @@ def parse(script, description, datasets, defaults, choices=(), argv=None):
              'interrupted training, and flags left out are its own; other flags, or a finished training, begin N more '
              'epochs, and flags left out are the defaults')
     add('--schedule', choices=WAYS['schedule'],
-        help='of the learning rate over --epochs; cosine: up from 0 in the first epoch, then half a cosine down to '
-             f'0. Default: {defaults["schedule"]}')
+        help='of the learning rate over --epochs; cosine: up from 0 in the first epoch (in the first quarter of less '
+             f'than 4), then half a cosine down to 0. Default: {defaults["schedule"]}')
     short = SHORT[datasets[0]]
     add('--augmentation', choices=WAYS['augmentation'],
         help='of training images; published: none of MNIST; crop, flip, brightness and contrast of CIFAR-10. '

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PRETRAINED = ROOT / 'results', ROOT / 'pretrained'
 TITLES = {'mnist': 'MNIST', 'cifar10': 'CIFAR-10'}  # by data set: those whose records count
 HELD_OUT = {'mnist': 10000, 'cifar10': 0}  # validation images, where --validation does not say
+IS_PUBLISHED = {'mnist': True, 'cifar10': False}  # whether the files are the published ones, where a row does not say
 BATCH_SIZE = 200
 KEYS = {'name': str, 'script': str, 'dataset': str, 'seed': is_natural, 'stages': list, 'choices': dict,
         'epochs': is_natural, 'last': dict, 'best_validation': (dict, NoneType), 'curve': dict, 'data': dict,
@@ -43,7 +44,8 @@ def read_record(path):
         check_keys('the record', record, KEYS)
         check_choices(record['choices'])
         check_keys('its last epoch', record['last'], {'test_accuracy': is_finite})
-        check_keys('its data', record['data'], {'validation_images': is_natural, 'sha256': str, 'origin': str})
+        check_keys('its data', record['data'], {'validation_images': is_natural, 'sha256': str, 'origin': str,
+                                                       'published': bool})
         check_keys('its flags', record['flags'], {'weights': (str, NoneType)})
         check_keys('its curve', record['curve'], dict.fromkeys(FIELDS, list))
         for stage in record['stages']:
@@ -77,6 +79,8 @@ def protocol(record):
     words += list_choices(record['choices'])
     held_out = record['data']['validation_images']
     words += [] if held_out == HELD_OUT[record['dataset']] else [f'validation {held_out}']
+    if record['data']['published'] != IS_PUBLISHED[record['dataset']]:
+        words.append('the published files' if record['data']['published'] else 'NOT the published files')
     words += [] if record['precision'] == 'bfloat16' else [record['precision']]
     words += ['from other weights'] if record['flags']['weights'] else []
     return ', '.join(words)
@@ -97,8 +101,9 @@ def add(run_dir, file, data_dir):
     name = record['name']
     if record['dataset'] not in TITLES:
         raise UsageError(f'--add {run_dir}: a run on {record["dataset"]}, valid are {", ".join(TITLES)}')
-    if name != Path(name).name:
-        raise UsageError(f'--add {run_dir}: its record has the name {name}, which is none of a file')
+    for text in (name, record['script']):
+        if text != Path(text).name:
+            raise UsageError(f'--add {run_dir}: its record has the name {text}, which is none of a file')
     path = RESULTS / f'{name}.json'
     earlier = read_record(path) if path.exists() else {}
     if earlier and earlier['curve'] != record['curve']:
@@ -107,6 +112,9 @@ def add(run_dir, file, data_dir):
         record['packed'] = earlier['packed']
     if file:
         network = packed_file.read(file)
+        if (network.network, network.dataset) != (record['script'], record['dataset']):
+            raise UsageError(f'--packed {file}: of {network.network} on {network.dataset}, not of {record["script"]} '
+                             f'on {record["dataset"]}')
         found = network.record.get('run'), network.record.get('epoch')
         if found != (name, record['epochs']):
             raise UsageError(f'--packed {file}: of the run {found[0]}, epoch {found[1]}, not of {name}, epoch '

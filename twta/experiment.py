@@ -141,9 +141,11 @@ def train(script, model, args, defaults, dataset, precision, source, state):
         else:
             say(f'training: epochs {epochs[0]} to {last}, {describe_stage(stage)}, seed {state["seed"]}, '
                 f'{precision.name}')
-        config = {'script': script, 'command': sys.argv, 'flags': vars(args), 'stages': state['stages'],
-                  'seed': state['seed'], 'precision': precision.name, 'data': records.describe_data(dataset),
-                  **records.environment()}
+        if epochs and precision.name not in state['precision']:
+            state['precision'].append(precision.name)
+        config = {'script': script, 'command': sys.argv, 'flags': {**vars(args), 'weights': state['weights']},
+                  'stages': state['stages'], 'seed': state['seed'], 'precision': precision.name,
+                  'data': records.describe_data(dataset), **records.environment()}
         try:
             records.write_json(args.run_dir / 'config.json', config)
             with stop_signals() as stop:
@@ -304,7 +306,8 @@ def measure_shares(network, session, dataset):
 def new_run(script, args, dataset):
     return {'format': checkpoints.FORMAT, 'script': script, 'dataset': args.dataset, 'data_sha256': dataset.sha256,
             'seed': args.seed or 0, 'validation': len(dataset.validation.labels),
-            'choices': args.choices, 'epoch': 0, 'part': None,
+            'choices': args.choices, 'weights': str(args.weights) if args.weights else None, 'precision': [],
+            'epoch': 0, 'part': None,
             'stages': [], 'history': [], 'best_validation_accuracy': -1.0}
 
 

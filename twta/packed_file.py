@@ -29,6 +29,7 @@ MAGIC = b'TWTA'
 VERSION = 2
 KEYS = {'network': str, 'dataset': str, 'image': list, 'crop': int, 'classes': list, 'layers': list, 'record': dict}
 LAYER_KEYS = {'name': str, 'kernel': list, 'filters': int, 'stride': int, 'padding': str, 'groups': int}
+LARGEST_FILE = 1 << 28  # bytes, a hundred times the largest of these scripts' networks
 LARGEST = 1 << 16  # of any size in the header
 LARGEST_MAPS = 1 << 22  # values in an image, and in the inputs of all layers with their borders
 POWERS = 3 ** np.arange(5)
@@ -66,7 +67,7 @@ class Packed(NamedTuple):
     weights: np.ndarray  # float32 [features, classes]; logits = (activations @ weights) * scale + shift
     scale: np.ndarray  # float32 [classes]
     shift: np.ndarray
-    record: dict  # of the training: SHA-256 of its files, epoch
+    record: dict  # of the training: name of its record, epoch, choices, SHA-256 of its files
     stem: Stem | None = None
 
 
@@ -180,7 +181,9 @@ class Bad(Exception):
 def read(path):
     """A .twta file as Packed; TwtaError where it is none, damaged, of a newer version, or contradicts itself."""
     try:
-        data = path.read_bytes()
+        with path.open('rb') as file:
+            data = file.read(len(MAGIC))
+            data += file.read(LARGEST_FILE) if data == MAGIC else b''
     except OSError as error:
         raise TwtaError(f'{path}: {error.strerror}; --mode export writes such a file') from None
     try:
@@ -193,8 +196,10 @@ def parse(data):
     """Packed from the bytes of a file; raises Bad."""
     if data[:4] != MAGIC or len(data) < 44:
         raise Bad('not a .twta file')
+    if len(data) > LARGEST_FILE:
+        raise Bad(f'larger than {LARGEST_FILE:,} bytes')
     version, length = struct.unpack('<II', data[4:12])
-    if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+    if hashlib.sha256(memoryview(data)[:-32]).digest() != data[-32:]:
         raise Bad('damaged (its checksum is wrong)')
     if not 1 <= version <= VERSION:
         age = 'a newer' if version > VERSION else 'an unknown'

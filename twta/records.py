@@ -23,7 +23,7 @@ from twta.command_line import WAYS, complete, is_choice
 FIELDS = ('epoch', 'learning_rate', 'loss', 'training_accuracy', 'validation_accuracy', 'images_per_second', 'seconds')
 SIGNS = 'negative', 'positive'
 PACKAGES = 'tensorflow', 'tensorflow-cpu', 'tensorlayer', 'numpy', 'numba'
-OURS = ('checkpoint*', 'last-*', 'best-*', '*_temp', 'events.out.tfevents*', 'config.json', 'log.csv', 'curve.png',
+OURS = ('checkpoint*', 'last-*', 'best-*', 'events.out.tfevents*', 'config.json', 'log.csv', 'curve.png',
         'result*.json', 'record.json', 'confusion*.png', 'cost.csv', 'cost.png', 'model.npz', 'spikes-*')
 
 
@@ -98,6 +98,7 @@ def write_record(run_dir, config, state, parameters, loss, confusion, best):
         'last': {'epoch': state['epoch'], 'validation_accuracy': columns['validation_accuracy'][-1],
                  'test_accuracy': accuracy(confusion), 'test_loss': loss},
         'best_validation': best, 'confusion': confusion.tolist(), **config,
+        'precision': ' and '.join(state['precision']) or config['precision'],
         'curve': columns, 'shares': shares})
 
 

@@ -128,21 +128,21 @@ def architectures(records):
 def docstrings(records):
     """By a script's file: its text, with Accuracy and Speed in the docstring as the records have them."""
     rows = benchmark('training_speed')['rows']
-    speeds = {row['network']: row['training_images_per_second'] for row in rows if row['way'] == 'project'}
+    speed = {row['network']: row['training_images_per_second'] for row in rows if row['way'] == 'project'}
     texts = {}
     for script, file in script_files().items():
-        lines = []
-        for runs in by_protocol([record for record in records if record['script'] == script]):
+        lines, own = [], [record for record in records if record['script'] == script]
+        for runs in by_protocol(own):
             lines.append(f'{percent([run["last"]["test_accuracy"] for run in runs])} % test after {runs[0]["epochs"]} '
                          f'epochs ({protocol(runs[0])}; seed {seeds(runs)})')
-        if lines and 'CIFAR10' in script:
+        if not all(record['data']['published'] for record in own):
             lines.append('JPEG-recompressed images, NOT the published files')
-        speed = 'not run'
-        if script in speeds:
-            speed = (f'{speeds[script]:,.0f} images/s in training (benchmarks/training_speed.json; 2 cores of an AMD '
-                     'EPYC, bfloat16)')
+        trains = 'not run'
+        if script in speed:
+            trains = (f'{speed[script]:,.0f} images/s in training (benchmarks/training_speed.json; 2 cores of an AMD '
+                      'EPYC, bfloat16)')
         text = file.read_text()
-        for label, value, end in (('Accuracy:', '; '.join(lines) or 'not run', 'Speed:'), ('Speed:', speed, '\n')):
+        for label, value, end in (('Accuracy:', '; '.join(lines) or 'not run', 'Speed:'), ('Speed:', trains, '\n')):
             line = textwrap.fill(f'{label:14}{value}', 110, subsequent_indent=14 * ' ', break_on_hyphens=False)
             text = re.sub(rf'{label} .*?\n(?={end})', lambda _, line=line: line + '\n', text, count=1, flags=re.DOTALL)
         texts[file] = text
@@ -162,8 +162,8 @@ def choices(rows):
 def spikes(found):
     rows = []
     for record in found:
-        total = record['layers'][-1]
-        rows.append((record['network'], f'{record["conversion"]}, {record["steps"]}', f'{record["noise_ratio"]:.0%}',
+        total, noise = record['layers'][-1], f'{100 * record["noise_ratio"]:.3g}%'
+        rows.append((record['network'], f'{record["conversion"]}, {record["steps"]}', noise,
                      percent([record['accuracy']]), f'{total["neurons"]:,}', f'{total["spikes"]:,.0f}',
                      f'{total["rate"]:.1%}', f'{total["operations"]:,.0f}', f'{total["nonzero_operations"]:,.0f}'))
     return table(('network', 'conversion, steps', 'noise', 'test, %', 'neurons', 'spikes', 'rate',
