@@ -21,7 +21,7 @@ MISCLASSIFIED = SPIKING = 'TWTA_4_4_MNIST'  # whose errors are shown, and whose 
 LINES = {'constant': '--', 'short': '-'}  # of curves, by schedule
 LAYERS = 'TWTA_3_3_CIFAR10_Group_V2'  # whose costs are shown layer by layer
 FAMILIES = {'FP': ('float32', 'tab:grey', 's'), 'TWTA': ('TWTA', 'tab:blue', 'o'), 'TWBA': ('TWBA', 'tab:orange', '^'),
-            'BWBA': ('BWBA', 'tab:red', 'v'), 'Quant': ('ternary weights, 5 levels', 'tab:green', 'D')}
+            'BWBA': ('BWBA', 'tab:red', 'v')}
 
 
 def sources(records):
