@@ -31,13 +31,14 @@ FOLDER = Path(tempfile.mkdtemp())  # for the readers that want a file
 WEIGHTS = {'conv1/W:0': np.ones((2, 2, 1, 3), np.float32), 'bn1/beta:0': np.zeros(3, np.float32)}
 NET = SimpleNamespace(all_params=[SimpleNamespace(name=name, shape=SimpleNamespace(as_list=lambda array=array: list(
     array.shape))) for name, array in WEIGHTS.items()])
-STATE = {'format': 4, 'script': 'S', 'dataset': 'digits', 'data_sha256': '0', 'seed': 0, 'validation': 297, 'epoch': 1,
+STATE = {'format': 5, 'script': 'S', 'dataset': 'digits', 'data_sha256': '0', 'seed': 0, 'validation': 297, 'epoch': 1,
          'part': {'steps': 3, 'loss': 1.5, 'correct': 7, 'seconds': 0.5},
          'stages': [{'first_epoch': 1, 'epochs': 4, 'learning_rate': 0.001, 'batch_size': 100, 'schedule': 'cosine',
                      'augmentation': 'published', 'protocol': 'published'}],
          'history': [{'epoch': 1, 'learning_rate': 0.001, 'loss': 1.5, 'training_accuracy': 0.5,
                       'validation_accuracy': 0.5, 'images_per_second': 100.0, 'seconds': 2.0, 'shares': {}}],
-         'best_validation_accuracy': 0.5, 'choices': {'threshold': 'fixed', 'threshold_value': 0.5}}
+         'best_validation_accuracy': 0.5, 'choices': {'threshold': 'fixed', 'threshold_value': 0.5},
+         'weights': None, 'precision': ['bfloat16']}
 
 
 def write(name, data):
