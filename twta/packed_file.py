@@ -182,11 +182,13 @@ def read(path):
     """A .twta file as Packed; TwtaError where it is none, damaged, of a newer version, or contradicts itself."""
     try:
         with path.open('rb') as file:
-            data = file.read(len(MAGIC))
-            data += file.read(LARGEST_FILE) if data == MAGIC else b''
+            size, data = path.stat().st_size, file.read(len(MAGIC))
+            data += file.read() if data == MAGIC and size <= LARGEST_FILE else b''
     except OSError as error:
         raise TwtaError(f'{path}: {error.strerror}; --mode export writes such a file') from None
     try:
+        if size > LARGEST_FILE:
+            raise Bad(f'larger than {LARGEST_FILE:,} bytes')
         return parse(data)
     except Bad as error:
         raise TwtaError(f'{path}: {error}; give a file that --mode export has written') from None
@@ -196,8 +198,6 @@ def parse(data):
     """Packed from the bytes of a file; raises Bad."""
     if data[:4] != MAGIC or len(data) < 44:
         raise Bad('not a .twta file')
-    if len(data) > LARGEST_FILE:
-        raise Bad(f'larger than {LARGEST_FILE:,} bytes')
     version, length = struct.unpack('<II', data[4:12])
     if hashlib.sha256(memoryview(data)[:-32]).digest() != data[-32:]:
         raise Bad('damaged (its checksum is wrong)')
