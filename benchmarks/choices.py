@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from twta import replacing
+from twta.command_line import output_file, positive_integer
 from twta.report import choices as table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,18 +78,15 @@ def run(study, variant, seed, epochs, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--study', choices=STUDIES, help='default: all')
-    parser.add_argument('--epochs', type=int, metavar='N', help='default: 6 on MNIST, 3 on CIFAR-10, 30 and 6 of short')
+    parser.add_argument('--epochs', type=positive_integer, metavar='N',
+                        help='default: 6 on MNIST, 3 on CIFAR-10, 30 and 6 of short')
     parser.add_argument('--seeds', type=int, nargs='+', metavar='N', help='default: 0 1 2 on MNIST, else 0')
     parser.add_argument('--runs', type=Path, default=ROOT / 'runs' / 'choices', metavar='DIR',
                         help='default: runs/choices')
     parser.add_argument('--data_dir', type=Path, metavar='DIR', help='default: data')
-    parser.add_argument('--json', type=Path, default=ROOT / 'benchmarks' / 'choices.json', metavar='FILE',
+    parser.add_argument('--json', type=output_file, default=ROOT / 'benchmarks' / 'choices.json', metavar='FILE',
                         help='default: benchmarks/choices.json')
     args = parser.parse_args()
-    if args.epochs is not None and args.epochs < 1:
-        parser.error(f'--epochs {args.epochs}: at least 1')
-    if args.json.is_dir() or not args.json.resolve().parent.is_dir():
-        parser.error(f'--json {args.json}: must be a file in a folder that exists')
     if (args.epochs or args.seeds) and args.json.resolve() == parser.get_default('json'):
         parser.error(f'--epochs and --seeds make a trial, whose rows would replace those of the study in {args.json}; '
                      'give it another --json')

@@ -34,6 +34,7 @@ import numpy as np
 
 from twta import packed as engines
 from twta import packed_file
+from twta.command_line import output_file, positive_integer
 from twta.interchange import after
 from twta.packed_file import fan_in, input_shape
 from twta.records import environment, installed
@@ -360,15 +361,14 @@ def child(*arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--all', action='store_true', help=f'every network, not only {", ".join(SHORT)}')
-    parser.add_argument('--repetitions', type=int, default=9, metavar='N', help='of which the median is taken')
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write the rows there as well')
+    parser.add_argument('--repetitions', type=positive_integer, default=9, metavar='N',
+                        help='of which the median is taken')
+    parser.add_argument('--json', type=output_file, metavar='FILE', help='write the rows there as well')
     parser.add_argument('--profile', choices=SCRIPTS, metavar='NETWORK',
                         help='only where the packed engine spends its time')
     for internal, count in (('--tflite', 1), ('--memory', 2), ('--rows', '+')):
         parser.add_argument(internal, nargs=count, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.repetitions < 1:
-        parser.error(f'--repetitions {args.repetitions}: at least 1')
     if args.profile:
         return profile(args.profile, args.repetitions)
     if args.tflite:
@@ -385,8 +385,6 @@ def main():
     if args.rows:
         threads, repetitions, *batches = map(int, args.rows[1:])
         return print(json.dumps(interleave(Path(args.rows[0]), threads, repetitions, batches)))
-    if args.json and (args.json.is_dir() or not args.json.resolve().parent.is_dir()):
-        parser.error(f'--json {args.json}: must be a file in a folder that exists')
     print(f'{"network":26} {"engine":18} batch threads  images/s packed/x  file bytes mem MiB predicts as packed')
     rows = []
     for name in SCRIPTS if args.all else SHORT:

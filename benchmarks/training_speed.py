@@ -39,6 +39,7 @@ import numpy as np
 import yardsticks
 from yardsticks import BATCH, INFERRED, SCRIPTS, random_images
 
+from twta.command_line import output_file, positive_integer
 from twta.records import environment, installed
 
 EPOCH_IMAGES = 50_000
@@ -265,8 +266,9 @@ def main():
                         help=f'of {", ".join(SCRIPTS)}; default: {", ".join(SHORT)}')
     parser.add_argument('--all', action='store_true', help='every network')
     parser.add_argument('--torch', action='store_true', help='PyTorch as well; it must be installed')
-    parser.add_argument('--repetitions', type=int, default=5, metavar='N', help='of which the median is taken')
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write the rows there as well')
+    parser.add_argument('--repetitions', type=positive_integer, default=5, metavar='N',
+                        help='of which the median is taken')
+    parser.add_argument('--json', type=output_file, metavar='FILE', help='write the rows there as well')
     parser.add_argument('--profile', choices=SCRIPTS, metavar='NETWORK',
                         help='only where a training step spends its time')
     parser.add_argument('--work', nargs=3, help=argparse.SUPPRESS)
@@ -276,8 +278,6 @@ def main():
     unknown = set(args.networks) - SCRIPTS.keys()
     if unknown:
         parser.error(f'{min(unknown)}: unknown; valid are {", ".join(SCRIPTS)}')
-    if args.repetitions < 1:
-        parser.error(f'--repetitions {args.repetitions}: at least 1')
     if args.profile:
         if args.networks or args.all or args.torch or args.json:
             parser.error('--profile: goes with --repetitions only')
@@ -286,8 +286,6 @@ def main():
         parser.error('--torch: PyTorch is not installed; pip install torch==2.13.0')
     if args.all and args.networks:
         parser.error('--all: goes without names of networks')
-    if args.json and (args.json.is_dir() or not args.json.resolve().parent.is_dir()):
-        parser.error(f'--json {args.json}: must be a file in a folder that exists')
     print('images/s; x: how many times as many the project does, steps: without the ends of epochs; seconds from the '
           'command\nto the first step, and how many of them the import of TensorFlow or PyTorch takes')
     print(f'{"network":26} {"way":23}  training      x  steps  inference      x   peak MiB  first step  import')

@@ -296,6 +296,13 @@ def positive_integer(text):
     return natural(text, least=1)
 
 
+def output_file(text):
+    path = Path(text)
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise argparse.ArgumentTypeError(f'{text!r} is not a file in a folder that exists')
+    return path
+
+
 WAYS = {'schedule': ('constant', 'cosine'), 'augmentation': ('published', 'geometric'),
         'protocol': ('published', 'short')}  # of training: valid values by flag
 

@@ -29,7 +29,7 @@ MAGIC = b'TWTA'
 VERSION = 2
 KEYS = {'network': str, 'dataset': str, 'image': list, 'crop': int, 'classes': list, 'layers': list, 'record': dict}
 LAYER_KEYS = {'name': str, 'kernel': list, 'filters': int, 'stride': int, 'padding': str, 'groups': int}
-LARGEST_FILE = 1 << 28  # bytes, a hundred times the largest of these scripts' networks
+LARGEST_FILE = 1 << 28  # bytes, two hundred times the largest of these scripts' networks
 LARGEST = 1 << 16  # of any size in the header
 LARGEST_MAPS = 1 << 22  # values in an image, and in the inputs of all layers with their borders
 POWERS = 3 ** np.arange(5)
@@ -181,15 +181,13 @@ class Bad(Exception):
 def read(path):
     """A .twta file as Packed; TwtaError where it is none, damaged, of a newer version, or contradicts itself."""
     try:
+        if path.stat().st_size > LARGEST_FILE:
+            raise Bad(f'larger than {LARGEST_FILE:,} bytes')
         with path.open('rb') as file:
-            size, data = path.stat().st_size, file.read(len(MAGIC))
-            data += file.read() if data == MAGIC and size <= LARGEST_FILE else b''
+            data = file.read(len(MAGIC))
+            return parse(data + file.read() if data == MAGIC else data)  # what is none may have no end
     except OSError as error:
         raise TwtaError(f'{path}: {error.strerror}; --mode export writes such a file') from None
-    try:
-        if size > LARGEST_FILE:
-            raise Bad(f'larger than {LARGEST_FILE:,} bytes')
-        return parse(data)
     except Bad as error:
         raise TwtaError(f'{path}: {error}; give a file that --mode export has written') from None
 

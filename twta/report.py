@@ -128,7 +128,8 @@ def architectures(records):
 def docstrings(records):
     """By a script's file: its text, with Accuracy and Speed in the docstring as the records have them."""
     rows = benchmark('training_speed')['rows']
-    speed = {row['network']: row['training_images_per_second'] for row in rows if row['way'] == 'project'}
+    images_per_second = {row['network']: row['training_images_per_second'] for row in rows
+                         if row['way'] == 'project'}
     texts = {}
     for script, file in script_files().items():
         lines, own = [], [record for record in records if record['script'] == script]
@@ -137,12 +138,12 @@ def docstrings(records):
                          f'epochs ({protocol(runs[0])}; seed {seeds(runs)})')
         if not all(record['data']['published'] for record in own):
             lines.append('JPEG-recompressed images, NOT the published files')
-        trains = 'not run'
-        if script in speed:
-            trains = (f'{speed[script]:,.0f} images/s in training (benchmarks/training_speed.json; 2 cores of an AMD '
-                      'EPYC, bfloat16)')
+        speed = 'not run'
+        if script in images_per_second:
+            speed = (f'{images_per_second[script]:,.0f} images/s in training (benchmarks/training_speed.json; 2 cores '
+                     'of an AMD EPYC, bfloat16)')
         text = file.read_text()
-        for label, value, end in (('Accuracy:', '; '.join(lines) or 'not run', 'Speed:'), ('Speed:', trains, '\n')):
+        for label, value, end in (('Accuracy:', '; '.join(lines) or 'not run', 'Speed:'), ('Speed:', speed, '\n')):
             line = textwrap.fill(f'{label:14}{value}', 110, subsequent_indent=14 * ' ', break_on_hyphens=False)
             text = re.sub(rf'{label} .*?\n(?={end})', lambda _, line=line: line + '\n', text, count=1, flags=re.DOTALL)
         texts[file] = text

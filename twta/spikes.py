@@ -173,19 +173,19 @@ def report(flags, plain, steps, expected, whose, dataset, images):
     say(f'checked: the predictions of {whose} on each of the {len(images):,} images ({seconds:.1f} s)')
     without = float(np.mean(predicted == labels))
     say(f'accuracy: {without:.4f}')
+    deleted = f'{100 * flags.noise_ratio:.3g}% of the encoder\'s spikes deleted'
     if flags.noise_ratio:
         neuron = engines.fire if steps == 1 else store_and_release
         noisy = engines.NumpyEngine(plain.packed, neuron, deletion(flags.noise_ratio, flags.seed))
         predicted, *counts = simulate(noisy, images, steps)
-        say(f'accuracy with {100 * flags.noise_ratio:.3g}% of the encoder\'s spikes deleted: '
-            f'{np.mean(predicted == labels):.4f}; the table and the files are of that')
+        say(f'accuracy with {deleted}: {np.mean(predicted == labels):.4f}; the table and the files are of that')
     for line in table(counts[2]):
         say(line)
     packed = plain.packed
     choices = ''.join(f', {name} {value}' for name, value in (packed.record.get('choices') or {}).items())
     title = (f'{packed.network}{choices}, on {dataset.title}\n'
              f'{flags.conversion} conversion, {steps} step{"s" * (steps > 1)}'
-             + (f', {100 * flags.noise_ratio:.3g}% of the encoder\'s spikes deleted' if flags.noise_ratio else ''))
+             + (f', {deleted}' if flags.noise_ratio else ''))
     write(flags.output, title, predicted == labels, *counts, {
         'network': packed.network, 'dataset': flags.dataset, 'conversion': flags.conversion, 'steps': steps,
         'noise_ratio': flags.noise_ratio, 'seed': flags.seed, 'accuracy_without_noise': without, 'seconds': seconds,
