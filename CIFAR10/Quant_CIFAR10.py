@@ -3,8 +3,7 @@
 
 Architecture: 64C3-64C3-64C3-2P2-128C3-128C3-2P2-256C3-256C3-2P2-512C3-512C3
 Source:       github.com/edwardzcl/Spatio_temporal_SNNs, published accuracy 91.91 % with k = 1, B = 2 (400 epochs)
-Accuracy:     65.78 % test after 3 epochs (cosine 0.002; seed 0); JPEG-recompressed images, NOT the published
-              files
+Accuracy:     65.78 % test after 3 epochs (cosine 0.002; seed 0); JPEG-recompressed, NOT the published files
 Speed:        not run
 
     python CIFAR10/Quant_CIFAR10.py --resume False --learning_rate 0.001 --mode training --k 1 --B 2

@@ -4,7 +4,7 @@
 Architecture: 32C3-64C3-256 4P2/4-512C3/16-2P2/8-2048C3/32-1024N1/8-2P2/16-1024C2/16-512N1
 Source:       github.com/edwardzcl/TWTA, published accuracy 88.1 % (its table: 200 epochs, its text: 200 + 200)
 Accuracy:     82.09 % test after 40 epochs (short 0.005; seed 0); 75.15 % test after 12 epochs (cosine 0.005;
-              seed 0); JPEG-recompressed images, NOT the published files
+              seed 0); JPEG-recompressed, NOT the published files
 Speed:        663 images/s in training (benchmarks/training_speed.json; 2 cores of an AMD EPYC, bfloat16)
 
     python CIFAR10/TWTA_3_3_CIFAR10_Group_V2.py --resume False --learning_rate 0.01 --mode training

@@ -3,8 +3,7 @@
 
 Architecture: 32C3-64C4-256 4P2/4-512C4/16-2P2/8-2048C4/32-1024N1/8-4P2/16-1024C2/16-512N1
 Source:       github.com/edwardzcl/TWTA, published accuracy not given
-Accuracy:     82.06 % test after 40 epochs (short 0.005; seed 0); JPEG-recompressed images, NOT the published
-              files
+Accuracy:     82.06 % test after 40 epochs (short 0.005; seed 0); JPEG-recompressed, NOT the published files
 Speed:        391 images/s in training (benchmarks/training_speed.json; 2 cores of an AMD EPYC, bfloat16)
 
     python CIFAR10/TWTA_4_4_CIFAR10_Group_V2.py --resume False --learning_rate 0.01 --mode training

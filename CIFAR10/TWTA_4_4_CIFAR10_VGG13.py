@@ -3,8 +3,7 @@
 
 Architecture: 64C3-64C4-64C4-2P2-128C4-128C4-2P2-256C4-256C4-4P2-512C2-512N1
 Source:       github.com/edwardzcl/TWTA, published accuracy 90.1 % (its table: 200 epochs, its text: 200 + 200)
-Accuracy:     80.50 % test after 40 epochs (short 0.005; seed 0); JPEG-recompressed images, NOT the published
-              files
+Accuracy:     80.50 % test after 40 epochs (short 0.005; seed 0); JPEG-recompressed, NOT the published files
 Speed:        298 images/s in training (benchmarks/training_speed.json; 2 cores of an AMD EPYC, bfloat16)
 
     python CIFAR10/TWTA_4_4_CIFAR10_VGG13.py --resume False --learning_rate 0.01 --mode training

@@ -30,6 +30,7 @@ RESULTS, PRETRAINED = ROOT / 'results', ROOT / 'pretrained'
 TITLES = {'mnist': 'MNIST', 'cifar10': 'CIFAR-10'}  # by data set: those whose records count
 HELD_OUT = {'mnist': 10000, 'cifar10': 0}  # validation images, where --validation does not say
 IS_PUBLISHED = {'mnist': True, 'cifar10': False}  # whether the files are the published ones, where a row does not say
+RECOMPRESSED = 'JPEG-recompressed, NOT the published files'  # the CIFAR-10 of all these records
 BATCH_SIZE = 200
 KEYS = {'name': str, 'script': str, 'dataset': str, 'seed': is_natural, 'stages': list, 'choices': dict,
         'epochs': is_natural, 'last': dict, 'best_validation': (dict, NoneType), 'curve': dict, 'data': dict,

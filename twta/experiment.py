@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from twta import TwtaError, UsageError, checkpoints, datasets, describe_fault, packing, preprocessing, records
 from twta.command_line import complete
+from twta.interchange import check_format
 from twta.records import accuracy, say
 from twta.schedule import describe_stage, next_stage, scheduled_rate, shuffled_batches
 from twta.session import choose_precision, describe, find_gpu, make_deterministic, open_session, stop_signals
@@ -357,6 +358,7 @@ def export(script, model, args, dataset, source, state):
     """Writes the network of a checkpoint or of --weights as integers, once it has been seen to compute the same."""
     with trained(script, model, args, dataset, source) as (network, session):
         packed = packing.pack(network, session, script, args.dataset, dataset, packing.describe_run(args, state))
+        check_format(args.format, packed)
         packing.compare(packed, network, session, dataset)
     packing.write(packed, dataset, args)
 

@@ -2,6 +2,7 @@
 
 Each comes with test vectors: a few images, every layer's activations and the logits as the numpy engine has them.
 """
+import importlib.util
 import math
 import re
 
@@ -13,6 +14,15 @@ from twta.packed_file import Layer, border, filter_major, geometry, input_shape,
 
 VECTORS = 4  # images
 OPSET, IR_VERSION = 17, 8  # of ONNX; old enough for the runtimes in use
+
+
+def check_format(name, packed):
+    """UsageError where a format has no room for the network, or the package that writes it is not installed."""
+    if name == 'c' and packed.stem:
+        raise UsageError(f'--format c: {packed.network} has two real-valued convolutions, the header has room for one; '
+                         'use npz or onnx')
+    if name == 'onnx' and not importlib.util.find_spec('onnx'):
+        raise UsageError('--format onnx: the package onnx is not installed; pip install onnx')
 
 
 def vectors(packed, images):
@@ -56,13 +66,7 @@ def write_npz(path, packed, images):
 
 
 def write_c(path, packed, images):
-    """One C99 header: struct twta_layer, the layers, the classifier and the vectors; returns its size in bytes.
-
-    UsageError where there is a stem.
-    """
-    if packed.stem:
-        raise UsageError(f'--format c: {packed.network} has two real-valued convolutions, the header has room for one; '
-                         'use npz or onnx')
+    """One C99 header: struct twta_layer, the layers, the classifier and the vectors; returns its size in bytes."""
     found = vectors(packed, images)
     lines = [
         f'/* {packed.network} on {packed.dataset}, written by --mode export --format c; see docs/deployment.md. */',
@@ -154,11 +158,8 @@ def write_onnx(path, packed, images):
 
     A layer's activations, float32 NCHW, go by its name. Real-valued sums are in float64, as in the evaluation graph.
     """
-    try:
-        import onnx  # here: only this needs it
-        from onnx import TensorProto, helper, numpy_helper
-    except ImportError:
-        raise UsageError('--format onnx: the package onnx is not installed; pip install onnx') from None
+    import onnx  # here: only this needs it
+    from onnx import TensorProto, helper, numpy_helper
 
     nodes, constants = [], {}
 

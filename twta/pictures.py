@@ -12,7 +12,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from twta import TwtaError, datasets, packed, packed_file, packed_report, replacing, spikes
 from twta.command_line import SHORT
-from twta.evidence import PRETRAINED, RESULTS, TITLES, by_protocol, protocol, schedule
+from twta.evidence import PRETRAINED, RECOMPRESSED, RESULTS, TITLES, by_protocol, protocol, schedule
 from twta.records import name_stage, say
 
 FOLDER = RESULTS / 'pictures'
@@ -30,7 +30,7 @@ def sources(records):
     for name, title in TITLES.items():
         of_data = [record for record in records if record['dataset'] == name]
         if not all(record['data']['published'] for record in of_data):
-            title += ', JPEG-recompressed, NOT the published files'
+            title += f', {RECOMPRESSED}'
         found[f'curves-{name}'] = draw_curves, title, of_data
         alike = [record for record in of_data if is_short(record)]
         if len({record['script'] for record in alike}) > 2:

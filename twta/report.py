@@ -137,7 +137,7 @@ def docstrings(records):
             lines.append(f'{percent([run["last"]["test_accuracy"] for run in runs])} % test after {runs[0]["epochs"]} '
                          f'epochs ({protocol(runs[0])}; seed {seeds(runs)})')
         if not all(record['data']['published'] for record in own):
-            lines.append('JPEG-recompressed images, NOT the published files')
+            lines.append(evidence.RECOMPRESSED)
         speed = 'not run'
         if script in images_per_second:
             speed = (f'{images_per_second[script]:,.0f} images/s in training (benchmarks/training_speed.json; 2 cores '
