@@ -3,7 +3,7 @@
 
 Architecture: 64C3-64C3-64C3-2P2-128C3-128C3-2P2-256C3-256C3-2P2-512C3-512C3
 Source:       github.com/edwardzcl/TWTA, published accuracy not given
-Accuracy:     not run
+Accuracy:     87.16 % test after 40 epochs (short 0.005; seed 0); JPEG-recompressed, NOT the published files
 Speed:        434 images/s in training (benchmarks/training_speed.json; 2 cores of an AMD EPYC, bfloat16)
 
     python CIFAR10/FP_3_3_CIFAR10_VGG13.py --resume False --learning_rate 0.01 --mode training
