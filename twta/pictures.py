@@ -5,6 +5,7 @@ from, so that a test can tell whether it is stale.
 """
 import hashlib
 import json
+import re
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -117,45 +118,43 @@ def draw_cost(title, records):
     of_float = {record['script'].split('_', 1)[1]: record['packed']['float_multiply_adds'] for record in records
                 if 'additions' in record.get('packed', {})}
 
-    def mean_accuracy(runs):
-        return 100 * float(np.mean([run['last']['test_accuracy'] for run in runs]))
-
-    seen, places = set(), []
-    for runs in sorted(by_protocol(records), key=mean_accuracy, reverse=True):
+    points = []  # family, script, accuracy, bytes, operations
+    for runs in by_protocol(records):
         family, architecture = runs[0]['script'].split('_', 1)
         costs = [(run['packed']['bytes'], run['packed']['additions'] + run['packed']['multiply_adds']) for run in runs
                  if 'additions' in run.get('packed', {})]
         if family == 'FP':
             costs = [(4 * runs[0]['parameters'], of_float.get(architecture))]
-        if not costs or None in costs[0]:
-            continue
-        label, colour, marker = FAMILIES[family]
-        y = mean_accuracy(runs)
-        size, operations = np.mean(costs, axis=0)
-        for axes, x in ((left, size / 1000), (right, operations / 1e6)):
-            axes.plot(x, y, marker, color=colour, label=None if family in seen else label)
-            is_crowded = any(axes is other and abs(np.log(x / x0)) < 0.8 and abs(y - y0) < 0.05
-                             for other, x0, y0 in places)  # the one above has its label above
-            axes.annotate(runs[0]['script'], (x, y), fontsize=7, ha='center', xytext=(0, -11 if is_crowded else 6),
-                          textcoords='offset points')
-            places.append((axes, x, y))
-        seen.add(family)
+        if costs and None not in costs[0]:
+            accuracies = [run['last']['test_accuracy'] for run in runs]
+            points.append((family, runs[0]['script'], 100 * np.mean(accuracies), *np.mean(costs, axis=0)))
+    families, scripts, heights, sizes, operations = zip(*points, strict=True)
+    close = 0.05 * np.ptp(heights)  # where labels would overlap
+    for axes, costs in ((left, np.array(sizes) / 1000), (right, np.array(operations) / 1e6)):
+        for i, (family, x, y) in enumerate(zip(families, costs, heights, strict=True)):
+            label, colour, marker = FAMILIES[family]
+            axes.plot(x, y, marker, color=colour, label=None if family in families[:i] else label)
+            others = [costs[j] for j in range(len(points)) if j != i and abs(heights[j] - y) < close]
+            side = -1 if any(x < other for other in others) else 1
+            axes.annotate(re.sub('_(MNIST|CIFAR10)', '', scripts[i]), (x, y), fontsize=7, va='center',
+                          ha='left' if side > 0 else 'right', xytext=(6 * side, 0), textcoords='offset points')
     left.set(xlabel='model (KB; float32: 4 bytes a parameter)', ylabel='test accuracy, mean of the seeds (%)')
     right.set(xlabel='operations an image (millions): additions where neither\nweight nor activation is 0, and '
                      'the multiply-adds\nof real-valued layers')
     for axes in (left, right):
         axes.set_xscale('log')
+        axes.margins(0.5, 0.12)
         label_log(axes)
         axes.grid(alpha=0.3, which='both')
-        axes.margins(0.45, 0.12)
     left.legend()
     figure.suptitle(f'{title}: accuracy after the short protocol against size and work')
     return figure
 
 
 def label_log(axes):
-    """Labels 1, 2, 5, 10, 20, ... on a logarithmic x axis."""
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """Labels 1, 2, 5, 10, 20, ... on a logarithmic x axis, or 1, 10, ... where it is long."""
+    low, high = axes.get_xlim()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,)))
     axes.xaxis.set_major_formatter('{x:g}')
     axes.xaxis.set_minor_formatter(NullFormatter())
 
