@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from twta import replacing
-from twta.command_line import output_file, positive_integer
+from twta.command_line import output_file, path, positive_integer
 from twta.report import choices as table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,9 +81,9 @@ def main():
     parser.add_argument('--epochs', type=positive_integer, metavar='N',
                         help='default: 6 on MNIST, 3 on CIFAR-10, 30 and 6 of short')
     parser.add_argument('--seeds', type=int, nargs='+', metavar='N', help='default: 0 1 2 on MNIST, else 0')
-    parser.add_argument('--runs', type=Path, default=ROOT / 'runs' / 'choices', metavar='DIR',
+    parser.add_argument('--runs', type=path, default=ROOT / 'runs' / 'choices', metavar='DIR',
                         help='default: runs/choices')
-    parser.add_argument('--data_dir', type=Path, metavar='DIR', help='default: data')
+    parser.add_argument('--data_dir', type=path, metavar='DIR', help='default: data')
     parser.add_argument('--json', type=output_file, default=ROOT / 'benchmarks' / 'choices.json', metavar='FILE',
                         help='default: benchmarks/choices.json')
     args = parser.parse_args()

@@ -362,7 +362,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--all', action='store_true', help=f'every network, not only {", ".join(SHORT)}')
     parser.add_argument('--repetitions', type=positive_integer, default=9, metavar='N',
-                        help='of which the median is taken')
+                        help='of which the median is taken; default: 9')
     parser.add_argument('--json', type=output_file, metavar='FILE', help='write the rows there as well')
     parser.add_argument('--profile', choices=SCRIPTS, metavar='NETWORK',
                         help='only where the packed engine spends its time')

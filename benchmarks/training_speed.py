@@ -267,7 +267,7 @@ def main():
     parser.add_argument('--all', action='store_true', help='every network')
     parser.add_argument('--torch', action='store_true', help='PyTorch as well; it must be installed')
     parser.add_argument('--repetitions', type=positive_integer, default=5, metavar='N',
-                        help='of which the median is taken')
+                        help='of which the median is taken; default: 5')
     parser.add_argument('--json', type=output_file, metavar='FILE', help='write the rows there as well')
     parser.add_argument('--profile', choices=SCRIPTS, metavar='NETWORK',
                         help='only where a training step spends its time')
@@ -280,7 +280,7 @@ def main():
         parser.error(f'{min(unknown)}: unknown; valid are {", ".join(SCRIPTS)}')
     if args.profile:
         if args.networks or args.all or args.torch or args.json:
-            parser.error('--profile: goes with --repetitions only')
+            parser.error('--profile: goes with --repetitions only; leave out the rest')
         return profile(args.profile, args.repetitions)
     if args.torch and not importlib.util.find_spec('torch'):
         parser.error('--torch: PyTorch is not installed; pip install torch==2.13.0')

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MNIST_SCRIPTS, QUICK, ROOT, SCRIPTS, chosen, load_script, random_packed, run_script, start
+from conftest import MNIST_SCRIPTS, ROOT, SCRIPTS, chosen, load_script, random_packed, run_script, start
 
 from twta import TwtaError, command_line, datasets, experiment, interchange, packed_file, packed_report, packing
 from twta import packed as engines
@@ -271,11 +271,13 @@ def test_a_file_of_another_network_is_refused(exported):
     assert 'TWTA_5_5_MNIST on digits, not TWTA_4_4_MNIST on digits' in finished.stderr
 
 
-def test_a_full_precision_network_has_nothing_to_pack(tmp_path):
-    start(tmp_path / 'run', *QUICK[2:], '--epochs', 1, script='FP_5_5_MNIST')
+def test_a_full_precision_network_has_nothing_to_pack():
+    """Its script says so before anyone trains for it; one that has another name, once its graph is built."""
+    for flags in (['--mode', 'export'], ['--mode', 'inference', '--engine', 'packed']):
+        finished = run_script(SCRIPTS['FP_5_5_MNIST'], *flags)
+        assert finished.returncode == 2 and finished.stderr.count('\n') == 1 and 'nothing to pack' in finished.stderr
     with pytest.raises(TwtaError, match='nothing to pack'):
-        start(tmp_path / 'run', '--mode', 'export', '--file', tmp_path / 'x.twta', script='FP_5_5_MNIST')
-    assert not (tmp_path / 'x.twta').exists()
+        packed_and_graph('FP_5_5_MNIST', sample_of('FP_5_5_MNIST'), hostile, 0)
 
 
 @pytest.mark.parametrize('name, value', [('gamma', np.nan), ('moving_variance', -1), ('beta', np.inf)])

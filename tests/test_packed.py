@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -330,12 +331,23 @@ def test_the_standalone_command(tmp_path, engine):
     assert finished.stdout.split() == [packed.classes[k] for k in expected]
 
 
+def test_a_network_of_other_images_or_classes():
+    packed = random_packed(*NETWORKS['dense'])
+    dataset = SimpleNamespace(test=SimpleNamespace(images=images(packed, 1)), classes=packed.classes)
+    args = SimpleNamespace(file='x.twta', dataset='digits')
+    engines.check_images(packed, dataset, args)
+    with pytest.raises(TwtaError, match=r'for images \[9, 9, 1\], but those of digits are \[9, 8, 1\]'):
+        engines.check_images(packed._replace(image=(9, 9, 1)), dataset, args)
+    with pytest.raises(TwtaError, match=r'its classes are a, a, .* those of digits'):
+        engines.check_images(packed._replace(classes=('a',) * len(packed.classes)), dataset, args)
+
+
 HEADER = b'\x93NUMPY\x01\x00\x76\x00%-118b'  # of an npy file
 
 
 @pytest.mark.parametrize('array, words', [
     (np.zeros((2, 28, 28), np.uint8), '[2, 28, 28, 1]'), (np.zeros((2, 9, 8, 1)), 'float64'),
-    (np.zeros((0, 9, 8, 1), np.uint8), '[0, 9, 8, 1]'), (np.array([{}], object), 'numpy.save'),
+    (np.zeros((0, 9, 8, 1), np.uint8), 'no images'), (np.array([{}], object), 'numpy.save'),
     (b'no array', 'numpy.save'), (b'PK\x03\x04garbage', 'numpy.save'), (HEADER % b"{'descr':\n", 'numpy.save'),
     (HEADER % b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000, 9, 8, 1)}", 'numpy.save')])
 def test_images_that_do_not_fit(tmp_path, array, words):

@@ -162,7 +162,10 @@ def test_a_run_is_added_and_reproduced(repository, finished_run, capsys):
     record = json.loads(path.read_text())
     assert path.stem == record['name'] == 'TWTA_5_5_MNIST-digits-0-constant4'
     assert record['packed']['images'] == 300
+    assert f'{evidence.PRETRAINED / "TWTA_5_5_MNIST.twta"}\n' in capsys.readouterr().out
     assert record['packed']['multiply_adds'] < record['packed']['additions'] < record['packed']['float_multiply_adds']
+    evidence.add(finished_run, repository / 'TWTA_5_5_MNIST.twta', repository)
+    assert f'TWTA_5_5_MNIST.twta, in place of that of {record["name"]}' in capsys.readouterr().out
     evidence.add(finished_run, None, repository)  # once more, without the network: what it costs stays
     assert json.loads(path.read_text()) == record
     evidence.reproduce(repository)
@@ -188,7 +191,9 @@ def test_what_cannot_be_added_is_refused(repository, finished_run, tmp_path, mon
     other = tmp_path / 'other'
     shutil.copytree(finished_run, other)
     record = json.loads((finished_run / 'record.json').read_text())
-    for content in ('[]', '3', '{', '{"name": "x"}'):
+    impossible = [json.dumps({**record, key: {**record[key], 'test_accuracy': 1.5}})
+                  for key in ('last', 'best_validation')]
+    for content in ('[]', '3', '{', '{"name": "x"}', *impossible):
         (other / 'record.json').write_text(content)
         with pytest.raises(TwtaError, match='not a record of a finished run'):
             evidence.add(other, None, tmp_path)
@@ -201,6 +206,13 @@ def test_what_cannot_be_added_is_refused(repository, finished_run, tmp_path, mon
             evidence.add(other, None, tmp_path)
     (other / 'record.json').write_text(json.dumps({**record, 'script': 'TWTA_4_4_MNIST'}))
     with pytest.raises(UsageError, match='of TWTA_5_5_MNIST on digits, not of TWTA_4_4_MNIST on digits'):
+        evidence.add(other, repository / 'TWTA_5_5_MNIST.twta', tmp_path)
+    confusion = np.roll(record['confusion'], 1, 0).tolist()
+    (other / 'record.json').write_text(json.dumps({**record, 'confusion': confusion}))
+    with pytest.raises(UsageError, match='does not predict the test images as'):
+        evidence.add(other, repository / 'TWTA_5_5_MNIST.twta', tmp_path)
+    (other / 'record.json').write_text(json.dumps({**record, 'data': {**record['data'], 'sha256': 'of others'}}))
+    with pytest.raises(UsageError, match='other images than those of'):
         evidence.add(other, repository / 'TWTA_5_5_MNIST.twta', tmp_path)
     assert not list((repository / 'RESULTS').iterdir()) and not list((repository / 'PRETRAINED').iterdir())
     evidence.add(finished_run, None, tmp_path)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from twta import TwtaError, UsageError, describe_fault
 
+NOTHING_TO_PACK = ('has full-precision activations, there is nothing to pack or to convert; take one of the networks '
+                   'with quantised activations')
 SUFFIXES = {'twta': '.twta', 'npz': '.npz', 'c': '.h', 'onnx': '.onnx'}  # of what export writes, by --format
 
 
@@ -115,8 +117,8 @@ def parse(script, description, datasets, defaults, choices=(), argv=None):
         help='train in one thread with deterministic kernels: the same weights, bit for bit, whatever the number of '
              'cores; slower')
     add('--checkpoint', choices=('last', 'best'), default='last',
-        help='which one inference or export reads: after the last epoch (default), or the best on validation; without '
-             'validation images that is the last')
+        help='which one inference or export reads: the last (default), after the last epoch or where the training was '
+             'stopped, or the best on validation; without validation images that is the last')
     add('--weights', type=path, metavar='NPZ',
         help='a model.npz to start from, to evaluate or to export, instead of a checkpoint; with the same '
              'flags of the network as it was trained with')
@@ -150,6 +152,8 @@ def check(args, script, trained_on):
     if chosen.get('levels') == 3 and chosen.get('pooling') == 'max':
         raise UsageError('--levels 3 with --pooling max: such a network cannot be exported; use --pooling average or '
                          'conv')
+    if script.stem.startswith('FP_') and (args.engine == 'packed' or args.mode == 'export'):
+        raise UsageError(f'{script.stem} {NOTHING_TO_PACK}')
     if 'k' in chosen and chosen['B'] * 2 ** chosen['k'] > 8:
         raise UsageError(f'--k {chosen["k"]} --B {chosen["B"]}: {chosen["B"] * 2 ** chosen["k"]} steps, valid are up '
                          'to 8; make one smaller')

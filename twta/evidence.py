@@ -44,7 +44,9 @@ def read_record(path):
         record = json.loads(path.read_text())
         check_keys('the record', record, KEYS)
         check_choices(record['choices'])
-        check_keys('its last epoch', record['last'], {'test_accuracy': is_finite})
+        for what, epoch in (('its last epoch', record['last']), ('its best', record['best_validation'])):
+            check_keys(what, epoch or record['last'], {
+                'test_accuracy': is_share, 'validation_accuracy': lambda value: value is None or is_share(value)})
         check_keys('its data', record['data'], {'validation_images': is_natural, 'sha256': str, 'origin': str,
                                                        'published': bool})
         check_keys('its flags', record['flags'], {'weights': (str, NoneType)})
@@ -54,9 +56,14 @@ def read_record(path):
         if not record['stages'] or any(len(record['curve'][field]) != record['epochs'] for field in FIELDS):
             raise ValueError(f'its curve is not that of {record["epochs"]} epochs')
     except (OSError, ValueError, RecursionError) as error:
-        raise TwtaError(f'{path}: not a record of a finished run, or damaged ({error}); a training writes record.json '
+        reason = getattr(error, 'strerror', None) or error
+        raise TwtaError(f'{path}: not a record of a finished run, or damaged ({reason}); a training writes record.json '
                         'when it ends') from None
     return record
+
+
+def is_share(value):
+    return is_finite(value) and 0 <= value <= 1
 
 
 def load_records():
@@ -120,18 +127,34 @@ def add(run_dir, file, data_dir):
         if found != (name, record['epochs']):
             raise UsageError(f'--packed {file}: of the run {found[0]}, epoch {found[1]}, not of {name}, epoch '
                              f'{record["epochs"]}; export it with --mode export --run_dir {run_dir}')
-        record['packed'] = {'bytes': file.stat().st_size, **count_operations(network, data_dir)}
-        with replacing(PRETRAINED / f'{network.network}.twta') as part:
+        dataset = datasets.load(network.dataset, data_dir, record['data']['validation_images'])
+        if dataset.sha256 != record['data']['sha256']:
+            raise UsageError(f'--data_dir {data_dir}: other images than those of {name}; give those, to see that the '
+                             'network is of this run')
+        if evaluate(network, dataset).tolist() != record['confusion']:
+            raise UsageError(f'--packed {file}: does not predict the test images as {name} did, so it is of another '
+                             f'run; export it with --mode export --run_dir {run_dir}')
+        record['packed'] = {'bytes': file.stat().st_size, **count_operations(network, dataset.test.images)}
+        taken = PRETRAINED / f'{network.network}.twta'
+        before = f', in place of that of {packed_file.read(taken).record.get("run")}' if taken.exists() else ''
+        with replacing(taken) as part:
             shutil.copyfile(file, part)
+        say(f'{taken}{before}')
     write_json(path, record)
     say(f'{path}')
 
 
-def count_operations(network, data_dir):
-    """Of an image; nothing where levels and pooling have become neurons, for those are not the trained layers."""
+def evaluate(network, dataset):
+    """The confusion matrix of a packed network on the test images."""
+    predicted = packed.logits(packed.open_engine(network), dataset.test.images).argmax(1)
+    return confuse(dataset.test.labels, predicted, len(network.classes))
+
+
+def count_operations(network, images):
+    """Of an image, the mean of some; nothing where levels and pooling have become neurons: not the trained layers."""
     if packed.is_expanded(network):
         return {}
-    images = datasets.load(network.dataset, data_dir, None).test.images[:packed_report.IMAGES]
+    images = images[:packed_report.IMAGES]
     rows = packed_report.measure(packed.open_engine(network), images)
     return {'images': len(images), 'additions': rows[-1]['additions'],
             'multiply_adds': packed_report.remaining_multiply_adds(rows),
@@ -155,8 +178,7 @@ def reproduce(data_dir):
             say(f'{network.network:28} recorded {recorded:.2%}  not compared: {reason.partition(";")[0]}')
             verdicts.append('not compared')
             continue
-        predicted = packed.logits(packed.open_engine(network), dataset.test.images).argmax(1)
-        found = accuracy(confuse(dataset.test.labels, predicted, len(network.classes)))
+        found = accuracy(evaluate(network, dataset))
         verdict, why = 'the same' if found == recorded else 'DIFFERENT', ''
         if dataset.sha256 != record['data']['sha256']:
             verdict, why = 'not compared', f': the record is of other images ({record["data"]["origin"]})'

@@ -7,12 +7,11 @@ network computes.
 import os
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
 from twta import TwtaError, UsageError, arrays, packed_file
-from twta.command_line import Parser, errors_in_a_line, positive_integer
+from twta.command_line import Parser, errors_in_a_line, path, positive_integer
 
 
 def prepare(images, crop):
@@ -134,7 +133,7 @@ def infer(script, args):
     packed = packed_file.read(args.file)
     if (packed.network, packed.dataset) != (script, args.dataset):
         raise TwtaError(f'{args.file}: {packed.network} on {packed.dataset}, not {script} on {args.dataset}; choose '
-                        'another --file')
+                        'another --file, perhaps of those in pretrained/')
     dataset = datasets.load(args.dataset, args.data_dir, None)
     check_images(packed, dataset, args)
     records.say(f'data: {dataset}')
@@ -164,9 +163,12 @@ def is_expanded(packed):
 def check_images(packed, dataset, args):
     """Raises TwtaError where a network of --file is for other images than those of --dataset."""
     shape = dataset.test.images.shape[1:]
-    if (packed.image, packed.classes) != (shape, tuple(dataset.classes)):
-        raise TwtaError(f'{args.file}: for images {list(packed.image)} of {len(packed.classes)} classes, but those of '
-                        f'{args.dataset} are {list(shape)} of {len(dataset.classes)}; choose another --file')
+    if packed.image != shape:
+        raise TwtaError(f'{args.file}: for images {list(packed.image)}, but those of {args.dataset} are {list(shape)}; '
+                        'choose another --file')
+    if packed.classes != tuple(dataset.classes):
+        raise TwtaError(f'{args.file}: its classes are {", ".join(packed.classes)[:80]}, those of {args.dataset} '
+                        f'{", ".join(dataset.classes)}; choose another --file')
 
 
 def started(packed, engine, threads):
@@ -185,8 +187,8 @@ def started(packed, engine, threads):
 
 def main(argv=None):
     parser = Parser(prog='python -m twta.packed', description=__doc__.partition('\n')[0], allow_abbrev=False)
-    parser.add_argument('file', type=Path, help='a packed network, from --mode export')
-    parser.add_argument('images', type=Path, help='uint8 [n, height, width, channels] as numpy.save writes them; of '
+    parser.add_argument('file', type=path, help='a packed network, from --mode export')
+    parser.add_argument('images', type=path, help='uint8 [n, height, width, channels] as numpy.save writes them; of '
                                                   'images with one channel, [n, height, width] does as well')
     parser.add_argument('--engine', choices=('auto', 'numba', 'numpy'), default='auto',
                         help='auto, the default: numba where it is installed, else numpy, slower; the same classes')
@@ -195,6 +197,9 @@ def main(argv=None):
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error, not only its line')
     with errors_in_a_line('twta.packed'):
         args = parser.parse_args(argv)
+        for file in (args.file, args.images):
+            if not file.exists():
+                raise UsageError(f'{file}: no such file; give a packed network and an array of images')
         packed = packed_file.read(args.file)
         images = read_images(args.images, packed.image)
         predicted = logits(started(packed, args.engine, args.threads), images).argmax(1)
@@ -208,14 +213,16 @@ def read_images(path, shape):
     try:
         images = arrays.read_npy(path)
     except arrays.UNREADABLE as error:
-        reason = getattr(error, 'strerror', None) or 'not an array that numpy.save wrote, or damaged'
-        raise TwtaError(f'{path}: {reason}; make one with numpy.save') from None
+        reason = getattr(error, 'strerror', None) or 'not numbers that numpy.save wrote, or damaged'
+        raise TwtaError(f'{path}: {reason}; give images as numpy.save writes them') from None
     wanted = f'uint8 [n, {", ".join(map(str, shape))}]'
     if images.dtype != np.uint8:
         raise TwtaError(f'{path}: {images.dtype}, but the network takes {wanted}')
     if images.ndim == 3 and shape[2] == 1:
         images = images[..., np.newaxis]
-    if images.shape[1:] != tuple(shape) or not len(images):
+    if not len(images):
+        raise TwtaError(f'{path}: no images are in it; the network takes {wanted}')
+    if images.shape[1:] != tuple(shape):
         raise TwtaError(f'{path}: {list(images.shape)}, but the network takes {wanted}')
     return images
 

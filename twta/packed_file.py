@@ -311,7 +311,7 @@ def check_keys(what, entry, keys):
         raise Bad(f'its {what} is no JSON object')
     for key, kind in keys.items():
         if type(entry.get(key)) is not kind or (kind is str and not is_name(entry[key])):
-            raise Bad(f'{key} of its {what} is missing or no {kind.__name__}')
+            raise Bad(f'{key} of its {what} is missing, or no {kind.__name__} that can be printed in a line')
 
 
 def is_name(text):

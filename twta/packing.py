@@ -16,6 +16,7 @@ import numpy as np
 
 from twta import TwtaError, interchange, packed_file, ternary_layers
 from twta import packed as engines
+from twta.command_line import NOTHING_TO_PACK
 from twta.packed_file import Layer, Packed, Stem, fan_in
 from twta.records import is_sound, name_run, say
 from twta.tf1 import tf
@@ -89,8 +90,7 @@ def fold(net, session, script):
     *blocks, (classifier, classifier_bn, _) = read_blocks(net)
     has_stem = len(blocks) > 1 and not hasattr(blocks[0][2].activation, 'levels')
     if any(not hasattr(activation.activation, 'levels') for _, _, activation in blocks[has_stem:]):
-        raise TwtaError(f'{script} has full-precision activations, there is nothing to pack or to convert; take one of '
-                        'the networks with quantised activations')
+        raise TwtaError(f'{script} {NOTHING_TO_PACK}')
     check_finite(net, session)
     stem = fold_stem(session, *blocks.pop(0)[:2]) if has_stem else None
     layers, before = [], None  # before: the Reader of the layer before
