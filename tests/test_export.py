@@ -271,11 +271,12 @@ def test_a_file_of_another_network_is_refused(exported):
     assert 'TWTA_5_5_MNIST on digits, not TWTA_4_4_MNIST on digits' in finished.stderr
 
 
-def test_a_full_precision_network_has_nothing_to_pack():
+def test_a_full_precision_network_has_nothing_to_pack(tmp_path):
     """Its script says so before anyone trains for it; one that has another name, once its graph is built."""
     for flags in (['--mode', 'export'], ['--mode', 'inference', '--engine', 'packed']):
-        finished = run_script(SCRIPTS['FP_5_5_MNIST'], *flags)
+        finished = run_script(SCRIPTS['FP_5_5_MNIST'], *flags, '--file', tmp_path / 'x.twta')
         assert finished.returncode == 2 and finished.stderr.count('\n') == 1 and 'nothing to pack' in finished.stderr
+        assert not (tmp_path / 'x.twta').exists()
     with pytest.raises(TwtaError, match='nothing to pack'):
         packed_and_graph('FP_5_5_MNIST', sample_of('FP_5_5_MNIST'), hostile, 0)
 

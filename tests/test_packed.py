@@ -347,7 +347,7 @@ HEADER = b'\x93NUMPY\x01\x00\x76\x00%-118b'  # of an npy file
 
 @pytest.mark.parametrize('array, words', [
     (np.zeros((2, 28, 28), np.uint8), '[2, 28, 28, 1]'), (np.zeros((2, 9, 8, 1)), 'float64'),
-    (np.zeros((0, 9, 8, 1), np.uint8), 'no images'), (np.array([{}], object), 'numpy.save'),
+    (np.zeros((0, 9, 8, 1), np.uint8), '[0, 9, 8, 1] has no images'), (np.array([{}], object), 'numpy.save'),
     (b'no array', 'numpy.save'), (b'PK\x03\x04garbage', 'numpy.save'), (HEADER % b"{'descr':\n", 'numpy.save'),
     (HEADER % b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000, 9, 8, 1)}", 'numpy.save')])
 def test_images_that_do_not_fit(tmp_path, array, words):

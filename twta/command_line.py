@@ -81,9 +81,9 @@ def parse(script, description, datasets, defaults, choices=(), argv=None):
     add('--learning_rate', type=positive_number, metavar='RATE',
         help=f'of Adam, default: {defaults["learning_rate"]:g}')
     add('--epochs', type=positive_integer, metavar='N',
-        help=f'to train in this command, default: {defaults["epochs"]}. After --resume True the same flags finish an '
-             'interrupted training, and flags left out are its own; other flags, or a finished training, begin N more '
-             'epochs, and flags left out are the defaults')
+        help=f'to train in this command, default: {defaults["epochs"]}. With --resume True, the same flags finish an '
+             'interrupted training, and flags left out are those that it had; with other flags, or after a finished '
+             'training, N more epochs begin, and flags left out are the defaults')
     add('--schedule', choices=WAYS['schedule'],
         help='of the learning rate over --epochs; cosine: up from 0 in the first epoch (in the first quarter of less '
              f'than 4), then half a cosine down to 0. Default: {defaults["schedule"]}')
@@ -298,6 +298,13 @@ def natural(text, least=0, most=2 ** 31 - 1):
 
 def positive_integer(text):
     return natural(text, least=1)
+
+
+def input_file(text):
+    file = path(text)
+    if not file.exists():
+        raise argparse.ArgumentTypeError(f'{text!r}: no such file')
+    return file
 
 
 def output_file(text):

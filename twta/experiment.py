@@ -154,7 +154,7 @@ def train(script, model, args, defaults, dataset, precision, source, state):
                     train_epochs(network, session, store, state, stage, epochs, dataset, args.run_dir, stop)
                 if stop and state['epoch'] < last:
                     say(f'stopped after {describe_end(state)}')
-                    say('go on with --resume True and the same flags' + (' but --weights' if args.weights else ''))
+                    say('go on with --resume True and the same flags' + (', without --weights' if args.weights else ''))
                     sys.exit(128 + stop[0])
             loss, confusion = report(script, network, session, dataset, args, state['epoch'])
             best = test_best(network, session, dataset, args.run_dir, state)

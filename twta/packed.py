@@ -11,7 +11,7 @@ import time
 import numpy as np
 
 from twta import TwtaError, UsageError, arrays, packed_file
-from twta.command_line import Parser, errors_in_a_line, path, positive_integer
+from twta.command_line import Parser, errors_in_a_line, input_file, positive_integer
 
 
 def prepare(images, crop):
@@ -187,9 +187,9 @@ def started(packed, engine, threads):
 
 def main(argv=None):
     parser = Parser(prog='python -m twta.packed', description=__doc__.partition('\n')[0], allow_abbrev=False)
-    parser.add_argument('file', type=path, help='a packed network, from --mode export')
-    parser.add_argument('images', type=path, help='uint8 [n, height, width, channels] as numpy.save writes them; of '
-                                                  'images with one channel, [n, height, width] does as well')
+    parser.add_argument('file', type=input_file, help='a packed network, from --mode export')
+    parser.add_argument('images', type=input_file, help='uint8 [n, height, width, channels] as numpy.save writes '
+                        'them; of images with one channel, [n, height, width] does as well')
     parser.add_argument('--engine', choices=('auto', 'numba', 'numpy'), default='auto',
                         help='auto, the default: numba where it is installed, else numpy, slower; the same classes')
     parser.add_argument('--threads', type=positive_integer, metavar='N', help='default: one a core')
@@ -197,9 +197,6 @@ def main(argv=None):
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error, not only its line')
     with errors_in_a_line('twta.packed'):
         args = parser.parse_args(argv)
-        for file in (args.file, args.images):
-            if not file.exists():
-                raise UsageError(f'{file}: no such file; give a packed network and an array of images')
         packed = packed_file.read(args.file)
         images = read_images(args.images, packed.image)
         predicted = logits(started(packed, args.engine, args.threads), images).argmax(1)
@@ -221,7 +218,7 @@ def read_images(path, shape):
     if images.ndim == 3 and shape[2] == 1:
         images = images[..., np.newaxis]
     if not len(images):
-        raise TwtaError(f'{path}: no images are in it; the network takes {wanted}')
+        raise TwtaError(f'{path}: {list(images.shape)} has no images in it; the network takes {wanted}')
     if images.shape[1:] != tuple(shape):
         raise TwtaError(f'{path}: {list(images.shape)}, but the network takes {wanted}')
     return images

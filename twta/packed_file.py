@@ -311,7 +311,8 @@ def check_keys(what, entry, keys):
         raise Bad(f'its {what} is no JSON object')
     for key, kind in keys.items():
         if type(entry.get(key)) is not kind or (kind is str and not is_name(entry[key])):
-            raise Bad(f'{key} of its {what} is missing, or no {kind.__name__} that can be printed in a line')
+            printable = ' that can be printed in a line' if kind is str else ''
+            raise Bad(f'{key} of its {what} is missing or no {kind.__name__}{printable}')
 
 
 def is_name(text):

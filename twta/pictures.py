@@ -128,16 +128,16 @@ def draw_cost(title, records):
         if costs and None not in costs[0]:
             accuracies = [run['last']['test_accuracy'] for run in runs]
             points.append((family, runs[0]['script'], 100 * np.mean(accuracies), *np.mean(costs, axis=0)))
-    families, scripts, heights, sizes, operations = zip(*points, strict=True)
-    close = 0.05 * np.ptp(heights)  # where labels would overlap
-    for axes, costs in ((left, np.array(sizes) / 1000), (right, np.array(operations) / 1e6)):
-        for i, (family, x, y) in enumerate(zip(families, costs, heights, strict=True)):
+    heights = [y for _, _, y, *_ in points]
+    for axes, costs in ((left, [size / 1e3 for *_, size, _ in points]), (right, [count / 1e6 for *_, count in points])):
+        for (family, script, y, *_), x in zip(points, costs, strict=True):
             label, colour, marker = FAMILIES[family]
-            axes.plot(x, y, marker, color=colour, label=None if family in families[:i] else label)
-            others = [costs[j] for j in range(len(points)) if j != i and abs(heights[j] - y) < close]
-            side = -1 if any(x < other for other in others) else 1
-            axes.annotate(re.sub('_(MNIST|CIFAR10)', '', scripts[i]), (x, y), fontsize=7, va='center',
-                          ha='left' if side > 0 else 'right', xytext=(6 * side, 0), textcoords='offset points')
+            axes.plot(x, y, marker, color=colour, label=label)
+            is_followed = any(x < other and abs(y - height) < 0.05 * np.ptp(heights)
+                              for other, height in zip(costs, heights, strict=True))  # where labels would overlap
+            axes.annotate(re.sub('_(MNIST|CIFAR10)', '', script), (x, y), fontsize=7, va='center',
+                          ha='right' if is_followed else 'left', xytext=(-6 if is_followed else 6, 0),
+                          textcoords='offset points')
     left.set(xlabel='model (KB; float32: 4 bytes a parameter)', ylabel='test accuracy, mean of the seeds (%)')
     right.set(xlabel='operations an image (millions): additions where neither\nweight nor activation is 0, and '
                      'the multiply-adds\nof real-valued layers')
@@ -146,7 +146,9 @@ def draw_cost(title, records):
         axes.margins(0.5, 0.12)
         label_log(axes)
         axes.grid(alpha=0.3, which='both')
-    left.legend()
+    handles, labels = left.get_legend_handles_labels()
+    by_label = dict(zip(labels, handles, strict=True))
+    left.legend(by_label.values(), by_label)
     figure.suptitle(f'{title}: accuracy after the short protocol against size and work')
     return figure
 
