@@ -1,4 +1,7 @@
-PYTHON ?= python3.11
+# The first Python that TensorFlow has wheels for; `make PYTHON=... demo` takes another.
+IS_FIT := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
+    $$python -c '$(IS_FIT)' 2>/dev/null && echo $$python && break; done)
 VENV := .venv/bin
 
 .PHONY: demo test soak lint report reproduce-table pdf
@@ -33,6 +36,10 @@ pdf: .venv/installed
 	$(VENV)/python PDF/make.py
 
 .venv/installed: requirements.txt pyproject.toml
+	@$(or $(PYTHON),false) -c '$(IS_FIT)' 2>/dev/null || { echo "error: $(or $(PYTHON),no Python here) is not one \
+	of Python 3.10 to 3.13, for which there is a TensorFlow; install one, and name it: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) lacks the module venv; on Debian \
+	and Ubuntu: apt install python3-venv" >&2; exit 1; }
 	@echo "installing into .venv: TensorFlow and what it needs, 2.5 GB on disk; a few minutes"
 	@$(PYTHON) -m venv .venv
 	$(VENV)/pip install --quiet --disable-pip-version-check -r requirements.txt

@@ -33,7 +33,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 import numpy as np
 
 from twta import packed as engines
-from twta import packed_file
+from twta import packed_file, processor
 from twta.command_line import output_file, positive_integer
 from twta.interchange import after
 from twta.packed_file import fan_in, input_shape
@@ -271,7 +271,7 @@ def measure(name, batches, threads, repetitions):
         memory = {engine: int(child('--memory', engine, folder)) for engine in found}
         for n_threads in threads:  # a process each: TensorFlow keeps the number of threads of its first session
             for row in json.loads(child('--rows', folder, n_threads, repetitions, *batches)):
-                row.update(network=name, threads=n_threads, peak_memory=memory[row['engine']],
+                row.update(network=name, processor=processor.kind(), threads=n_threads, peak_memory=memory[row['engine']],
                            bytes=(folder / ENGINES[row['engine']][1]).stat().st_size)
                 rows.append(row)
                 print(f'{name:26} {row["engine"]:18} {row["batch"]:5} {n_threads:7} {row["images_per_second"]:9,.0f} '
@@ -360,7 +360,9 @@ def child(*arguments):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--all', action='store_true', help=f'every network, not only {", ".join(SHORT)}')
+    parser.add_argument('networks', nargs='*', metavar='NETWORK',
+                        help=f'of {", ".join(SCRIPTS)}; default: {", ".join(SHORT)}')
+    parser.add_argument('--all', action='store_true', help='every network')
     parser.add_argument('--repetitions', type=positive_integer, default=9, metavar='N',
                         help='of which the median is taken; default: 9')
     parser.add_argument('--json', type=output_file, metavar='FILE', help='write the rows there as well')
@@ -369,6 +371,11 @@ def main():
     for internal, count in (('--tflite', 1), ('--memory', 2), ('--rows', '+')):
         parser.add_argument(internal, nargs=count, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    unknown = set(args.networks) - SCRIPTS.keys()
+    if unknown:
+        parser.error(f'{min(unknown)}: unknown; valid are {", ".join(SCRIPTS)}')
+    if args.all and args.networks:
+        parser.error('--all: goes without names of networks')
     if args.profile:
         return profile(args.profile, args.repetitions)
     if args.tflite:
@@ -377,7 +384,7 @@ def main():
     if args.memory:
         engine, folder = args.memory[0], Path(args.memory[1])
         packed = packed_file.read(folder / 'network.twta')
-        run = ENGINES[engine][0](folder, packed, sample(packed.image, 200), os.cpu_count())
+        run = ENGINES[engine][0](folder, packed, sample(packed.image, 200), processor.available_cores())
         for _ in range(3):
             run()
         status = Path('/proc/self/status').read_text()  # getrusage would count the process that started this one
@@ -387,8 +394,8 @@ def main():
         return print(json.dumps(interleave(Path(args.rows[0]), threads, repetitions, batches)))
     print(f'{"network":26} {"engine":18} batch threads  images/s packed/x  file bytes mem MiB predicts as packed')
     rows = []
-    for name in SCRIPTS if args.all else SHORT:
-        rows += measure(name, (1, 200), sorted({1, os.cpu_count()}), args.repetitions)
+    for name in SCRIPTS if args.all else args.networks or SHORT:
+        rows += measure(name, (1, 200), sorted({1, processor.available_cores()}), args.repetitions)
         if args.json:
             versions = dict(installed(('onnxruntime', 'ai-edge-litert')))
             args.json.write_text(json.dumps({'environment': environment(), 'others': versions,

@@ -39,6 +39,7 @@ import numpy as np
 import yardsticks
 from yardsticks import BATCH, INFERRED, SCRIPTS, random_images
 
+from twta import processor
 from twta.command_line import output_file, positive_integer
 from twta.records import environment, installed
 
@@ -88,13 +89,14 @@ def project(name, precision):
     return train, lambda: experiment.evaluate(network, session, data), epoch_end
 
 
-def start(name, way):
+def start(name, way, layers, is_ternary):
+    layers = [yardsticks.Layer(*layer) for layer in layers]
     if way == 'published':
-        return yardsticks.published(name)
+        return yardsticks.published(name, layers, is_ternary)
     kind, *words = way.split()
     if kind == 'project':
         return project(name, *words or ['auto'])
-    return yardsticks.pytorch(name, words[1], words[0] == 'compiled')
+    return yardsticks.pytorch(name, words[1], words[0] == 'compiled', layers, is_ternary)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -149,8 +151,8 @@ def profile(name, repetitions):
 # Measuring
 
 
-def work(name, way, began):
-    """A child: reports its start-up, then does what it is told line by line and answers with the seconds."""
+def work(name, way, began, network):
+    """A child; network: the layers, and whether it is ternary, as JSON. Reports its start-up, then does what it is told line by line and answers with the seconds."""
     answers = os.fdopen(os.dup(1), 'w', buffering=1)
     os.dup2(2, 1)  # whatever a library prints is no answer
     before = time.time()
@@ -159,7 +161,7 @@ def work(name, way, began):
     else:
         import twta.tf1  # noqa: F401
     imported = time.time()
-    train, infer, epoch_end = start(name, way)
+    train, infer, epoch_end = start(name, way, *json.loads(network))
     train(1)
     print(json.dumps({'first_step': time.time() - began, 'import': imported - before}), file=answers)
     todo = {'train': train, 'infer': lambda count: [infer() for _ in range(count)],
@@ -178,9 +180,9 @@ def work(name, way, began):
 class Worker:
     """A child process that works as `work` says."""
 
-    def __init__(self, name, way, folder):
+    def __init__(self, name, way, network, folder):
         self.way = way
-        command = [sys.executable, __file__, '--work', name, way, repr(time.time())]
+        command = [sys.executable, __file__, '--work', name, way, repr(time.time()), network]
         self.process = subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                         stderr=subprocess.DEVNULL, text=True,
                                         env={**os.environ, 'CUDA_VISIBLE_DEVICES': '',
@@ -228,11 +230,12 @@ class Worker:
 
 def measure(name, ways, repetitions):
     """Prints and returns a row for each way."""
+    network = json.dumps(yardsticks.layers_of(name))
     with tempfile.TemporaryDirectory() as folder:
         workers = []
         try:
             for way in ways:  # one after another, so that each starts up alone
-                workers.append(Worker(name, way, folder))
+                workers.append(Worker(name, way, network, folder))
             for _ in range(repetitions):
                 for worker in workers:
                     worker.repeat()
@@ -245,7 +248,7 @@ def measure(name, ways, repetitions):
 
 def summarize(name, worker, first):
     """A row: images per second, and how many times as many the first of the workers did."""
-    row = {'network': name, 'way': worker.way}
+    row = {'network': name, 'way': worker.way, 'processor': processor.kind()}
     for what in ('training', 'step', 'inference'):
         own, its = worker.seconds_an_image(what), first.seconds_an_image(what)
         row[f'{what}_images_per_second'] = 1 / statistics.median(own)
@@ -271,10 +274,10 @@ def main():
     parser.add_argument('--json', type=output_file, metavar='FILE', help='write the rows there as well')
     parser.add_argument('--profile', choices=SCRIPTS, metavar='NETWORK',
                         help='only where a training step spends its time')
-    parser.add_argument('--work', nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument('--work', nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
-        return work(*args.work[:2], float(args.work[2]))
+        return work(*args.work[:2], float(args.work[2]), args.work[3])
     unknown = set(args.networks) - SCRIPTS.keys()
     if unknown:
         parser.error(f'{min(unknown)}: unknown; valid are {", ".join(SCRIPTS)}')

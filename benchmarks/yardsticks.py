@@ -1,25 +1,23 @@
 """What training_speed.py compares with: the same networks the published way, and in PyTorch.
 
-Each is a function of a network's name that gives train(steps), infer() for INFERRED images, and epoch_end() or None.
+Each is a function of a network's name, its layers (see layers_of) and whether it is ternary; it gives train(steps), infer() for INFERRED images, and epoch_end() or None.
 """
 import os
 import runpy
-import sys
 import tempfile
 from collections import namedtuple
 from pathlib import Path
-from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
+
+from twta.processor import available_cores
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {path.stem: path for folder in ('MNIST', 'CIFAR10') for path in sorted((ROOT / folder).glob('*_*.py'))
            if path.stem.startswith(('FP', 'TWTA'))}
 BATCH = 200
 INFERRED = 1000  # images that a call of infer does
-Layer = namedtuple('Layer', 'kind filters size stride padding groups is_quantized is_normalized',
-                   defaults=(None, None, None, 1, True, True))
+Layer = namedtuple('Layer', 'kind filters size stride padding groups is_quantized is_normalized')
 
 
 def random_images(name):
@@ -30,44 +28,30 @@ def random_images(name):
 
 
 def layers_of(name):
-    """The layers of a script's network, and whether it is ternary.
+    """Return the layers of a script's network, read off the network that it builds, and whether it is ternary."""
+    from twta import packing
+    from twta.tf1 import tf
 
-    That is what its model() asks of twta.ternary_layers.Network, for which a recorder stands in.
-    """
+    images, _, crop = random_images(name)
+    with tf.Graph().as_default():
+        shape = (crop, crop) if crop else images.shape[1:3]
+        net = runpy.run_path(str(SCRIPTS[name]))['model'](tf.zeros([BATCH, *shape, images.shape[3]]), True)
+        blocks = packing.read_blocks(net)
+    is_ternary = hasattr(blocks[0][2].activation, 'levels')
     layers = []
-
-    class Network:
-        def __init__(self, x, is_train, weights=None, activation=None):
-            self.is_ternary = weights is None
-
-        def encode(self, filters, size, padding='SAME'):
-            layers.append(Layer('conv', filters, size, 1, padding, is_quantized=False))
-
-        def conv(self, filters, size, padding='SAME', stride=1, groups=1):
-            layers.append(Layer('conv', filters, size, stride, padding, groups, self.is_ternary))
-
-        def pool(self, filters, size, padding='VALID', groups=1):
-            self.conv(filters, size, padding, 2, groups)
-
-        def dense(self, units):
-            layers.append(Layer('dense', units, is_quantized=self.is_ternary))
-
-        def classify(self, classes, batch_norm=True):
-            layers.append(Layer('classify', classes, is_quantized=False, is_normalized=batch_norm))
-            return self
-
-    stand_in = SimpleNamespace(Network=Network, full_precision=True)
-    tf1 = SimpleNamespace(tf=SimpleNamespace(nn=SimpleNamespace(relu=None)))
-    with mock.patch.dict(sys.modules, {'twta.ternary_layers': stand_in, 'twta.tf1': tf1}):
-        net = runpy.run_path(str(SCRIPTS[name]))['model'](None, True)
-    return layers, net.is_ternary
+    for index, (layer, batch_norm, _) in enumerate(blocks):
+        *kernel, _, filters = layer.all_params[-1].shape.as_list()
+        is_last = index + 1 == len(blocks)
+        kind = 'conv' if kernel else 'classify' if is_last else 'dense'
+        geometry = (kernel[0], layer.stride, layer.padding, layer.groups) if kernel else (None, None, None, 1)
+        layers.append(Layer(kind, filters, *geometry, is_ternary and 0 < index and not is_last, bool(batch_norm)))
+    return layers, is_ternary
 
 
-def published(name):
+def published(name, layers, is_ternary):
     from twta.tf1 import tf, tl
 
     tf.RegisterGradient('Through')(lambda operation, gradient: gradient)
-    layers, is_ternary = layers_of(name)
     images, labels, crop = random_images(name)
 
     def ternary(x, threshold):
@@ -154,13 +138,13 @@ def published(name):
     return train, infer, epoch_end
 
 
-def pytorch(name, precision, is_compiled):
+def pytorch(name, precision, is_compiled, layers, is_ternary):
     import torch
     from torch import nn
     from torch.nn import functional
 
     torch.manual_seed(0)
-    layers, is_ternary = layers_of(name)
+    torch.set_num_threads(available_cores())
     images, labels, crop = random_images(name)
     x = torch.randn(BATCH, images.shape[-1], *[crop or 28] * 2).to(memory_format=torch.channels_last)
     y = torch.tensor(labels[:BATCH])

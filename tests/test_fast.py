@@ -1,7 +1,7 @@
 """The fast forms of the arithmetic against the plain ones: forward, gradients, whole networks."""
 import numpy as np
 import pytest
-from conftest import load_script, loss_and_gradients
+from conftest import chosen, image_shape, load_script, loss_and_gradients
 
 from twta import datasets, fast, quantizers, ternary_layers
 from twta.tf1 import tf
@@ -43,7 +43,10 @@ def sums_and_gradients(session, function, geometry, dtype, x, w, upstream):
     return values, {operation.type for operation in set(session.graph.get_operations()) - before}
 
 
-@pytest.mark.parametrize('dtype, bound', [('float32', 1e-6), ('bfloat16', 0.025)])
+NATIVE = [] if fast.BFLOAT16_IS_EMULATED else [('bfloat16', 0.025)]  # layers never ask for it where it is emulated
+
+
+@pytest.mark.parametrize('dtype, bound', [('float32', 1e-6), *NATIVE])
 @pytest.mark.parametrize('geometry, form', GEOMETRIES)
 def test_convolution_and_its_gradients_equal_the_plain_ones(session, geometry, form, dtype, bound):
     """The sums bit for bit, the gradients within the bound times the largest of the plain float32 ones.
@@ -59,7 +62,7 @@ def test_convolution_and_its_gradients_equal_the_plain_ones(session, geometry, f
     (plain_sums, *plain_gradients), _ = sums_and_gradients(session, plain, geometry, 'float32', x, w, upstream)
     (sums, *gradients), operations = sums_and_gradients(session, fast.convolve, geometry, dtype, x, w, upstream)
     assert ('Conv2D' in operations, 'Conv2DBackpropFilter' in operations) == {
-        'tiled': (False, False), 'short rows': (True, False), 'as it is': (True, True)}[form]
+        'tiled': (False, False), 'short rows': (True, dtype == 'float32'), 'as it is': (True, True)}[form]
     np.testing.assert_array_equal(sums, plain_sums)
     for ours, theirs in zip(gradients, plain_gradients, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=bound * np.abs(theirs).max())
@@ -74,6 +77,38 @@ def test_a_gpu_has_tensorflow_s_own_kernels(monkeypatch, session, geometry):
                          padding)
     assert sums.op.type == 'Conv2D'
     assert fast.compiled(plain) is plain
+
+
+@pytest.mark.parametrize('size, stride, padding', [(3, 1, 'SAME'), (4, 2, 'SAME'), (3, 1, 'VALID')])
+def test_groups_have_gradients_without_onednn(monkeypatch, session, size, stride, padding):
+    """Each group is a convolution of its own, with the sums and, bit for bit, the gradients of the plain one."""
+    monkeypatch.setattr(fast, 'ONEDNN', False)
+    random = np.random.default_rng(3)
+    x = random.integers(-1, 2, (3, 12, 12, 8))
+    w = random.integers(-1, 2, (size, size, 2, 12))
+    geometry = (12, 12, 8, 12, size, stride, padding, 4)
+    upstream = random.integers(-9, 10, plain(tf.zeros(x.shape), tf.zeros(w.shape), stride, padding, 4).shape)
+    expected, _ = sums_and_gradients(session, plain, geometry, 'float32', x, w, upstream)
+    before = len(session.graph.get_operations())
+    found, _ = sums_and_gradients(session, fast.convolve, geometry, 'float32', x, w, upstream)
+    assert [op.type for op in session.graph.get_operations()[before:]].count('Conv2DBackpropInput') == 4
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize('name, flags', [('TWTA_4_4_MNIST', {}), ('FP_5_5_MNIST', {}), ('TWBA_CIFAR10_Model2', {}),
+                                         ('TWTA_3_3_CIFAR10_Group_V2', {'pooling': 'max'})])
+def test_emulated_bfloat16_multiplies_and_adds_in_float32(monkeypatch, session, name, flags):
+    monkeypatch.setattr(fast, 'BFLOAT16_IS_EMULATED', True)
+    script = load_script(name)
+    x = tf.zeros([2, *image_shape(name)], tf.bfloat16)
+    net = script.model(x, True, **chosen(script, **flags))
+    tf.gradients(net.outputs, tf.trainable_variables())
+    assert {layer.dtype for layer in net.all_layers} == {tf.bfloat16}
+    kinds = 'Conv2D', 'MatMul', 'FusedBatchNorm', 'MaxPool'
+    sums = [op for op in session.graph.get_operations() if any(kind in op.type for kind in kinds)]
+    assert len(sums) > 10
+    assert {op.outputs[0].dtype for op in sums} == {tf.float32}
 
 
 @pytest.mark.parametrize('name', ['TWTA_4_4_MNIST', 'TWTA_4_4_CIFAR10_VGG13', 'TWTA_3_3_CIFAR10_Group_V2'])

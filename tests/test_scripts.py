@@ -35,7 +35,7 @@ def test_every_script_is_documented_here():
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_shapes_and_parameters(session, name):
     from twta import packing
-    from twta.tf1 import tf
+    from twta.tf1 import ONEDNN, tf
 
     parameters, maps = DOCUMENTED[name]
     script = load_script(name)
@@ -48,7 +48,8 @@ def test_shapes_and_parameters(session, name):
         assert [layer.outputs.shape.as_list()[1:3] for layer in convolutions] == [[size, size] for size in maps]
     operations = [op.type for op in tf.get_default_graph().get_operations()]
     products = operations.count('Conv2D') + operations.count('BatchMatMulV2')
-    assert products == 2 * len(maps)  # one a layer, however many groups it has
+    if ONEDNN:  # one per layer, however many groups it has; without oneDNN one per group: see twta.fast
+        assert products == 2 * len(maps)
     trained = [variable for variable in net.all_params if '/moving_' not in variable.name]
     assert tf.trainable_variables() == trained
 
@@ -78,13 +79,14 @@ def test_the_architecture_string_says_what_is_built(session, name):
 
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_scripts_quantize_all_but_the_first_and_the_last_layer(session, name):
+    from twta import packing
     from twta.tf1 import tf
 
     script = load_script(name)
     net = script.model(tf.zeros([2, *image_shape(name)]), True, **chosen(script))
-    products = [layer.op for layer in net.all_layers if layer.op.type in ('Conv2D', 'MatMul')]
+    weights = [layer.quantized for layer, _, _ in packing.read_blocks(net)]
     session.run(tf.global_variables_initializer())
-    levels = [len(np.unique(value)) for value in session.run([op.inputs[1] for op in products])]
+    levels = [len(np.unique(value)) for value in session.run(weights)]
     real = 2 if 'Model2' in name else 1  # a stem and the encoder
     assert min(*levels[:real], levels[-1]) > 3
     expected = {'TW': {3}, 'Qu': {3}, 'BW': {2}}.get(name[:2])

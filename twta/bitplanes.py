@@ -12,7 +12,7 @@ import threading
 import numba
 import numpy as np
 
-from twta import kernels, packed_file
+from twta import kernels, packed_file, processor
 from twta.packed import finish, see
 
 if numba.config.DISABLE_JIT:
@@ -58,7 +58,7 @@ class NumbaEngine:
 
     def __init__(self, packed, threads=None):
         self.packed = packed
-        self.threads = min(threads or numba.config.NUMBA_NUM_THREADS, numba.config.NUMBA_NUM_THREADS)
+        self.threads = min(threads or processor.available_cores(), numba.config.NUMBA_NUM_THREADS)
         shape = packed_file.input_shape(packed)
         encoder = packed.layers[0]
         self.before, padded = packed_file.border(shape, encoder)

@@ -76,7 +76,10 @@ def download_alone(urls, path, size, sha256, otherwise):
 
 def digest(path):
     with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+        return digest.hexdigest()
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):

@@ -19,7 +19,15 @@ from twta.command_line import complete
 from twta.interchange import check_format
 from twta.records import accuracy, say
 from twta.schedule import describe_stage, next_stage, scheduled_rate, shuffled_batches
-from twta.session import choose_precision, describe, find_gpu, make_deterministic, open_session, stop_signals
+from twta.session import (
+    choose_precision,
+    describe,
+    find_gpu,
+    make_deterministic,
+    multiplies_bfloat16,
+    open_session,
+    stop_signals,
+)
 from twta.tf1 import tf
 
 EVALUATION_BATCH = 500  # images; it decides on memory and speed, not on the result
@@ -43,7 +51,11 @@ def run(script, model, args, defaults, evaluate=None):
             say(f'data: {dataset}')
             say(f'device: {describe(gpu)}')
             if args.mode == 'training':
-                train(script, model, args, defaults, dataset, choose_precision(args.precision, gpu), source, state)
+                precision = choose_precision(args.precision, gpu)
+                if precision == tf.bfloat16 and not multiplies_bfloat16(gpu):
+                    say('WARNING: this device does not multiply bfloat16; it is emulated, and --precision float32 is '
+                        'faster')
+                train(script, model, args, defaults, dataset, precision, source, state)
             else:
                 evaluate = evaluate or {'inference': infer, 'export': export}[args.mode]
                 evaluate(script, model, args, dataset, source, state)

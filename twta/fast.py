@@ -3,20 +3,29 @@
 Sums of ternary values come out bit for bit as TensorFlow's own kernels give them, others to rounding. Beside the
 products themselves two things cost most in a training step (benchmarks/README.md has the figures):
 
-the filters' gradient  TensorFlow's kernel for it (oneDNN) runs along the rows of a map and starves on short ones, where
-                       it takes up to twenty times as long as the same products in one product of matrices
+the filters' gradient  in bfloat16, TensorFlow's kernel for it (oneDNN) runs along the rows of a map and starves on short
+                       ones, where it takes up to twenty times as long as the same products in one product of matrices
 passes over memory     an activation is compared, cast and subtracted in five operations; XLA compiles them into one
 
 None of it was tried on a GPU, where XLA wants parts of CUDA that TensorFlow does without: with one, TensorFlow's own
 kernels do everything.
+
+Two things are missing on some processors, and are made up for here:
+
+oneDNN                 without it, TensorFlow has no gradient of a grouped convolution on a CPU: each group is a
+                       convolution of its own
+bfloat16               if the processor does not multiply it, layers multiply and add in float32 and round the sums, as
+                       a processor with bfloat16 does. TensorFlow's own kernels add in bfloat16: ten times as slowly,
+                       and less exactly
 """
 import numpy as np
 
-from twta.session import find_gpus
-from twta.tf1 import tf
+from twta.session import find_gpus, multiplies_bfloat16
+from twta.tf1 import ONEDNN, tf
 
-SHORT_ROW = 8  # with fewer sums in a row of the output, as measured, the product of matrices is faster
+SHORT_ROW = 8  # with fewer sums in a row of the output the product of matrices is faster, in bfloat16; not in float32
 ON_CPU = not find_gpus()
+BFLOAT16_IS_EMULATED = ON_CPU and not multiplies_bfloat16(None)
 
 
 def compiled(function):
@@ -24,8 +33,13 @@ def compiled(function):
     return tf.function(function, jit_compile=True, autograph=False) if ON_CPU else function
 
 
+def type_of_sums(dtype):
+    """Return the type in which layers multiply and add values of the type: another one if bfloat16 is emulated."""
+    return tf.float32 if BFLOAT16_IS_EMULATED and dtype == tf.bfloat16 else dtype
+
+
 def convolve(x, w, stride, padding, groups=1):
-    """Convolution of x [batch, height, width, channels] with w [size, size, channels / groups, filters].
+    """Return the convolution of x [batch, height, width, channels] with w [size, size, channels / groups, filters].
 
     Group g of G reads the channels g, g + G, g + 2G, ...; the filters stand group by group. Of x only the batch may be
     unknown.
@@ -38,8 +52,11 @@ def convolve(x, w, stride, padding, groups=1):
     if groups > 1:  # TensorFlow's groups are blocks of neighbours: bring each group's channels together
         x = tf.reshape(x, [-1, height, width, channels // groups, groups])
         x = tf.reshape(tf.transpose(x, [0, 1, 2, 4, 3]), [-1, height, width, channels])
+        if ON_CPU and not ONEDNN:
+            parts = zip(tf.split(x, groups, axis=-1), tf.split(w, groups, axis=-1), strict=True)
+            return tf.concat([convolve(*part, stride, padding) for part in parts], axis=-1)
     in_a_row = -(-width // stride) if padding == 'SAME' else (width - size) // stride + 1
-    if ON_CPU and groups == 1 and in_a_row < SHORT_ROW:
+    if ON_CPU and groups == 1 and in_a_row < SHORT_ROW and x.dtype == tf.bfloat16:
         return convolve_short_rows(x, w, stride, padding)
     return tf.nn.conv2d(x, w, [1, stride, stride, 1], padding)
 

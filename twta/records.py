@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from twta import TwtaError, UsageError, arrays, locks, replacing
+from twta import TwtaError, UsageError, arrays, locks, processor, replacing
 from twta.command_line import WAYS, complete, is_choice
 
 FIELDS = ('epoch', 'learning_rate', 'loss', 'training_accuracy', 'validation_accuracy', 'images_per_second', 'seconds')
@@ -167,7 +167,8 @@ def environment():
     return {
         'versions': {'python': platform.python_version(), **dict(installed(PACKAGES))},
         'code': code,
-        'machine': {'processor': processor(), 'cores': os.cpu_count(), 'system': platform.platform()},
+        'machine': {'processor': processor.name(), 'kind': processor.kind(), 'cores': processor.available_cores(),
+                    'system': platform.platform()},
         'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
     }
 
@@ -177,13 +178,6 @@ def installed(packages):
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):
             yield package, version(package)
-
-
-def processor():
-    cpuinfo = Path('/proc/cpuinfo')
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(':', 1)[1].strip() for line in lines if line.startswith('model name')]
-    return names[0] if names else platform.processor()
 
 
 def warn_of_changes(run_dir, precision, deterministic):

@@ -2,10 +2,12 @@
 import contextlib
 import os
 import signal
-from pathlib import Path
 
-from twta import UsageError
-from twta.tf1 import native_chatter_hidden, tf
+from twta import UsageError, processor
+from twta.tf1 import ONEDNN, native_chatter_hidden, tf
+
+# values of ONEDNN_MAX_CPU_ISA that forbid oneDNN the instructions that multiply bfloat16
+WITHOUT_BFLOAT16 = ('SSE41', 'AVX', 'AVX2', 'AVX2_VNNI', 'AVX2_VNNI_2', 'AVX512_CORE', 'AVX512_CORE_VNNI')
 
 
 def find_gpus():
@@ -23,26 +25,30 @@ def find_gpu(index):
 
 
 def choose_precision(flag, gpu):
-    """The type to train in, tf.float32 or tf.bfloat16; 'auto' takes bfloat16 where it is multiplied natively.
-
-    That is a GPU of compute capability 8 or more; without a GPU, an x86 processor with AVX512-BF16 or AMX, on Linux.
-    """
+    """Return the type to train in, tf.float32 or tf.bfloat16; 'auto' takes bfloat16 if the device multiplies it."""
     if flag != 'auto':
         return tf.as_dtype(flag)
+    return tf.bfloat16 if multiplies_bfloat16(gpu) else tf.float32
+
+
+def multiplies_bfloat16(gpu):
+    """Return whether the device has instructions for products of bfloat16, and TensorFlow uses them.
+
+    A GPU has them from compute capability 8 on. Without a GPU (None), the processor must be an x86 with AVX512-BF16 or
+    AMX, on Linux, and oneDNN must be on: only oneDNN uses these instructions.
+    """
     if gpu:
-        native = tf.config.experimental.get_device_details(gpu).get('compute_capability', (0, 0)) >= (8, 0)
-    else:
-        cpuinfo = Path('/proc/cpuinfo')
-        flags = cpuinfo.read_text().split() if cpuinfo.exists() else []
-        native = 'avx512_bf16' in flags or 'amx_bf16' in flags
-    return tf.bfloat16 if native else tf.float32
+        return tf.config.experimental.get_device_details(gpu).get('compute_capability', (0, 0)) >= (8, 0)
+    if not ONEDNN or os.environ.get('ONEDNN_MAX_CPU_ISA', '').upper() in WITHOUT_BFLOAT16:
+        return False
+    return bool({'avx512_bf16', 'amx_bf16'} & processor.flags())
 
 
 def describe(gpu):
     """The device in words."""
     if gpu:
         return tf.config.experimental.get_device_details(gpu).get('device_name', gpu.name)
-    return f'no GPU found, using the CPU ({os.cpu_count()} cores)'
+    return f'no GPU found, using the CPU ({processor.available_cores()} cores)'
 
 
 def configuration(**options):
@@ -69,12 +75,18 @@ def make_deterministic():
 
 
 def open_session(graph, gpu_index):
-    """A session on the graph that sees only the GPU of that index, if there is one, and takes its memory as needed."""
+    """Return a session on the graph that sees only the GPU of that index, if there is one; it takes memory as needed.
+
+    It has as many threads as the process may use cores: TensorFlow alone would not know a container's share. Both
+    TF_NUM_INTRAOP_THREADS and make_deterministic come before that.
+    """
     gpu_options = tf.GPUOptions(allow_growth=True, visible_device_list=str(gpu_index))
-    threading = tf.config.threading
-    config = configuration(gpu_options=gpu_options,
-                           intra_op_parallelism_threads=threading.get_intra_op_parallelism_threads(),
-                           inter_op_parallelism_threads=threading.get_inter_op_parallelism_threads())
+    chosen = {'intra': tf.config.threading.get_intra_op_parallelism_threads(),
+              'inter': tf.config.threading.get_inter_op_parallelism_threads()}
+    threads = {f'{kind}_op_parallelism_threads':
+               count or int(os.environ.get(f'TF_NUM_{kind.upper()}OP_THREADS', processor.available_cores()))
+               for kind, count in chosen.items()}
+    config = configuration(gpu_options=gpu_options, **threads)
     with native_chatter_hidden():
         return tf.Session(graph=graph, config=config)
 

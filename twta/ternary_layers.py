@@ -7,7 +7,7 @@ twta.packing reads a network so.
 
 Source: the published TWTA scripts (github.com/edwardzcl/TWTA).
 """
-from twta.fast import convolve
+from twta.fast import convolve, type_of_sums
 from twta.quantizers import full_precision, ternarize_activations, ternarize_weights
 from twta.tf1 import tf, tl
 
@@ -56,9 +56,9 @@ class Conv2dLayer(tl.layers.Layer):
             shape = [filter_size, filter_size, channels // groups, n_filter]
             weights = get_variable('W', shape, tf.truncated_normal_initializer, stddev=0.02)
             self.quantized = quantizer(weights.value(), groups)
-            dtype = tf.float64 if exact else x.dtype
+            dtype = tf.float64 if exact else type_of_sums(x.dtype)
             sums = convolve(tf.cast(x, dtype), tf.cast(self.quantized, dtype), stride, padding, groups)
-            self.outputs = tf.cast(sums, tf.float32) if exact else sums
+            self.outputs = tf.cast(sums, tf.float32 if exact else x.dtype)
         self.all_layers.append(self.outputs)
         self.all_params.append(weights)
 
@@ -82,7 +82,8 @@ class PoolLayer(tl.layers.Layer):
             raise ValueError(f'{name}: no average of {filter_size}*{filter_size} with stride {stride} over a border')
         with tf.name_scope(name):
             pool = tf.nn.max_pool if kind == 'max' else tf.nn.avg_pool
-            self.outputs = pool(x, filter_size, stride, padding)
+            pooled = pool(tf.cast(x, type_of_sums(x.dtype)), filter_size, stride, padding)
+            self.outputs = tf.cast(pooled, x.dtype)
         self.all_layers.append(self.outputs)
 
 
@@ -101,7 +102,8 @@ class DenseLayer(tl.layers.Layer):
         with tf.variable_scope(name):
             weights = get_variable('W', [int(x.shape[-1]), n_units], tf.truncated_normal_initializer, stddev=0.1)
             self.quantized = quantizer(weights.value())
-            self.outputs = tf.matmul(x, tf.cast(self.quantized, x.dtype))
+            dtype = type_of_sums(x.dtype)
+            self.outputs = tf.cast(tf.matmul(tf.cast(x, dtype), tf.cast(self.quantized, dtype)), x.dtype)
         self.all_layers.append(self.outputs)
         self.all_params.append(weights)
 
@@ -135,7 +137,8 @@ class BatchNormLayer(tl.layers.Layer):
 
     @staticmethod
     def fused(x, channels, is_train, gamma, beta, mean, variance):
-        image = x if x.shape.rank == 4 else tf.reshape(x, [-1, 1, 1, channels])
+        image = tf.cast(x, type_of_sums(x.dtype))
+        image = image if x.shape.rank == 4 else tf.reshape(image, [-1, 1, 1, channels])
         moments = ([], []) if is_train else (mean, variance)
         # not tf.nn.fused_batch_norm, which raises epsilon to 1.001e-5
         y, batch_mean, batch_variance, *_ = tf.raw_ops.FusedBatchNormV3(
@@ -145,6 +148,7 @@ class BatchNormLayer(tl.layers.Layer):
             n = tf.cast(tf.size(image) // channels, tf.float32)  # the fused variance is over n - 1, ours over n
             update_moving(mean, batch_mean)
             update_moving(variance, batch_variance * ((n - 1) / n))
+        y = tf.cast(y, x.dtype)
         return y if x.shape.rank == 4 else tf.reshape(y, [-1, channels])
 
 

@@ -3,13 +3,24 @@
 TensorLayer 1.8.4 says `import tensorflow` and expects version 1, so `tf.compat.v1` answers to that name while
 TensorLayer is imported, and only then: any other library sees the real TensorFlow. Both are quiet unless the
 environment sets TF_CPP_MIN_LOG_LEVEL below 3, which `--verbose` does.
+
+oneDNN's kernels are switched on for every x86 processor, unless TF_ENABLE_ONEDNN_OPTS says otherwise. TensorFlow
+alone uses them only if it finds AVX-512 VNNI, BF16 or AMX. On two cores with AVX2 (AMD Zen 3), oneDNN raises the training
+speed of TWTA_4_4_MNIST from 683 to 1,119 images per second, of TWTA_3_3_CIFAR10_VGG13 from 83 to 148.
 """
 import contextlib
 import logging
 import os
+import platform
 import sys
 import tempfile
 import warnings
+
+if platform.machine().lower() in ('x86_64', 'amd64'):
+    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
+    ONEDNN = os.environ['TF_ENABLE_ONEDNN_OPTS'].lower() in ('1', 'true')
+else:  # TensorFlow has it for x86 only, or, on Arm, in a form that was not tried here
+    ONEDNN = False
 
 QUIET = os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3') == '3'
 
@@ -47,6 +58,8 @@ with native_chatter_hidden(), warnings.catch_warnings():
 
     tf = tensorflow_2.compat.v1
     tf.disable_v2_behavior()
+    # TF32 rounds float32 products to 10 bits on GPUs from Ampere on: the exported integers would predict otherwise
+    tf.config.experimental.enable_tensor_float_32_execution(False)
     tf.enable_resource_variables()  # the reference variables of TensorFlow 1 may be read while they are written
     sys.modules['tensorflow'] = tf
     try:
@@ -57,4 +70,4 @@ with native_chatter_hidden(), warnings.catch_warnings():
 if QUIET:
     logging.getLogger('tensorlayer').setLevel(logging.WARNING)
 
-__all__ = ['native_chatter_hidden', 'tf', 'tl']
+__all__ = ['ONEDNN', 'native_chatter_hidden', 'tf', 'tl']

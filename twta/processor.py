@@ -1,0 +1,58 @@
+"""Which processor this is, and how much of it the process may use."""
+import os
+import platform
+from pathlib import Path
+
+CGROUP = Path('/sys/fs/cgroup')  # where a container sees its own limits
+CPUINFO = Path('/proc/cpuinfo')
+NARROWING = ('TF_ENABLE_ONEDNN_OPTS', 'ONEDNN_MAX_CPU_ISA', 'XLA_FLAGS', 'NUMBA_CPU_NAME', 'ATEN_CPU_CAPABILITY')
+
+
+def available_cores():
+    """Return the number of cores that the process may use, at least 1.
+
+    Its affinity limits them (taskset, Slurm), and so does its share of processor time (docker --cpus, Kubernetes).
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    return max(1, min(cores, share_of_time(CGROUP) or cores))
+
+
+def share_of_time(cgroup):
+    """Return how many cores a cgroup's quota of processor time is worth, rounded up; None if it has no quota."""
+    for files in (['cpu.max'], ['cpu/cpu.cfs_quota_us', 'cpu/cpu.cfs_period_us']):  # cgroup version 2, version 1
+        try:
+            quota, period = map(int, ' '.join((cgroup / file).read_text() for file in files).split())
+        except (OSError, ValueError):  # no such file, or no limit: "max"
+            continue
+        if quota > 0 and period > 0:  # version 1 writes -1 for no limit
+            return -(-quota // period)
+    return None
+
+
+def flags():
+    """Return the names of the processor's instruction sets, as Linux spells them; nothing on other systems."""
+    return set(cpuinfo('flags').split())
+
+
+def name():
+    """Return the name of the processor."""
+    return cpuinfo('model name') or platform.processor() or platform.machine()
+
+
+def kind():
+    """Return the kind of processor in words: the widest of the instruction sets that make a difference here.
+
+    Environment variables that make a library use less than that are named too.
+    """
+    has = flags()
+    widest = next((words for flag, words in (('amx_bf16', 'AMX'), ('avx512_bf16', 'AVX-512 with BF16'),
+                                             ('avx512f', 'AVX-512'), ('avx2', 'AVX2')) if flag in has),
+                  platform.machine())
+    narrowed = ' '.join(f'{variable}={os.environ[variable]}' for variable in NARROWING if variable in os.environ)
+    return f'{widest}, narrowed by {narrowed}' if narrowed else widest
+
+
+def cpuinfo(field):
+    """Return the value of the first such field of /proc/cpuinfo, or ''."""
+    lines = CPUINFO.read_text().splitlines() if CPUINFO.exists() else []
+    return next((line.partition(':')[2].strip() for line in lines if line.partition(':')[0].strip() == field), '')
