@@ -271,8 +271,8 @@ def measure(name, batches, threads, repetitions):
         memory = {engine: int(child('--memory', engine, folder)) for engine in found}
         for n_threads in threads:  # a process each: TensorFlow keeps the number of threads of its first session
             for row in json.loads(child('--rows', folder, n_threads, repetitions, *batches)):
-                row.update(network=name, processor=processor.kind(), threads=n_threads, peak_memory=memory[row['engine']],
-                           bytes=(folder / ENGINES[row['engine']][1]).stat().st_size)
+                row.update(network=name, processor=processor.kind(), threads=n_threads,
+                           peak_memory=memory[row['engine']], bytes=(folder / ENGINES[row['engine']][1]).stat().st_size)
                 rows.append(row)
                 print(f'{name:26} {row["engine"]:18} {row["batch"]:5} {n_threads:7} {row["images_per_second"]:9,.0f} '
                       f'{row["packed_is_faster"]:7.1f} {row["bytes"]:11,} {row["peak_memory"] / 2 ** 20:8,.0f} '

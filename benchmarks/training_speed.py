@@ -152,7 +152,10 @@ def profile(name, repetitions):
 
 
 def work(name, way, began, network):
-    """A child; network: the layers, and whether it is ternary, as JSON. Reports its start-up, then does what it is told line by line and answers with the seconds."""
+    """Do a child's work: report its start-up, then do what each line of the input says, and answer with the seconds.
+
+    network is what layers_of returns, as JSON.
+    """
     answers = os.fdopen(os.dup(1), 'w', buffering=1)
     os.dup2(2, 1)  # whatever a library prints is no answer
     before = time.time()

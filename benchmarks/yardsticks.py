@@ -1,6 +1,7 @@
 """What training_speed.py compares with: the same networks the published way, and in PyTorch.
 
-Each is a function of a network's name, its layers (see layers_of) and whether it is ternary; it gives train(steps), infer() for INFERRED images, and epoch_end() or None.
+Each is a function of a network's name, its layers (see layers_of) and whether it is ternary. It gives train(steps),
+infer() for INFERRED images, and epoch_end() or None.
 """
 import os
 import runpy
@@ -44,7 +45,7 @@ def layers_of(name):
         is_last = index + 1 == len(blocks)
         kind = 'conv' if kernel else 'classify' if is_last else 'dense'
         geometry = (kernel[0], layer.stride, layer.padding, layer.groups) if kernel else (None, None, None, 1)
-        layers.append(Layer(kind, filters, *geometry, is_ternary and 0 < index and not is_last, bool(batch_norm)))
+        layers.append(Layer(kind, filters, *geometry, is_ternary and index > 0 and not is_last, bool(batch_norm)))
     return layers, is_ternary
 
 

@@ -92,6 +92,7 @@ def hostile(name, value):
     return value
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize('name, choices', [(name, {}) for name in TERNARY] + OTHERS)
 def test_hostile_parameters_on_200_images(name, choices):
     """Each hidden activation of each script, in both engines, and the predictions."""

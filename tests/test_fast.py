@@ -6,6 +6,8 @@ from conftest import chosen, image_shape, load_script, loss_and_gradients
 from twta import datasets, fast, quantizers, ternary_layers
 from twta.tf1 import tf
 
+pytestmark = pytest.mark.processor
+
 
 def plain(x, w, stride, padding, groups=1):
     """The convolution as the published scripts have it: a loop over groups, TensorFlow's gradients."""
@@ -61,8 +63,9 @@ def test_convolution_and_its_gradients_equal_the_plain_ones(session, geometry, f
     upstream = random.integers(-128, 129, shape) / 64  # exact in bfloat16
     (plain_sums, *plain_gradients), _ = sums_and_gradients(session, plain, geometry, 'float32', x, w, upstream)
     (sums, *gradients), operations = sums_and_gradients(session, fast.convolve, geometry, dtype, x, w, upstream)
-    assert ('Conv2D' in operations, 'Conv2DBackpropFilter' in operations) == {
-        'tiled': (False, False), 'short rows': (True, dtype == 'float32'), 'as it is': (True, True)}[form]
+    if fast.ONEDNN:  # without it, so few channels and filters are as they are
+        assert ('Conv2D' in operations, 'Conv2DBackpropFilter' in operations) == {
+            'tiled': (False, False), 'short rows': (True, dtype == 'float32'), 'as it is': (True, True)}[form]
     np.testing.assert_array_equal(sums, plain_sums)
     for ours, theirs in zip(gradients, plain_gradients, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=bound * np.abs(theirs).max())
@@ -92,6 +95,28 @@ def test_groups_have_gradients_without_onednn(monkeypatch, session, size, stride
     before = len(session.graph.get_operations())
     found, _ = sums_and_gradients(session, fast.convolve, geometry, 'float32', x, w, upstream)
     assert [op.type for op in session.graph.get_operations()[before:]].count('Conv2DBackpropInput') == 4
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize('geometry, operation', [
+    ((6, 5, 3, 4, 3, 1, 'SAME', 1), 'Conv2D'), ((6, 5, 3, 4, 4, 1, 'SAME', 1), 'Conv2D'),
+    ((7, 6, 3, 4, 4, 1, 'VALID', 1), 'Conv2D'), ((5, 5, 3, 4, 1, 1, 'SAME', 1), 'MatMul'),
+    ((6, 6, 4, 4, 2, 2, 'VALID', 1), 'MatMul'), ((4, 4, 8, 8, 4, 1, 'VALID', 4), 'MatMul')])
+def test_large_layers_have_other_gradients_without_onednn(monkeypatch, session, geometry, operation):
+    """The filters turned, or products of matrices: the same sums and gradients, bit for bit, as all are whole."""
+    monkeypatch.setattr(fast, 'ONEDNN', False)
+    monkeypatch.setattr(fast, 'MANY_CHANNELS', 3)
+    monkeypatch.setattr(fast, 'MANY_FILTERS', 4)
+    height, width, channels, filters, size, stride, padding, groups = geometry
+    random = np.random.default_rng(4)
+    x = random.integers(-1, 2, (3, height, width, channels))
+    w = random.integers(-1, 2, (size, size, channels // groups, filters))
+    upstream = random.integers(-9, 10, plain(tf.zeros(x.shape), tf.zeros(w.shape), stride, padding, groups).shape)
+    expected, _ = sums_and_gradients(session, plain, geometry, 'float32', x, w, upstream)
+    found, operations = sums_and_gradients(session, fast.convolve, geometry, 'float32', x, w, upstream)
+    assert 'Conv2DBackpropInput' not in operations
+    assert any(operation in kind for kind in operations)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
 

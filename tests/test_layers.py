@@ -14,6 +14,7 @@ from twta.ternary_layers import (
 )
 from twta.tf1 import tf, tl
 
+pytestmark = pytest.mark.processor
 RNG = np.random.default_rng(1)
 
 

@@ -18,6 +18,7 @@ from twta import TwtaError, bitplanes, kernels, packed_file
 from twta import packed as engines
 from twta.packed_file import Layer
 
+pytestmark = pytest.mark.processor
 NETWORKS = {  # image, crop, layers: filters, kernel (0: the whole map), stride, padding, groups
     'dense': ((9, 8, 1), 0, [(5, 3, 1, 'SAME', 1), (33, 0, 1, 'VALID', 1), (7, 0, 1, 'VALID', 1)]),
     'odd': ((13, 11, 2), 0, [(20, 3, 1, 'SAME', 1), (12, 2, 1, 'SAME', 4), (18, 3, 2, 'SAME', 3),

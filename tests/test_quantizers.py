@@ -13,6 +13,7 @@ from twta.quantizers import (
 )
 from twta.tf1 import tf
 
+pytestmark = pytest.mark.processor
 RNG = np.random.default_rng(0)
 ABOVE, BELOW = np.nextafter(np.float32(0.5), np.float32(1)), np.nextafter(np.float32(0.5), np.float32(0))
 ONE_ABOVE = np.nextafter(np.float32(1), np.float32(2))

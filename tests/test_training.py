@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import MNIST_SCRIPTS, QUICK, ROOT, load_script, log, loss_and_gradients, run_script, start, variables
 
-from twta import UsageError, checkpoints, command_line, datasets, experiment
+from twta import UsageError, checkpoints, command_line, datasets, experiment, fast
 from twta.ternary_layers import Conv2dLayer
 from twta.tf1 import tf, tl
 
@@ -198,14 +198,20 @@ def test_inference_of_the_best_does_not_replace_the_result_of_the_last(finished_
 # Accuracy and precision
 
 
-@pytest.mark.parametrize('name', MNIST_SCRIPTS)
-@pytest.mark.parametrize('precision', ['float32', 'bfloat16'])
-def test_accuracy_on_the_sample(tmp_path, name, precision):
+# emulated, bfloat16 is slow: one script then stands for all
+BFLOAT16 = ['TWTA_4_4_MNIST'] if fast.BFLOAT16_IS_EMULATED else MNIST_SCRIPTS
+
+
+@pytest.mark.processor
+@pytest.mark.parametrize('precision, name', [*(('float32', name) for name in MNIST_SCRIPTS),
+                                             *(('bfloat16', name) for name in BFLOAT16)])
+def test_accuracy_on_the_sample(tmp_path, precision, name):
     """At least 90 % after 8 epochs of 24 steps; measured: 98.7 to 99.0 % in float32, 97.7 to 99.0 % in bfloat16."""
     start(tmp_path, '--learning_rate', 0.001, '--batch_size', 50, '--epochs', 8, '--precision', precision, script=name)
     assert json.loads((tmp_path / 'result.json').read_text())['test_accuracy'] >= 0.9
 
 
+@pytest.mark.processor
 def test_bfloat16_agrees_with_float32():
     """From equal weights: the loss within 1 %, each gradient within 11 degrees (measured: 0.2 %, 10 degrees).
 
@@ -224,6 +230,7 @@ def test_bfloat16_agrees_with_float32():
         assert cosine > np.cos(np.radians(11))
 
 
+@pytest.mark.processor
 def test_ternary_sums_are_exact_in_bfloat16_up_to_256(session):
     """bfloat16 has 8 significant bits: every sum of at most 256 terms of -1, 0, +1 comes out as in float32."""
     x = np.random.default_rng(4).integers(-1, 2, (2, 6, 6, 28)).astype(np.float32)

@@ -51,6 +51,11 @@ class Planes:
         return np.moveaxis(values, 1, -1).reshape(n, *self.shape)
 
 
+def count_threads(threads=None):
+    """Return how many threads to take: as many as given, or one per available core, and no more than numba has."""
+    return min(threads or processor.available_cores(), numba.config.NUMBA_NUM_THREADS)
+
+
 class NumbaEngine:
     """Runs a packed network on bit planes, in so many threads (default: one a core)."""
 
@@ -58,7 +63,7 @@ class NumbaEngine:
 
     def __init__(self, packed, threads=None):
         self.packed = packed
-        self.threads = min(threads or processor.available_cores(), numba.config.NUMBA_NUM_THREADS)
+        self.threads = count_threads(threads)
         shape = packed_file.input_shape(packed)
         encoder = packed.layers[0]
         self.before, padded = packed_file.border(shape, encoder)

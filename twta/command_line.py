@@ -111,8 +111,8 @@ def parse(script, description, datasets, defaults, choices=(), argv=None):
     add('--run_dir', type=path, metavar='DIR',
         help='checkpoints, log.csv, model.npz, ...; default: runs/SCRIPT-DATASET beside README.md')
     add('--precision', choices=('auto', 'float32', 'bfloat16'), default='auto',
-        help='of training; auto, the default: bfloat16 where the hardware multiplies it. Evaluation is always float32, '
-             'its first layer summed in float64')
+        help='of training; auto, the default: bfloat16 if the hardware multiplies it, else float32. Elsewhere, bfloat16 '
+             'is emulated, slower than float32. Evaluation is always float32, its first layer summed in float64')
     add('--deterministic', action='store_true',
         help='train in one thread with deterministic kernels: the same weights, bit for bit, whatever the number of '
              'cores; slower')
@@ -129,7 +129,8 @@ def parse(script, description, datasets, defaults, choices=(), argv=None):
              'in the current folder; where it is not there, packed reads the one in pretrained/')
     add('--format', choices=tuple(SUFFIXES), default='twta',
         help='of export: twta, the packed file (default); npz, plain arrays; c, a header; onnx')
-    add('--threads', type=positive_integer, metavar='N', help='of --engine packed; default: one a core')
+    add('--threads', type=positive_integer, metavar='N',
+        help='of --engine packed; default: one per core that the process may use')
     add('--report', action='store_true',
         help='with --engine packed: bits, sparsity, additions and estimated energy of each layer, as a table, '
              'cost.csv and cost.png')

@@ -5,7 +5,6 @@ Each is written beside its name and moved into place, so that a kill leaves the 
 import contextlib
 import csv
 import json
-import os
 import platform
 import re
 import subprocess

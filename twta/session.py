@@ -74,6 +74,16 @@ def make_deterministic():
     os.environ['TF_DETERMINISTIC_OPS'] = '1'  # compat.v1 has no function for it
 
 
+def threads(variable):
+    """Return the number of threads that the environment variable asks for; without it, one per available core."""
+    value = os.environ.get(variable)
+    if value is None:
+        return processor.available_cores()
+    if not (value.isascii() and value.isdigit()):
+        raise UsageError(f'{variable}={value}: not a whole number; unset it, or give the number of threads')
+    return int(value)
+
+
 def open_session(graph, gpu_index):
     """Return a session on the graph that sees only the GPU of that index, if there is one; it takes memory as needed.
 
@@ -81,12 +91,11 @@ def open_session(graph, gpu_index):
     TF_NUM_INTRAOP_THREADS and make_deterministic come before that.
     """
     gpu_options = tf.GPUOptions(allow_growth=True, visible_device_list=str(gpu_index))
-    chosen = {'intra': tf.config.threading.get_intra_op_parallelism_threads(),
-              'inter': tf.config.threading.get_inter_op_parallelism_threads()}
-    threads = {f'{kind}_op_parallelism_threads':
-               count or int(os.environ.get(f'TF_NUM_{kind.upper()}OP_THREADS', processor.available_cores()))
-               for kind, count in chosen.items()}
-    config = configuration(gpu_options=gpu_options, **threads)
+    threading = tf.config.threading
+    config = configuration(
+        gpu_options=gpu_options,
+        intra_op_parallelism_threads=threading.get_intra_op_parallelism_threads() or threads('TF_NUM_INTRAOP_THREADS'),
+        inter_op_parallelism_threads=threading.get_inter_op_parallelism_threads() or threads('TF_NUM_INTEROP_THREADS'))
     with native_chatter_hidden():
         return tf.Session(graph=graph, config=config)
 

@@ -13,6 +13,7 @@ def benchmark(name):
 
 def readme_tables():
     return {'training_speed': training_summary(benchmark('training_speed')['rows']),
+            'processors': torch_summary(benchmark('training_speed_torch')['rows']),
             'inference_speed': inference_summary(benchmark('inference_speed')['rows'])}
 
 
@@ -71,12 +72,31 @@ def beginnings(rows):
          f'{row["project"]["epoch_end_seconds"]:.2f}') for network, row in by_way(rows).items()))
 
 
+def by_processor(rows):
+    """Return {(kind of processor, network): {way: row}} in the order of the rows."""
+    kinds = dict.fromkeys(row['processor'] for row in rows)
+    return {(kind.partition(' by ')[0], network): ways for kind in kinds
+            for network, ways in by_way([row for row in rows if row['processor'] == kind]).items()}
+
+
 def torch_speeds(rows):
     ways = [way for way in dict.fromkeys(row['way'] for row in rows) if way.startswith('torch')]
-    return table(('network', 'these scripts', 'published way', *(way.replace('torch', 'PyTorch') for way in ways)), (
-        (network, per_second(row['project']),
-         *(f'{per_second(row[way])} ({row[way]["training_ratio"]:.2f})' for way in ('published', *ways)))
-        for network, row in by_way(rows).items()))
+    columns = 'published', *ways, 'project float32'
+    return table(('processor', 'network', 'these scripts', 'published way',
+                  *(way.replace('torch', 'PyTorch') for way in ways), 'these scripts in float32'), (
+        (kind, network, per_second(row['project']),
+         *(f'{per_second(row[way])} ({row[way]["training_ratio"]:.2f})' for way in columns))
+        for (kind, network), row in by_processor(rows).items()))
+
+
+def torch_summary(rows):
+    """Return, by kind of processor, the speed of training beside the fastest of PyTorch's ways."""
+    lines = []
+    for (kind, network), row in by_processor(rows).items():
+        best = min((way for way in row if way.startswith('torch')), key=lambda way: row[way]['training_ratio'])
+        lines.append((kind, network, per_second(row['project']), f'{per_second(row[best])} ({best.partition(" ")[2]})',
+                      f'{row[best]["training_ratio"]:.2f}'))
+    return table(('processor', 'network', 'these scripts', "PyTorch's fastest way", 'gain'), lines)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

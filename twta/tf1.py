@@ -5,8 +5,8 @@ TensorLayer is imported, and only then: any other library sees the real TensorFl
 environment sets TF_CPP_MIN_LOG_LEVEL below 3, which `--verbose` does.
 
 oneDNN's kernels are switched on for every x86 processor, unless TF_ENABLE_ONEDNN_OPTS says otherwise. TensorFlow
-alone uses them only if it finds AVX-512 VNNI, BF16 or AMX. On two cores with AVX2 (AMD Zen 3), oneDNN raises the training
-speed of TWTA_4_4_MNIST from 683 to 1,119 images per second, of TWTA_3_3_CIFAR10_VGG13 from 83 to 148.
+alone uses them only if it finds AVX-512 VNNI, BF16 or AMX. On two cores with AVX2 (AMD Zen 3), oneDNN raises the
+training speed of TWTA_4_4_MNIST from 683 to 1,119 images per second, of TWTA_3_3_CIFAR10_VGG13 from 83 to 148.
 """
 import contextlib
 import logging
