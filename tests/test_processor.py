@@ -66,6 +66,8 @@ def test_the_kind_of_processor_in_words(tmp_path, monkeypatch, flags, kind):
         monkeypatch.delenv(variable, raising=False)
     (tmp_path / 'cpuinfo').write_text(f'flags : {flags}\n')
     assert processor.kind() == kind
+    monkeypatch.setenv('TF_ENABLE_ONEDNN_OPTS', '1')
+    assert processor.kind() == kind
     monkeypatch.setenv('ONEDNN_MAX_CPU_ISA', 'AVX2')
     assert processor.kind() == f'{kind}, narrowed by ONEDNN_MAX_CPU_ISA=AVX2'
     (tmp_path / 'cpuinfo').unlink()  # another system than Linux

@@ -48,7 +48,8 @@ def kind():
     widest = next((words for flag, words in (('amx_bf16', 'AMX'), ('avx512_bf16', 'AVX-512 with BF16'),
                                              ('avx512f', 'AVX-512'), ('avx2', 'AVX2')) if flag in has),
                   platform.machine())
-    narrowed = ' '.join(f'{variable}={os.environ[variable]}' for variable in NARROWING if variable in os.environ)
+    narrowed = ' '.join(f'{variable}={os.environ[variable]}' for variable in NARROWING if variable in os.environ
+                        and (variable, os.environ[variable]) != ('TF_ENABLE_ONEDNN_OPTS', '1'))  # as twta.tf1 sets it
     return f'{widest}, narrowed by {narrowed}' if narrowed else widest
 
 
