@@ -112,8 +112,8 @@ def parse(script, description, datasets, defaults, choices=(), argv=None):
         help='checkpoints, log.csv, model.npz, ...; default: runs/SCRIPT-DATASET beside README.md')
     add('--precision', choices=('auto', 'float32', 'bfloat16'), default='auto',
         help='of training; auto, the default: bfloat16 if the hardware multiplies it, else float32. On other '
-             'hardware bfloat16 is emulated, slower than float32. Evaluation is always float32, its first layer summed in '
-             'float64')
+             'hardware bfloat16 is emulated, slower than float32. Evaluation is always float32, its first layer summed '
+             'in float64')
     add('--deterministic', action='store_true',
         help='train in one thread with deterministic kernels: the same weights, bit for bit, whatever the number of '
              'cores; slower')
