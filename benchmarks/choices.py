@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 
 from twta import replacing
-from twta.command_line import output_file, path, positive_integer
 from twta.report import choices as table
+from twta.terminal import output_file, path, positive_integer
 
 ROOT = Path(__file__).resolve().parent.parent
 CHOICES = {

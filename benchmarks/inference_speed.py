@@ -32,12 +32,12 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import numpy as np
 
+from twta import numpy_engine, packed_file, processor
 from twta import packed as engines
-from twta import packed_file, processor
-from twta.command_line import output_file, positive_integer
 from twta.interchange import after
 from twta.packed_file import fan_in, input_shape
 from twta.records import environment, installed
+from twta.terminal import output_file, positive_integer
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = 0.05  # that a timing lasts, at least
@@ -152,7 +152,7 @@ def write_int8_onnx(packed, path):
     logging.disable(logging.WARNING)  # advice on preprocessing, which the model does not need
 
     class Reader(quantization.CalibrationDataReader):
-        batches = iter([{'x': engines.prepare(sample(packed.image, 64), packed.crop)}])
+        batches = iter([{'x': numpy_engine.prepare(sample(packed.image, 64), packed.crop)}])
 
         def get_next(self):
             return next(self.batches, None)
@@ -177,7 +177,7 @@ def write_tflite(packed, path):
 
     converter = tf.lite.TFLiteConverter.from_concrete_functions([network.get_concrete_function()])
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    x = engines.prepare(sample(packed.image, 16), packed.crop)
+    x = numpy_engine.prepare(sample(packed.image, 16), packed.crop)
     converter.representative_dataset = lambda: ([image[np.newaxis]] for image in x)
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
     converter.inference_input_type = converter.inference_output_type = tf.int8
@@ -202,7 +202,7 @@ def run_tensorflow(folder, packed, images, threads):
         session = tf.Session(graph=graph, config=tf.ConfigProto(intra_op_parallelism_threads=threads,
                                                                 inter_op_parallelism_threads=threads))
     run = session.make_callable('logits:0', ['x:0'])
-    x = engines.prepare(images, packed.crop)
+    x = numpy_engine.prepare(images, packed.crop)
     return lambda: run(x)
 
 
@@ -213,7 +213,7 @@ def run_onnx(file):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(str(folder / file), options, ['CPUExecutionProvider'])
-        x = engines.prepare(images, packed.crop)
+        x = numpy_engine.prepare(images, packed.crop)
         return lambda: session.run(None, {'x': x})[0]
 
     return start
@@ -227,7 +227,7 @@ def run_litert(folder, packed, images, threads):
     interpreter.resize_tensor_input(entry['index'], [len(images), *input_shape(packed)])
     interpreter.allocate_tensors()
     scale, zero = entry['quantization']
-    x = np.clip(np.round(engines.prepare(images, packed.crop) / scale + zero), -128, 127).astype(np.int8)
+    x = np.clip(np.round(numpy_engine.prepare(images, packed.crop) / scale + zero), -128, 127).astype(np.int8)
     output = interpreter.get_output_details()[0]['index']
 
     def run():

@@ -40,8 +40,8 @@ import yardsticks
 from yardsticks import BATCH, INFERRED, SCRIPTS, random_images
 
 from twta import processor
-from twta.command_line import output_file, positive_integer
 from twta.records import environment, installed
+from twta.terminal import output_file, positive_integer
 
 EPOCH_IMAGES = 50_000
 SECONDS = 0.5  # that a timing lasts, at least
@@ -87,6 +87,14 @@ def project(name, precision):
             events.add(row)
 
     return train, lambda: experiment.evaluate(network, session, data), epoch_end
+
+
+def ways(with_torch):
+    """Return the ways to time; PyTorch's in bfloat16 only if the processor multiplies it: emulated, they take hours."""
+    from twta.session import multiplies_bfloat16
+
+    torch = TORCH if multiplies_bfloat16(None) else [way for way in TORCH if way.endswith('float32')]
+    return (*TENSORFLOW, *(torch if with_torch else ()))
 
 
 def start(name, way, layers, is_ternary):
@@ -297,7 +305,7 @@ def main():
     print(f'{"network":26} {"way":23}  training      x  steps  inference      x   peak MiB  first step  import')
     rows = []
     for name in SCRIPTS if args.all else args.networks or SHORT:
-        rows += measure(name, TENSORFLOW + (TORCH if args.torch else ()), args.repetitions)
+        rows += measure(name, ways(args.torch), args.repetitions)
         if args.json:
             record = {'environment': environment(), 'others': dict(installed(('torch',))),
                       'repetitions': args.repetitions, 'rows': rows}

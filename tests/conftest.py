@@ -28,9 +28,9 @@ def load_script(name):
 
 def chosen(module, **choices):
     """The arguments of a script's model() beside x and is_train, the defaults where not given."""
-    from twta import command_line
+    from twta import options
 
-    return command_line.complete({**dict.fromkeys(module.CHOICES), **choices})
+    return options.complete({**dict.fromkeys(module.CHOICES), **choices})
 
 
 def image_shape(name):

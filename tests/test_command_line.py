@@ -6,14 +6,14 @@ import sys
 import pytest
 from conftest import ROOT, SCRIPTS, run_script
 
-from twta import UsageError, command_line
+from twta import UsageError, command_line, options, terminal
 
 SCRIPT = ROOT / 'MNIST' / 'TWTA_4_4_MNIST.py'
 DEFAULTS = command_line.protocol(1e-4, 150, 200)
 
 
 def parse(*flags):
-    return command_line.parse(SCRIPT, 'description', ('mnist', 'digits'), DEFAULTS, tuple(command_line.CHOICES),
+    return command_line.parse(SCRIPT, 'description', ('mnist', 'digits'), DEFAULTS, tuple(options.CHOICES),
                               list(flags))
 
 
@@ -29,7 +29,7 @@ def test_defaults_do_not_depend_on_the_folder(monkeypatch, tmp_path):
 @pytest.mark.parametrize('text, value', [('True', True), ('yes', True), ('1', True), ('False', False), ('no', False),
                                          ('0', False), ('TRUE', True)])
 def test_resume_is_read_by_a_parser(text, value):
-    assert command_line.truth(text) is value
+    assert terminal.truth(text) is value
 
 
 LONG = 'x' * 5000
@@ -133,7 +133,7 @@ def test_debug_shows_the_traceback():
 
 
 def test_learning_rates():
-    assert command_line.positive_number('1e-5') == 1e-5 and math.isclose(command_line.positive_number('.01'), 0.01)
+    assert terminal.positive_number('1e-5') == 1e-5 and math.isclose(terminal.positive_number('.01'), 0.01)
 
 
 def test_inference_without_a_checkpoint_says_where_and_how(tmp_path):

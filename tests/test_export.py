@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 from conftest import MNIST_SCRIPTS, ROOT, SCRIPTS, chosen, load_script, random_packed, run_script, start
 
-from twta import TwtaError, command_line, datasets, experiment, interchange, packed_file, packed_report, packing
+from twta import (
+    TwtaError,
+    command_line,
+    datasets,
+    experiment,
+    interchange,
+    numpy_engine,
+    packed_file,
+    packed_report,
+    packing,
+)
 from twta import packed as engines
 from twta.session import open_session
 from twta.tf1 import tf
@@ -101,7 +111,7 @@ def test_hostile_parameters_on_200_images(name, choices):
     packed, maps, logits = packed_and_graph(name, dataset, hostile, len(images), **choices)
     fast = engines.open_engine(packed, 'numba')
     assert_same_maps(packed, fast, images, maps)
-    assert_same_maps(packed, engines.NumpyEngine(packed), images[:8], maps)
+    assert_same_maps(packed, numpy_engine.NumpyEngine(packed), images[:8], maps)
     np.testing.assert_allclose(fast.logits(images), logits, rtol=1e-4, atol=1e-4)
     assert all(len(np.unique(lanes[0])) > 1 for lanes in maps if lanes)
     if choices or name not in TERNARY:
@@ -180,7 +190,7 @@ def test_standardised_images_are_the_same_bits():
     for crop in (0, 24, 31):
         with tf.Graph().as_default(), tf.Session() as session:
             expected = session.run(preprocessing.for_evaluation(tf.constant(images), crop))
-        found = engines.prepare(images, crop)
+        found = numpy_engine.prepare(images, crop)
         assert found.dtype == np.float32
         np.testing.assert_array_equal(found, expected)
 
@@ -316,7 +326,7 @@ def test_npz_holds_what_a_loop_needs(deployed, tmp_path):
     packed, images = deployed
     assert interchange.write_npz(tmp_path / 'n.npz', packed, images[:2]) == (tmp_path / 'n.npz').stat().st_size
     with np.load(tmp_path / 'n.npz', allow_pickle=False) as file:
-        x = engines.prepare(file['vectors/images'], int(file['crop'])).astype(np.float64)
+        x = numpy_engine.prepare(file['vectors/images'], int(file['crop'])).astype(np.float64)
         for index, name in enumerate(file['layers']):
             weights, stride, groups = (file[f'{name}/{field}'] for field in ('weights', 'stride', 'groups'))
             expected = file[f'vectors/{name}']
@@ -338,7 +348,7 @@ def test_npz_holds_what_a_loop_needs(deployed, tmp_path):
             if index == 2:
                 break  # the loop is slow
         assert [str(text) for text in file['classes']] == list(packed.classes)
-        np.testing.assert_array_equal(file['vectors/logits'], engines.NumpyEngine(packed).logits(images[:2]))
+        np.testing.assert_array_equal(file['vectors/logits'], numpy_engine.NumpyEngine(packed).logits(images[:2]))
 
 
 @pytest.mark.skipif(not shutil.which('cc'), reason='needs a C compiler')
@@ -367,7 +377,7 @@ def test_onnx(deployed, tmp_path):
     packed, images = deployed
     interchange.write_onnx(tmp_path / 'n.onnx', packed, images[:2])
     found = onnxruntime.InferenceSession(tmp_path / 'n.onnx').run(None, {'images': images})[0]
-    expected = engines.NumpyEngine(packed).logits(images)
+    expected = numpy_engine.NumpyEngine(packed).logits(images)
     np.testing.assert_array_equal(found.argmax(1), expected.argmax(1))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
     with np.load(tmp_path / 'n.vectors.npz') as vectors:
@@ -396,7 +406,7 @@ def test_a_stem_in_the_other_formats(tmp_path):
     packed, images = packed_and_graph('TWBA_CIFAR10_Model2', dataset, hostile, 1)[0], dataset.test.images[:20]
     interchange.write_onnx(tmp_path / 'n.onnx', packed, images[:2])
     found = onnxruntime.InferenceSession(tmp_path / 'n.onnx').run(None, {'images': images})[0]
-    np.testing.assert_allclose(found, engines.NumpyEngine(packed).logits(images), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, numpy_engine.NumpyEngine(packed).logits(images), rtol=1e-5, atol=1e-5)
     interchange.write_npz(tmp_path / 'n.npz', packed, images[:2])
     with np.load(tmp_path / 'n.npz', allow_pickle=False) as file:
         for field, value in packed.stem._asdict().items():
@@ -408,7 +418,7 @@ def test_a_stem_in_the_other_formats(tmp_path):
 def test_the_cost_of_a_stem():
     dataset = sample_of('BWBA_CIFAR10_Model2')
     packed = packed_and_graph('BWBA_CIFAR10_Model2', dataset, hostile, 1)[0]
-    stem, *_, total = packed_report.measure(engines.NumpyEngine(packed), dataset.test.images[:2])
+    stem, *_, total = packed_report.measure(numpy_engine.NumpyEngine(packed), dataset.test.images[:2])
     assert (stem['layer'], stem['multiply_adds'], stem['additions']) == ('stem', 24 * 24 * 32 * 27, None)
     assert total['weights'] == 3252064
 
@@ -425,8 +435,8 @@ def test_names_that_a_header_could_not_bear():
 def test_additions_are_counted_as_a_slow_loop_does():
     packed = random_packed((7, 6, 2), 0, [(12, 3, 1, 'SAME', 1), (10, 2, 2, 'SAME', 2), (15, 3, 1, 'SAME', 5)])
     images = np.random.default_rng(0).integers(0, 256, (3, 7, 6, 2)).astype(np.uint8)
-    maps = engines.NumpyEngine(packed).activations(images)
-    rows = packed_report.measure(engines.NumpyEngine(packed), images)
+    maps = numpy_engine.NumpyEngine(packed).activations(images)
+    rows = packed_report.measure(numpy_engine.NumpyEngine(packed), images)
     shape = packed_file.input_shape(packed)
     for index, layer in enumerate(packed.layers):
         (top, left), out = packed_file.geometry(shape, layer)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, random_packed
 
-from twta import TwtaError, bitplanes, kernels, packed_file
+from twta import TwtaError, bitplanes, kernels, numpy_engine, packed_file, packed_inference
 from twta import packed as engines
 from twta.packed_file import Layer
 
@@ -51,7 +51,7 @@ def images(packed, count, seed=0):
 def test_engines_have_the_same_activations_and_logits(packed, count, threads, monkeypatch):
     if threads:
         monkeypatch.setattr(bitplanes, 'SHARED', 0)  # otherwise so small a network gets one thread
-    fast, plain = engines.open_engine(packed, 'numba', threads), engines.NumpyEngine(packed)
+    fast, plain = engines.open_engine(packed, 'numba', threads), numpy_engine.NumpyEngine(packed)
     x = images(packed, count)
     logits, maps = plain.run(x)
     for layer, found, expected in zip(packed.layers, fast.activations(x), maps, strict=True):
@@ -92,7 +92,7 @@ def test_eight_filters_that_read_so_many_groups(sources):
     engine = engines.open_engine(packed, 'numba')
     assert engine.table[1, kernels.COLUMNS.index('kind')] == sources
     x = images(packed, 5)
-    for found, expected in zip(engine.activations(x), engines.NumpyEngine(packed).activations(x), strict=True):
+    for found, expected in zip(engine.activations(x), numpy_engine.NumpyEngine(packed).activations(x), strict=True):
         np.testing.assert_array_equal(found, expected)
 
 
@@ -100,8 +100,8 @@ def test_sums_on_the_thresholds_fire():
     """upper and lower are inclusive: with thresholds at the sums themselves, everything fires."""
     base = random_packed((6, 6, 1), 0, [(16, 3, 1, 'SAME', 1), (8, 6, 1, 'VALID', 1)])
     x = images(base, 1)
-    before = engines.NumpyEngine(base).activations(x)[0].astype(np.float32)
-    sums = engines.convolve(before, base.layers[1])[0, 0, 0].astype(np.int32)
+    before = numpy_engine.NumpyEngine(base).activations(x)[0].astype(np.float32)
+    sums = numpy_engine.convolve(before, base.layers[1])[0, 0, 0].astype(np.int32)
     for shift, expected in ((0, 1), (1, 0)):
         layer = base.layers[1]._replace(upper=sums + shift, lower=sums - 100)
         for engine in ('numba', 'numpy'):
@@ -301,7 +301,7 @@ def test_noise_under_a_right_checksum_raises_nothing_but_bad(file):
             continue
         x = images(packed, 1)  # what is accepted can be run
         for found, expected in zip(engines.open_engine(packed, 'numba').activations(x),
-                                   engines.NumpyEngine(packed).activations(x), strict=True):
+                                   numpy_engine.NumpyEngine(packed).activations(x), strict=True):
             np.testing.assert_array_equal(found, expected)
     assert refused > 2000
 
@@ -325,7 +325,7 @@ def test_the_standalone_command(tmp_path, engine):
     x = images(packed, 5)
     np.save(tmp_path / 'images.npy', x[..., 0])
     finished = standalone('network.twta', 'images.npy', '--engine', engine, cwd=tmp_path)
-    expected = engines.NumpyEngine(packed).logits(x).argmax(1)
+    expected = numpy_engine.NumpyEngine(packed).logits(x).argmax(1)
     assert finished.returncode == 0 and finished.stdout.split() == list(map(str, expected))
     assert f'engine: {engine}, ' in finished.stderr and ' ready after ' in finished.stderr
     finished = standalone('network.twta', 'images.npy', '--engine', engine, '--names', cwd=tmp_path)
@@ -336,11 +336,11 @@ def test_a_network_of_other_images_or_classes():
     packed = random_packed(*NETWORKS['dense'])
     dataset = SimpleNamespace(test=SimpleNamespace(images=images(packed, 1)), classes=packed.classes)
     args = SimpleNamespace(file='x.twta', dataset='digits')
-    engines.check_images(packed, dataset, args)
+    packed_inference.check_images(packed, dataset, args)
     with pytest.raises(TwtaError, match=r'for images \[9, 9, 1\], but those of digits are \[9, 8, 1\]'):
-        engines.check_images(packed._replace(image=(9, 9, 1)), dataset, args)
+        packed_inference.check_images(packed._replace(image=(9, 9, 1)), dataset, args)
     with pytest.raises(TwtaError, match=r'its classes are a, a, .* those of digits'):
-        engines.check_images(packed._replace(classes=('a',) * len(packed.classes)), dataset, args)
+        packed_inference.check_images(packed._replace(classes=('a',) * len(packed.classes)), dataset, args)
 
 
 HEADER = b'\x93NUMPY\x01\x00\x76\x00%-118b'  # of an npy file

@@ -44,7 +44,8 @@ def test_float32_on_a_gpu_is_float32():
 def test_bfloat16_is_taken_if_the_processor_multiplies_it_and_onednn_is_on(
         tmp_path, monkeypatch, flags, onednn, limit, native):
     cpuinfo = tmp_path / 'cpuinfo'
-    cpuinfo.write_text(f'processor\t: 0\nmodel name\t: A Processor\nflags\t\t: {flags}\n\nprocessor\t: 1\n')
+    cpuinfo.write_text('processor\t: 0\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: A Processor\n'
+                       f'flags\t\t: {flags}\n\nprocessor\t: 1\n')
     monkeypatch.setattr(processor, 'CPUINFO', cpuinfo)
     monkeypatch.setattr(session, 'ONEDNN', onednn)
     monkeypatch.delenv('ONEDNN_MAX_CPU_ISA', raising=False)
@@ -53,7 +54,7 @@ def test_bfloat16_is_taken_if_the_processor_multiplies_it_and_onednn_is_on(
     assert session.multiplies_bfloat16(None) == native
     assert session.choose_precision('auto', None) == (tf.bfloat16 if native else tf.float32)
     assert session.choose_precision('bfloat16', None) == tf.bfloat16
-    assert processor.name() == 'A Processor'
+    assert processor.name() == 'A Processor, family 26, model 2'
 
 
 @pytest.mark.parametrize('flags, kind', [

@@ -149,3 +149,32 @@ def test_only_tensorlayer_sees_the_alias():
             'assert tl.__version__ == "1.8.4" and not tf.executing_eagerly()')
     finished = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert (finished.returncode, finished.stdout, finished.stderr) == (0, '', '')
+
+
+def imports(path):
+    """Return the modules of twta that a module imports, inside its functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or '').split('.')[0] == 'twta':
+            names = {f'{node.module}.{alias.name}' for alias in node.names}
+            found |= names & MODULES.keys() or {node.module}
+    return found - {'twta'}
+
+
+MODULES = {f'twta.{path.stem}': path for path in sorted((ROOT / 'twta').glob('*.py'))}
+
+
+def test_imports_run_in_no_circle():
+    rest = {name: imports(path) for name, path in MODULES.items()}
+    while free := {name for name, needed in rest.items() if not needed & rest.keys()}:
+        rest = {name: needed for name, needed in rest.items() if name not in free}
+    assert not rest, f'in a circle, or above one: {sorted(rest)}'
+
+
+def test_packed_networks_run_without_tensorflow():
+    reached, ahead = set(), {'twta.packed', 'twta.numpy_engine', 'twta.bitplanes'}
+    while ahead:
+        reached |= ahead
+        ahead = {name for module in ahead for name in imports(MODULES[module])} - reached
+    users = {name for name, path in MODULES.items() if re.search('import (tensorflow|tensorlayer)', path.read_text())}
+    assert users == {'twta.tf1'} and 'twta.tf1' not in reached

@@ -9,8 +9,7 @@ from conftest import QUICK, ROOT, random_packed, run_script, start
 from test_export import graph_of, hostile, sample_of
 from test_packed import NETWORKS, images
 
-from twta import TwtaError, UsageError, packed_file, packing, spikes
-from twta import packed as engines
+from twta import TwtaError, UsageError, numpy_engine, packed_file, packing, spikes
 
 SCRIPT = ROOT / 'MNIST' / 'Spiking_MNIST.py'
 PACKED = ROOT / 'pretrained'
@@ -61,8 +60,9 @@ def test_temporal_and_spatial_conversion_of_hostile_networks(name, choices, para
         _, layers, weights, _, _ = packing.fold(network.net, session, name)
         lanes = list(packing.read_out(network.net))
         maps, logits = session.run([[outputs for outputs, _, _ in lanes], network.net.outputs], {network.images: few})
-    temporal = engines.NumpyEngine(packed._replace(layers=tuple(layers), weights=weights), spikes.store_and_release)
-    for engine, is_temporal in ((temporal, True), (engines.NumpyEngine(packed), False)):
+    unpacked = packed._replace(layers=tuple(layers), weights=weights)
+    temporal = numpy_engine.NumpyEngine(unpacked, spikes.store_and_release)
+    for engine, is_temporal in ((temporal, True), (numpy_engine.NumpyEngine(packed), False)):
         found, fired = engine.run(few)
         np.testing.assert_allclose(found, logits, rtol=1e-4, atol=1e-4)
         for spike_map, expected, (_, groups, worth) in zip(fired, maps, lanes, strict=True):
@@ -79,8 +79,8 @@ def test_noise_deletes_spikes_of_the_encoder_only_and_is_seeded():
     assert np.abs(once).sum() / np.abs(x).sum() == pytest.approx(0.75, abs=0.01)
     packed = random_packed(*NETWORKS['odd'])
     few = images(packed, 4)
-    _, plain = engines.NumpyEngine(packed).run(few)
-    _, noisy = engines.NumpyEngine(packed, between=spikes.deletion(0.5, 0)).run(few)
+    _, plain = numpy_engine.NumpyEngine(packed).run(few)
+    _, noisy = numpy_engine.NumpyEngine(packed, between=spikes.deletion(0.5, 0)).run(few)
     assert (noisy[0] != plain[0]).any() and (np.abs(noisy[0]) <= np.abs(plain[0])).all()
 
 
@@ -124,12 +124,12 @@ SMALL = {
 
 
 @pytest.mark.parametrize('name', SMALL)
-@pytest.mark.parametrize('simulator', [spikes.Engine, engines.NumpyEngine])
+@pytest.mark.parametrize('simulator', [spikes.Engine, numpy_engine.NumpyEngine])
 def test_counts_against_a_slow_loop(name, simulator, monkeypatch):
     monkeypatch.setattr(spikes, 'BATCH', 3)
     packed = random_packed(*SMALL[name])
     x = images(packed, 5)
-    logits, maps = engines.NumpyEngine(packed).run(x)
+    logits, maps = numpy_engine.NumpyEngine(packed).run(x)
     predicted, spike_numbers, operations, rows = spikes.simulate(simulator(packed), x, steps=1)
     np.testing.assert_array_equal(predicted, logits.argmax(1))
     batches = [slow_counts(packed, [values[part] for values in maps]) for part in (slice(0, 3), slice(3, 5))]
@@ -222,8 +222,8 @@ def test_a_packed_file_without_tensorflow(finished_run, tmp_path):
 
 
 def test_other_predictions_are_an_error_and_write_nothing(finished_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(engines, 'finish', lambda sums, packed: -sums)
-    monkeypatch.setattr(spikes, 'Engine', engines.NumpyEngine)
+    monkeypatch.setattr(numpy_engine, 'finish', lambda sums, packed: -sums)
+    monkeypatch.setattr(spikes, 'Engine', numpy_engine.NumpyEngine)
     monkeypatch.setattr(packing, 'compare', None)
     with pytest.raises(TwtaError, match=r'predict .* images otherwise than the graph; nothing was written'):
         convert(tmp_path / 'out', '--run_dir', finished_run, '--images', 50)

@@ -13,7 +13,7 @@ import numba
 import numpy as np
 
 from twta import kernels, packed_file, processor
-from twta.packed import finish, see
+from twta.numpy_engine import finish, see
 
 if numba.config.DISABLE_JIT:
     raise ImportError('NUMBA_DISABLE_JIT is set')

@@ -1,18 +1,13 @@
 """The command line that every script has. It answers --help and a bad flag before TensorFlow is imported."""
 import argparse
-import contextlib
-import math
 import os
 import shlex
 import sys
-from functools import partial
 from pathlib import Path
 
-from twta import TwtaError, UsageError, describe_fault
-
-NOTHING_TO_PACK = ('has full-precision activations, there is nothing to pack or to convert; take one of the networks '
-                   'with quantised activations')
-SUFFIXES = {'twta': '.twta', 'npz': '.npz', 'c': '.h', 'onnx': '.onnx'}  # of what export writes, by --format
+from twta import UsageError
+from twta.options import CHOICES, NOTHING_TO_PACK, SHORT, SUFFIXES, WAYS, complete
+from twta.terminal import Parser, errors_in_a_line, natural, path, positive_integer, positive_number, truth
 
 
 def run(script, description, model, datasets, learning_rate, epochs, batch_size, choices=()):
@@ -31,31 +26,15 @@ def run(script, description, model, datasets, learning_rate, epochs, batch_size,
     with errors_in_a_line(script.name):
         args = parse(script, description, datasets, defaults, choices)
         if args.engine == 'packed':
-            from twta import packed  # without TensorFlow
+            from twta import packed_inference  # here: --help needs no numpy
 
-            packed.infer(script.stem, args)
+            packed_inference.infer(script.stem, args)
             return
         if args.verbose:
             os.environ['TF_CPP_MIN_LOG_LEVEL'] = '0'
         from twta import experiment  # imports TensorFlow
 
         experiment.run(script.stem, model, args, defaults)
-
-
-@contextlib.contextmanager
-def errors_in_a_line(name):
-    """Ends the process with a line where a fault comes up, or with --debug lets it through."""
-    try:
-        yield
-    except (TwtaError, OSError) as error:
-        if '--debug' in sys.argv:
-            raise
-        line = describe_fault(error) if isinstance(error, OSError) else str(error)
-        print(f'{name}: error: {line}', file=sys.stderr)
-        sys.exit(getattr(error, 'exit_code', TwtaError.exit_code))
-    except KeyboardInterrupt:
-        print(f'{name}: interrupted', file=sys.stderr)
-        sys.exit(130)  # 128 + SIGINT
 
 
 def protocol(learning_rate, epochs, batch_size):
@@ -224,121 +203,3 @@ def command(script, mode, *flags, args):
     given = [flag for flag in flags if any(word.split('=')[0] == f'--{flag}' for word in sys.argv)]
     values = (f' --{flag} {shlex.quote(str(getattr(args, flag)))}' for flag in given)
     return f'python {shlex.quote(os.path.relpath(script))} {mode}' + ''.join(values)
-
-
-def complete(choices):
-    """The choices with the defaults where they are None."""
-    chosen = {name: CHOICES[name][0] if value is None else value for name, value in choices.items()}
-    if 'threshold_value' in chosen and chosen['threshold_value'] is None:
-        chosen['threshold_value'] = 0.7 if chosen.get('threshold') == 'runtime' else 0.5
-    return chosen
-
-
-def is_choice(name, value):
-    """Whether it is a value of a flag of that name in CHOICES."""
-    if name not in CHOICES:
-        return False
-    flag = CHOICES[name][1]
-    try:
-        return value in flag['choices'] if 'choices' in flag else flag['type'](str(value)) == value
-    except argparse.ArgumentTypeError:
-        return False
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UsageError(f'{message}; see --help')
-
-
-def truth(text):
-    values = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}
-    if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f'{text!r} is neither True nor False')
-    return values[text.lower()]
-
-
-def path(text):
-    if not text.strip():
-        raise argparse.ArgumentTypeError(f'{text!r} is no path')
-    try:
-        text.encode()
-        Path(text).exists()
-    except UnicodeEncodeError:  # the bytes that Python could not decode
-        raise argparse.ArgumentTypeError(f'{text[:80]!r} is no path here: not UTF-8') from None
-    except (OSError, ValueError) as error:  # too long, or in a folder that may not be read
-        reason = getattr(error, 'strerror', None) or error
-        raise argparse.ArgumentTypeError(f'{text[:80]!r} is no path here: {reason}') from None
-    return Path(text)
-
-
-def real(text):
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
-
-
-def positive_number(text):
-    value = real(text)
-    if not 1e-37 <= value <= 1e38:  # what float32 holds
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0, from 1e-37 to 1e38')
-    return value
-
-
-def number(text, least, most):
-    value = real(text)
-    if not least <= value <= most:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number from {least} to {most}')
-    return value
-
-
-def natural(text, least=0, most=2 ** 31 - 1):
-    if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from {least} to {most}')
-    return int(text)
-
-
-def positive_integer(text):
-    return natural(text, least=1)
-
-
-def input_file(text):
-    file = path(text)
-    if not file.exists():
-        raise argparse.ArgumentTypeError(f'{text!r}: no such file')
-    return file
-
-
-def output_file(text):
-    path = Path(text)
-    if path.is_dir() or not path.resolve().parent.is_dir():
-        raise argparse.ArgumentTypeError(f'{text!r} is not a file in a folder that exists')
-    return path
-
-
-WAYS = {'schedule': ('constant', 'cosine'), 'augmentation': ('published', 'geometric'),
-        'protocol': ('published', 'short')}  # of training: valid values by flag
-
-SHORT = {dataset: {'protocol': 'short', 'learning_rate': learning_rate, 'epochs': epochs, 'schedule': 'cosine',
-                   'augmentation': 'geometric'}  # what --protocol short stands for, by data set
-         for dataset, learning_rate, epochs in (('mnist', 2e-3, 30), ('digits', 2e-3, 30),
-                                                ('cifar10', 5e-3, 40), ('shapes', 5e-3, 40))}
-
-CHOICES = {  # flags that choose between networks of one architecture; a script says which it has
-    'threshold': ('fixed', {'choices': ('fixed', 'trainable', 'runtime'), 'help':
-                  'd of the activations, +1 where x >= d, -1 where x <= -d: fixed, the published 0.5; trainable, one a '
-                  'layer, trained with the weights; runtime, from the mean of |x|, of the batch in training, of a '
-                  'moving average in evaluation. Default: fixed'}),
-    'threshold_value': (None, {'type': partial(number, least=0.01, most=0.99), 'metavar': 'D', 'help':
-                        'fixed: d itself, default 0.5; trainable: where d begins, default 0.5; runtime: d / mean|x|, '
-                        'default 0.7. Between 0.01 and 0.99'}),
-    'pooling': ('conv', {'choices': ('conv', 'max', 'average'), 'help':
-                'what P tokens are: conv, learned, as published; max or average, without weights, where the number of '
-                'channels stays. Batch normalisation and activation follow. Default: conv'}),
-    'levels': (2, {'type': partial(natural, least=2, most=3), 'metavar': '{2,3}', 'help':
-               'of the activations: 2, {0, 1}, binary; 3, {0, 0.5, 1}, as the published code has it. Default: 2'}),
-    'k': (1, {'type': partial(natural, most=3), 'metavar': 'K', 'help':
-          'activations go in steps of 1 / 2 ** K, default: 1. No more than 8 steps up to B: on export each is a '
-          'neuron of its own, with the weights of its own and in the next layer'}),
-    'B': (2, {'type': partial(natural, least=1, most=8), 'metavar': 'B', 'help': 'up to B, default: 2'}),
-}

@@ -21,9 +21,9 @@ from twta.records import (
     is_natural,
     list_choices,
     name_stage,
-    say,
     write_json,
 )
+from twta.terminal import say
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PRETRAINED = ROOT / 'results', ROOT / 'pretrained'
@@ -152,7 +152,7 @@ def evaluate(network, dataset):
 
 def count_operations(network, images):
     """Of an image, the mean of some; nothing where levels and pooling have become neurons: not the trained layers."""
-    if packed.is_expanded(network):
+    if packed_file.is_expanded(network):
         return {}
     images = images[:packed_report.IMAGES]
     rows = packed_report.measure(packed.open_engine(network), images)

@@ -15,9 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from twta import TwtaError, UsageError, checkpoints, datasets, describe_fault, packing, preprocessing, records
-from twta.command_line import complete
 from twta.interchange import check_format
-from twta.records import accuracy, say
+from twta.options import complete
+from twta.records import accuracy
 from twta.schedule import describe_stage, next_stage, scheduled_rate, shuffled_batches
 from twta.session import (
     choose_precision,
@@ -28,6 +28,7 @@ from twta.session import (
     open_session,
     stop_signals,
 )
+from twta.terminal import say
 from twta.tf1 import tf
 
 EVALUATION_BATCH = 500  # images; it decides on memory and speed, not on the result

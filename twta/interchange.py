@@ -9,7 +9,7 @@ import re
 import numpy as np
 
 from twta import UsageError, replacing
-from twta.packed import NumpyEngine
+from twta.numpy_engine import NumpyEngine
 from twta.packed_file import Layer, border, filter_major, geometry, input_shape, shapes
 
 VECTORS = 4  # images

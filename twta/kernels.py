@@ -213,7 +213,7 @@ def run_layer(row, first, last, first_block, last_block):
 
 @njit
 def prepare(images, first, last, crop, x, before):
-    """What twta.packed.prepare does to images uint8 [n, height, width, channels], into x float64 with its border.
+    """What twta.numpy_engine.prepare does to images uint8 [n, height, width, channels], into x float64 with its border.
 
     crop -1: x is prepared.
     """

@@ -330,3 +330,10 @@ def size(what, value, least=1):
     if type(value) is not int or not least <= value <= LARGEST:
         raise Bad(f'{what}: {str(value)[:80]} is not a whole number from {least} to {LARGEST}')
     return value
+
+
+def is_expanded(packed):
+    """Whether its layers are not those that were trained: one neuron a level, pooling as neurons (twta.packing)."""
+    choices = packed.record.get('choices') or {}
+    return (choices.get('k', 0), choices.get('B', 1), choices.get('levels', 2), choices.get('pooling', 'conv')) != (
+        0, 1, 2, 'conv')

@@ -12,7 +12,9 @@ import math
 import numpy as np
 
 from twta import packed_file, records
-from twta.packed import convolve, is_expanded
+from twta.numpy_engine import convolve
+from twta.packed_file import is_expanded
+from twta.terminal import say
 
 PICOJOULES_MULTIPLY_ADD = 3.7 + 0.9  # float32
 PICOJOULES_ADD = 0.1  # int32
@@ -25,14 +27,14 @@ def report(engine, dataset, run_dir):
     """Prints the table of an engine's network on a data set and writes it as cost.csv and cost.png."""
     rows = measure(engine, dataset.test.images[:IMAGES])
     for line in table(rows):
-        records.say(line)
+        say(line)
     if is_expanded(engine.packed):
-        records.say('levels and pooling have become neurons: the float32 network here has as many, which is '
+        say('levels and pooling have become neurons: the float32 network here has as many, which is '
                     'more than the one that was trained')
-    records.say('zero x: of the inputs; nJ: an estimate of the arithmetic alone, 45 nm (Horowitz, ISSCC 2014)')
+    say('zero x: of the inputs; nJ: an estimate of the arithmetic alone, 45 nm (Horowitz, ISSCC 2014)')
     records.write_csv(run_dir / 'cost.csv', FIELDS, rows)
     records.save_figure(run_dir / 'cost.png', draw(engine.packed, dataset, rows))
-    records.say(f'the table and its picture: {run_dir / "cost.csv"}, {run_dir / "cost.png"}')
+    say(f'the table and its picture: {run_dir / "cost.csv"}, {run_dir / "cost.png"}')
 
 
 def measure(engine, images):

@@ -16,9 +16,10 @@ import numpy as np
 
 from twta import TwtaError, interchange, packed_file, ternary_layers
 from twta import packed as engines
-from twta.command_line import NOTHING_TO_PACK
+from twta.options import NOTHING_TO_PACK
 from twta.packed_file import Layer, Packed, Stem, fan_in
-from twta.records import is_sound, name_run, say
+from twta.records import is_sound, name_run
+from twta.terminal import say
 from twta.tf1 import tf
 
 LARGEST_FLOAT = 2.0 ** 64  # beyond any real sum of the encoder
@@ -370,7 +371,7 @@ def write(packed, dataset, args):
         parameters = sum(layer.weights.size for layer in ternary)
         integers = sum(map(packed_file.layer_bytes, ternary))
         say(f'quantised layers: {parameters:,} weights and their thresholds in {integers:,} bytes, '
-            + ('as neurons of one or two thresholds each' if engines.is_expanded(packed) else
+            + ('as neurons of one or two thresholds each' if packed_file.is_expanded(packed) else
                f'{4 * parameters / integers:.1f} times less than float32 weights'))
     else:
         size = interchange.WRITERS[args.format](args.file, packed, dataset.test.images[:interchange.VECTORS])

@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from twta import TwtaError, datasets, packed, packed_file, packed_report, replacing, spikes
-from twta.command_line import SHORT
 from twta.evidence import PRETRAINED, RECOMPRESSED, RESULTS, TITLES, by_protocol, protocol, schedule
-from twta.records import name_stage, say
+from twta.options import SHORT
+from twta.records import name_stage
+from twta.terminal import say
 
 FOLDER = RESULTS / 'pictures'
 FILTERS = 'TWTA_4_4_MNIST', 'TWTA_3_3_CIFAR10_Group_V2'

@@ -35,8 +35,11 @@ def flags():
 
 
 def name():
-    """Return the name of the processor."""
-    return cpuinfo('model name') or platform.processor() or platform.machine()
+    """Return the name of the processor, with its family and model if Linux tells: one name may cover generations."""
+    model = cpuinfo('model name')
+    if model and cpuinfo('cpu family'):
+        return f'{model}, family {cpuinfo("cpu family")}, model {cpuinfo("model")}'
+    return model or platform.processor() or platform.machine()
 
 
 def kind():

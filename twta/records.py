@@ -14,10 +14,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from twta import TwtaError, UsageError, arrays, locks, processor, replacing
-from twta.command_line import WAYS, complete, is_choice
+from twta.options import WAYS, complete, is_choice
+from twta.terminal import say
 
 FIELDS = ('epoch', 'learning_rate', 'loss', 'training_accuracy', 'validation_accuracy', 'images_per_second', 'seconds')
 SIGNS = 'negative', 'positive'
@@ -140,12 +140,6 @@ def confuse(labels, predicted, n_classes):
 
 def accuracy(confusion):
     return float(np.trace(confusion) / np.sum(confusion))
-
-
-def say(line):
-    """A line on stdout, above the progress bar if there is one."""
-    tqdm.write(line)
-    sys.stdout.flush()
 
 
 def write_json(path, record):

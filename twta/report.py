@@ -16,10 +16,10 @@ import statistics
 import textwrap
 
 from twta import UsageError, evidence, speeds
-from twta.command_line import Parser, errors_in_a_line, path
 from twta.evidence import ROOT, by_protocol, load_records, protocol
 from twta.markdown import fill, replace_text, table
 from twta.speeds import benchmark
+from twta.terminal import Parser, errors_in_a_line, path
 
 README, BENCHMARKS = ROOT / 'README.md', ROOT / 'benchmarks' / 'README.md'
 PUBLISHED = re.compile(r'published accuracy ([\d.]+ %)')  # in a script's docstring

@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from twta.command_line import SHORT
-from twta.records import say
+from twta.options import SHORT
+from twta.terminal import say
 
 
 def next_stage(state, args, defaults, judged=True):

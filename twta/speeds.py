@@ -85,7 +85,7 @@ def torch_speeds(rows):
     return table(('processor', 'network', 'these scripts', 'published way',
                   *(way.replace('torch', 'PyTorch') for way in ways), 'these scripts in float32'), (
         (kind, network, per_second(row['project']),
-         *(f'{per_second(row[way])} ({row[way]["training_ratio"]:.2f})' for way in columns))
+         *(f'{per_second(row[way])} ({row[way]["training_ratio"]:.2f})' if way in row else '' for way in columns))
         for (kind, network), row in by_processor(rows).items()))
 
 

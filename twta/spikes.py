@@ -32,9 +32,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from twta import TwtaError, UsageError, command_line, packed_file, replacing
+from twta import TwtaError, UsageError, command_line, numpy_engine, packed_file, packed_inference, replacing
 from twta import packed as engines
-from twta.records import environment, save_figure, say, write_csv, write_json
+from twta.records import environment, save_figure, write_csv, write_json
+from twta.terminal import Parser, errors_in_a_line, natural, number, path, positive_integer, say
 
 BATCH = 200  # images to a line of the .txt files
 FIELDS = ('layer', 'neurons', 'spikes', 'negative', 'rate', 'operations', 'nonzero_operations')
@@ -125,7 +126,7 @@ class Engine:
 
     def run(self, images):
         maps = self.engine.activations(images)
-        return engines.classify(maps[-1], self.packed), maps
+        return numpy_engine.classify(maps[-1], self.packed), maps
 
 
 def convert(flags, script, model, args, dataset, source, state):
@@ -141,7 +142,7 @@ def convert(flags, script, model, args, dataset, source, state):
     steps = len(thresholds) if thresholds.ndim == 2 else 1
     if flags.conversion == 'temporal' and steps == 1:
         say('temporal: one level is one step, the same as spatial')
-    plain = Engine(packed) if steps == 1 else engines.NumpyEngine(packed, store_and_release)
+    plain = Engine(packed) if steps == 1 else numpy_engine.NumpyEngine(packed, store_and_release)
     report(flags, plain, steps, predicted, 'the graph', dataset, images)
 
 
@@ -150,12 +151,12 @@ def convert_file(flags, packed):
     from twta import datasets
 
     dataset = datasets.load(flags.dataset, flags.data_dir, None)
-    engines.check_images(packed, dataset, flags)
+    packed_inference.check_images(packed, dataset, flags)
     say(f'data: {dataset}')
     say(f'network: {packed.network}, {flags.file}')
     images = dataset.test.images[:flags.images]
     predicted = engines.logits(engines.started(packed, 'auto', None), images).argmax(1)
-    report(flags, engines.NumpyEngine(packed), 1, predicted, 'the packed engine', dataset, images)
+    report(flags, numpy_engine.NumpyEngine(packed), 1, predicted, 'the packed engine', dataset, images)
 
 
 def report(flags, plain, steps, expected, whose, dataset, images):
@@ -175,8 +176,8 @@ def report(flags, plain, steps, expected, whose, dataset, images):
     say(f'accuracy: {without:.4f}')
     deleted = f'{100 * flags.noise_ratio:.3g}% of the encoder\'s spikes deleted'
     if flags.noise_ratio:
-        neuron = engines.fire if steps == 1 else store_and_release
-        noisy = engines.NumpyEngine(plain.packed, neuron, deletion(flags.noise_ratio, flags.seed))
+        neuron = numpy_engine.fire if steps == 1 else store_and_release
+        noisy = numpy_engine.NumpyEngine(plain.packed, neuron, deletion(flags.noise_ratio, flags.seed))
         predicted, *counts = simulate(noisy, images, steps)
         say(f'accuracy with {deleted}: {np.mean(predicted == labels):.4f}; the table and the files are of that')
     for line in table(counts[2]):
@@ -253,32 +254,32 @@ def draw(title, rows):
 def run(script, description, datasets, default):
     """Parses the flags, converts and simulates; the Spiking scripts end in this call. default: of --network."""
     script = Path(script).resolve()
-    with command_line.errors_in_a_line(script.name):
+    with errors_in_a_line(script.name):
         start(script, description, datasets, default)
 
 
 def start(script, description, datasets, default, argv=None):
     """What run does; raises TwtaError."""
     networks = sorted(path.stem for path in script.parent.glob('*.py') if not path.stem.startswith(('FP', 'Spiking')))
-    parser = command_line.Parser(prog=script.name, description=description, allow_abbrev=False,
+    parser = Parser(prog=script.name, description=description, allow_abbrev=False,
                                  formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--network', choices=networks,
         help=f'which trained network, of {", ".join(networks)}; default: {default}')
     add('--conversion', choices=('spatial', 'temporal'), default='spatial',
         help='spatial: a neuron a level, one step; temporal: a step a level, store and release. Default: spatial')
-    add('--noise_ratio', type=partial(command_line.number, least=0, most=0.99), metavar='P', default=0.0,
+    add('--noise_ratio', type=partial(number, least=0, most=0.99), metavar='P', default=0.0,
         help='delete each spike of the encoder with this probability; default: 0')
-    add('--seed', type=command_line.natural, default=0, metavar='N', help='of the noise, default: 0')
-    add('--images', type=command_line.positive_integer, metavar='N', help='of the test images; default: all')
+    add('--seed', type=natural, default=0, metavar='N', help='of the noise, default: 0')
+    add('--images', type=positive_integer, metavar='N', help='of the test images; default: all')
     add('--dataset', choices=datasets, default=datasets[0], help=f'default: {datasets[0]}')
-    add('--data_dir', type=command_line.path, metavar='DIR', help='default: data/ beside README.md')
-    add('--run_dir', type=command_line.path, metavar='DIR',
+    add('--data_dir', type=path, metavar='DIR', help='default: data/ beside README.md')
+    add('--run_dir', type=path, metavar='DIR',
         help="the network's; default: runs/NETWORK-DATASET beside README.md")
     add('--checkpoint', choices=('last', 'best'), help='of the network, default: last')
-    add('--file', type=command_line.path, metavar='FILE',
+    add('--file', type=path, metavar='FILE',
         help='a packed network, from --mode export, in place of --network; without TensorFlow, spatial only')
-    add('--output', type=command_line.path, metavar='DIR',
+    add('--output', type=path, metavar='DIR',
         help='default: spikes-CONVERSION (with noise, spikes-CONVERSION-noise-P) in the run directory; of a --file, '
              'FILE-spikes-... in the current folder')
     add('--debug', action='store_true', help='show the traceback of an error')

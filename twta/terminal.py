@@ -1,0 +1,103 @@
+"""The user's side of every command: values of flags, mistakes in one line, lines beside the progress bar."""
+import argparse
+import contextlib
+import math
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+from twta import TwtaError, UsageError, describe_fault
+
+
+def say(line):
+    """A line on stdout, above the progress bar if there is one."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def errors_in_a_line(name):
+    """Ends the process with a line where a fault comes up, or with --debug lets it through."""
+    try:
+        yield
+    except (TwtaError, OSError) as error:
+        if '--debug' in sys.argv:
+            raise
+        line = describe_fault(error) if isinstance(error, OSError) else str(error)
+        print(f'{name}: error: {line}', file=sys.stderr)
+        sys.exit(getattr(error, 'exit_code', TwtaError.exit_code))
+    except KeyboardInterrupt:
+        print(f'{name}: interrupted', file=sys.stderr)
+        sys.exit(130)  # 128 + SIGINT
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UsageError(f'{message}; see --help')
+
+
+def truth(text):
+    values = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f'{text!r} is neither True nor False')
+    return values[text.lower()]
+
+
+def path(text):
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f'{text!r} is no path')
+    try:
+        text.encode()
+        Path(text).exists()
+    except UnicodeEncodeError:  # the bytes that Python could not decode
+        raise argparse.ArgumentTypeError(f'{text[:80]!r} is no path here: not UTF-8') from None
+    except (OSError, ValueError) as error:  # too long, or in a folder that may not be read
+        reason = getattr(error, 'strerror', None) or error
+        raise argparse.ArgumentTypeError(f'{text[:80]!r} is no path here: {reason}') from None
+    return Path(text)
+
+
+def real(text):
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def positive_number(text):
+    value = real(text)
+    if not 1e-37 <= value <= 1e38:  # what float32 holds
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0, from 1e-37 to 1e38')
+    return value
+
+
+def number(text, least, most):
+    value = real(text)
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number from {least} to {most}')
+    return value
+
+
+def natural(text, least=0, most=2 ** 31 - 1):
+    if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from {least} to {most}')
+    return int(text)
+
+
+def positive_integer(text):
+    return natural(text, least=1)
+
+
+def input_file(text):
+    file = path(text)
+    if not file.exists():
+        raise argparse.ArgumentTypeError(f'{text!r}: no such file')
+    return file
+
+
+def output_file(text):
+    path = Path(text)
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise argparse.ArgumentTypeError(f'{text!r} is not a file in a folder that exists')
+    return path
