@@ -4,7 +4,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3
     $$python -c '$(IS_FIT)' 2>/dev/null && echo $$python && break; done)
 VENV := .venv/bin
 
-.PHONY: demo test processors soak lint report reproduce-table pdf
+.PHONY: demo test slow processors soak lint report reproduce-table pdf
 
 # A few epochs on the embedded sample, then inference; needs no network once installed.
 demo: .venv/installed
@@ -16,10 +16,14 @@ PYTEST := TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1 $(VENV)/python -m py
 test: .venv/installed
 	$(PYTEST)
 
+# What takes half a minute and more by nature: VGG13 trained, the whole tutorial, a kill on one core.
+slow: .venv/installed
+	$(PYTEST) -m slow
+
 # What depends on the processor, under kinds that this one is not: without oneDNN (as on Arm), AVX2 only, SSE2 only.
 processors: .venv/installed
-	TF_ENABLE_ONEDNN_OPTS=0 NUMBA_CPU_NAME=x86-64 NUMBA_CPU_FEATURES= $(PYTEST) -m processor
-	ONEDNN_MAX_CPU_ISA=AVX2 XLA_FLAGS=--xla_cpu_max_isa=AVX2 NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES= $(PYTEST) -m processor
+	TF_ENABLE_ONEDNN_OPTS=0 NUMBA_CPU_NAME=x86-64 NUMBA_CPU_FEATURES= $(PYTEST) -m 'processor and not slow'
+	ONEDNN_MAX_CPU_ISA=AVX2 XLA_FLAGS=--xla_cpu_max_isa=AVX2 NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES= $(PYTEST) -m 'processor and not slow'
 
 lint: .venv/installed
 	$(VENV)/ruff check .

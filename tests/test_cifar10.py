@@ -339,8 +339,8 @@ def test_every_family_trains_in_both_precisions(tiny, tmp_path, name, precision)
 
 @pytest.mark.processor
 @pytest.mark.parametrize('name, precision, epochs, accuracy', [
-    (GROUPED, 'auto', 5, 0.6), ('TWTA_3_3_CIFAR10_VGG13', 'auto', 6, 0.5),
-    ('FP_3_3_CIFAR10_VGG13', 'float32', 3, 0.8)])
+    (GROUPED, 'auto', 5, 0.6), pytest.param('TWTA_3_3_CIFAR10_VGG13', 'auto', 6, 0.5, marks=pytest.mark.slow),
+    pytest.param('FP_3_3_CIFAR10_VGG13', 'float32', 3, 0.8, marks=pytest.mark.slow)])
 def test_accuracy_on_the_sample(tmp_path, name, precision, epochs, accuracy):
     """Of each family, in epochs of 50 steps; measured: 73, 63 (in float32) and 91 %."""
     start(tmp_path, '--schedule', 'cosine', '--learning_rate', 0.003, '--batch_size', 50, '--epochs', epochs,

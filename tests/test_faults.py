@@ -330,6 +330,7 @@ def test_a_batch_must_fit_into_the_training_set(tmp_path):
     assert not (tmp_path / 'new').exists()
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_never_killed_on_one_core(tmp_path):
     """SIGKILL at a random moment and in the middle of a write, with --deterministic; soak.py does it 50 times."""
     hits, in_writes = soak.soak(tmp_path, kills=2, epochs=12, seed=5)

@@ -260,6 +260,7 @@ def test_the_record_of_a_run(finished_run):
 # The tutorial
 
 
+@pytest.mark.slow
 def test_every_command_of_the_tutorial_runs(tmp_path):
     """In a copy of the scripts, so that nothing is left in runs/."""
     shutil.copytree(ROOT / 'MNIST', tmp_path / 'MNIST')

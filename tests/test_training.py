@@ -206,9 +206,9 @@ BFLOAT16 = ['TWTA_4_4_MNIST'] if fast.BFLOAT16_IS_EMULATED else MNIST_SCRIPTS
 @pytest.mark.parametrize('precision, name', [*(('float32', name) for name in MNIST_SCRIPTS),
                                              *(('bfloat16', name) for name in BFLOAT16)])
 def test_accuracy_on_the_sample(tmp_path, precision, name):
-    """At least 90 % after 8 epochs of 24 steps; measured: 98.7 to 99.0 % in float32, 97.7 to 99.0 % in bfloat16."""
+    """At least 95 % after 8 epochs of 24 steps; measured: 98.7 to 99.0 % in float32, 97.7 to 99.0 % in bfloat16."""
     start(tmp_path, '--learning_rate', 0.001, '--batch_size', 50, '--epochs', 8, '--precision', precision, script=name)
-    assert json.loads((tmp_path / 'result.json').read_text())['test_accuracy'] >= 0.9
+    assert json.loads((tmp_path / 'result.json').read_text())['test_accuracy'] >= 0.95
 
 
 @pytest.mark.processor
