@@ -64,7 +64,7 @@ def project(name, precision):
     images, labels, crop = random_images(name)
     data = SimpleNamespace(images=images, labels=labels)
     model = runpy.run_path(str(SCRIPTS[name]))['model']
-    network = experiment.build(model, SimpleNamespace(test=data, crop=crop), 0, choose_precision(precision, None))
+    network = experiment.build(model, images.shape[1:], crop, 0, choose_precision(precision, None))
     with network.graph.as_default():
         session = open_session(network.graph, 0)
         session.run(tf.global_variables_initializer())
@@ -124,9 +124,8 @@ def profile(name, repetitions):
     from twta.tf1 import native_chatter_hidden, tf
 
     images, labels, crop = random_images(name)
-    data = SimpleNamespace(test=SimpleNamespace(images=images), crop=crop)
     precision = choose_precision('auto', None)
-    network = experiment.build(runpy.run_path(str(SCRIPTS[name]))['model'], data, 0, precision)
+    network = experiment.build(runpy.run_path(str(SCRIPTS[name]))['model'], images.shape[1:], crop, 0, precision)
     products = [np.prod(layer.all_params[-1].shape.as_list()) * np.prod(layer.outputs.shape[1:-1].as_list() or [1])
                 for layer, _, _ in packing.read_blocks(network.net)]
     operations = 2 * BATCH * (3 * sum(products) - products[0])  # nobody wants the images' gradient

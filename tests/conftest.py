@@ -6,7 +6,6 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,8 +56,8 @@ def loss_and_gradients(name, images, labels, precision):
     from twta.tf1 import tf
 
     script = load_script(name)
-    data = SimpleNamespace(test=SimpleNamespace(images=images), crop=0 if name in MNIST_SCRIPTS else 24)
-    network = experiment.build(partial(script.model, **chosen(script)), data, 0, precision)
+    crop = 0 if name in MNIST_SCRIPTS else 24
+    network = experiment.build(partial(script.model, **chosen(script)), images.shape[1:], crop, 0, precision)
     with network.graph.as_default(), open_session(network.graph, 0) as session:
         session.run(tf.global_variables_initializer())
         trained = tf.trainable_variables()

@@ -317,7 +317,7 @@ def test_the_confusion_matrix_names_classes_and_their_accuracy():
 
 def test_augmentation_in_training_follows_the_step_and_evaluation_has_none(tmp_path):
     sample = datasets.load('shapes', tmp_path)
-    network = experiment.build(load_script(GROUPED).model, sample, 0, tf.float32)
+    network = experiment.build(load_script(GROUPED).model, (32, 32, 3), 24, 0, tf.float32)
     with network.graph.as_default(), tf.Session() as session:
         session.run(tf.global_variables_initializer())
 

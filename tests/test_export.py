@@ -54,7 +54,8 @@ def sample_of(name):
 def graph_of(name, dataset, parameters, **choices):
     """The evaluation graph of a script, in a session where its parameters are parameters(name, initial value)."""
     module = load_script(name)
-    network = experiment.build(functools.partial(module.model, **chosen(module, **choices)), dataset, seed=0)
+    network = experiment.build(functools.partial(module.model, **chosen(module, **choices)),
+                               dataset.test.images.shape[1:], dataset.crop, seed=0)
     with network.graph.as_default(), open_session(network.graph, 0) as session:
         session.run(tf.global_variables_initializer())
         for variable in network.net.all_params:

@@ -93,9 +93,11 @@ def test_the_pdf_is_of_this_readme():
 
 
 def test_links_of_the_pages_lead_to_files():
-    for page in ('README.md', 'docs/tutorial.md', 'docs/deployment.md', 'results/README.md', 'benchmarks/README.md'):
-        for link in re.findall(r'\]\((?!http|#)([^)#]+)', (ROOT / page).read_text()):
-            assert ((ROOT / page).parent / link).exists(), f'{page}: {link}'
+    pages = [page for page in (*ROOT.glob('*.md'), *ROOT.glob('*/*.md')) if not page.parent.name.startswith('.')]
+    assert len(pages) > 8
+    for page in pages:
+        for link in re.findall(r'\]\((?!http|#)([^)#]+)', page.read_text()):
+            assert (page.parent / link).exists(), f'{page}: {link}'
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -75,10 +75,10 @@ def find_cause(error):
 # The graph
 
 
-def build(model, dataset, seed, precision=None, augmentation='published'):
-    """The graph: placeholders, the network for evaluation, and, where a precision to train in is given, for training.
+def build(model, image_shape, crop, seed, precision=None, augmentation='published'):
+    """Return the graph: placeholders, the network for evaluation and, if a precision is given, the one for training.
 
-    images         uint8 [batch, height, width, channels]
+    images         uint8 [batch, *image_shape]: height, width, channels; crop: the side that the network sees, or 0
     labels         int32 [batch]
     step           of the run: with the seed, it decides on the augmentation of training images
     evaluation     .loss the summed cross-entropy over the batch and .predicted, the classes [batch]
@@ -89,16 +89,16 @@ def build(model, dataset, seed, precision=None, augmentation='published'):
     graph = tf.Graph()
     with graph.as_default():
         tf.set_random_seed(seed)
-        images = tf.placeholder(tf.uint8, [None, *dataset.test.images.shape[1:]], 'images')
+        images = tf.placeholder(tf.uint8, [None, *image_shape], 'images')
         labels = tf.placeholder(tf.int32, [None], 'labels')
         learning_rate = tf.placeholder(tf.float32, [], 'learning_rate')
         step = tf.placeholder(tf.int32, [], 'step')
-        net = model(preprocessing.for_evaluation(images, dataset.crop), False)
+        net = model(preprocessing.for_evaluation(images, crop), False)
         evaluation = measure(net, labels)
         training = shares = None
         if precision:
             shares = packing.shares(net)
-            x = preprocessing.for_training(images, dataset.crop, seed, step, augmentation)
+            x = preprocessing.for_training(images, crop, seed, step, augmentation)
             with tf.variable_scope(tf.get_variable_scope(), reuse=True):
                 training = measure(model(tf.cast(x, precision), True), labels)
             with tf.control_dependencies(tf.get_collection(tf.GraphKeys.UPDATE_OPS)):
@@ -135,7 +135,8 @@ def train(script, model, args, defaults, dataset, precision, source, state):
     if stage['batch_size'] > len(dataset.train.labels):
         raise UsageError(f'--batch_size {stage["batch_size"]}: more than the {len(dataset.train.labels):,} training '
                          'images')
-    network = build(model, dataset, state['seed'], precision, stage['augmentation'])
+    network = build(model, dataset.test.images.shape[1:], dataset.crop, state['seed'], precision,
+                    stage['augmentation'])
     weights = records.read_weights(args.weights, network.net) if args.weights else {}
     args.run_dir.mkdir(parents=True, exist_ok=True)
     with (contextlib.nullcontext() if args.resume else records.locked(args.run_dir), network.graph.as_default(),
@@ -379,7 +380,7 @@ def export(script, model, args, dataset, source, state):
 @contextlib.contextmanager
 def trained(script, model, args, dataset, source):
     """The network for evaluation and a session in which it has the weights of a checkpoint, source, or of --weights."""
-    network = build(model, dataset, seed=0)
+    network = build(model, dataset.test.images.shape[1:], dataset.crop, seed=0)
     with network.graph.as_default(), open_session(network.graph, args.gpu) as session:
         if args.weights:
             set_weights(network.net, records.read_weights(args.weights, network.net), session)
