@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soak
-from conftest import QUICK, ROOT, assert_same, log, start, variables
+from conftest import QUICK, ROOT, assert_same, log, run_script, start, variables
 
 from twta import TwtaError, UsageError, checkpoints, experiment, records
 from twta.tf1 import tf
@@ -328,6 +328,41 @@ def test_a_batch_must_fit_into_the_training_set(tmp_path):
     with pytest.raises(UsageError, match='--batch_size 1201: more than the 1,200 training images'):
         start(tmp_path / 'new', '--batch_size', 1201)
     assert not (tmp_path / 'new').exists()
+
+
+def fail(*arguments):
+    raise RuntimeError('latex was not able to\nprocess')
+
+
+def test_a_picture_that_cannot_be_made_costs_no_result(tmp_path, monkeypatch, capsys):
+    for draw in ('draw_curve', 'draw_confusion'):
+        monkeypatch.setattr(records, draw, fail)
+    start(tmp_path / 'run', *QUICK, '--epochs', 1)
+    lines = capsys.readouterr().out.splitlines()
+    for name in ('curve', 'confusion'):
+        assert f'no picture {tmp_path / "run" / name}.png: latex was not able to process' in lines
+    assert {path.name for path in (tmp_path / 'run').iterdir()} > {'record.json', 'result.json', 'log.csv', 'model.npz'}
+    assert not list((tmp_path / 'run').glob('*.png'))
+
+
+@pytest.mark.parametrize('settings', [
+    {'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}, {'MPLBACKEND': 'of this name there is none'},
+    {'MATPLOTLIBRC': 'text.usetex: True\n'}])
+def test_settings_of_matplotlib_do_not_matter(finished_run, tmp_path, settings):
+    """As of a notebook's shell, a broken profile, a user who writes papers; and a name that mathtext would read."""
+    run_dir = tmp_path / 'net_$SEED_$LR'
+    shutil.copytree(finished_run, run_dir)
+    for path in run_dir.glob('*.png'):
+        path.unlink()
+    if 'MATPLOTLIBRC' in settings:
+        (tmp_path / 'matplotlibrc').write_text(settings['MATPLOTLIBRC'])
+        settings = {'MATPLOTLIBRC': str(tmp_path / 'matplotlibrc')}
+    finished = run_script(SCRIPT_5_5, *QUICK[:2], '--mode', 'inference', '--weights', run_dir / 'model.npz',
+                          '--run_dir', run_dir, **settings)
+    assert finished.returncode == 0, finished.stderr
+    assert 'test acc: ' in finished.stdout and 'Traceback' not in finished.stderr
+    assert (run_dir / 'result-weights.json').exists()
+    assert (run_dir / 'confusion-weights.png').exists() != ('no picture' in finished.stdout)
 
 
 @pytest.mark.slow

@@ -180,9 +180,8 @@ def train(script, model, args, defaults, dataset, precision, source, state):
             raise TwtaError(f'{cause}; {where_to_go_on(args.run_dir, state)}') from None
         finally:
             if state['history'] and args.run_dir.exists():
-                figure = records.draw_curve(f'{script} on {dataset.title}', state['history'])
-                with contextlib.suppress(OSError):  # or it would take the place of the fault that ended the training
-                    records.save_figure(args.run_dir / 'curve.png', figure)
+                title = f'{script} on {dataset.title}'
+                records.save_picture(args.run_dir / 'curve.png', records.draw_curve, title, state['history'])
 
 
 def where_to_go_on(run_dir, state):

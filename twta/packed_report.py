@@ -33,8 +33,9 @@ def report(engine, dataset, run_dir):
                     'more than the one that was trained')
     say('zero x: of the inputs; nJ: an estimate of the arithmetic alone, 45 nm (Horowitz, ISSCC 2014)')
     records.write_csv(run_dir / 'cost.csv', FIELDS, rows)
-    records.save_figure(run_dir / 'cost.png', draw(engine.packed, dataset, rows))
-    say(f'the table and its picture: {run_dir / "cost.csv"}, {run_dir / "cost.png"}')
+    say(f'the table: {run_dir / "cost.csv"}')
+    if records.save_picture(run_dir / 'cost.png', draw, engine.packed, dataset, rows):
+        say(f'its picture: {run_dir / "cost.png"}')
 
 
 def measure(engine, images):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from twta import TwtaError, UsageError, arrays, locks, processor, replacing
+from twta import TwtaError, UsageError, arrays, describe_fault, in_a_line, locks, processor, replacing
 from twta.options import WAYS, complete, is_choice
 from twta.terminal import say
 
@@ -75,8 +75,8 @@ def report(script, args, choices, dataset, kind, weights, epoch, loss, confusion
     picture = args.run_dir / f'confusion{suffix}.png'
     title = (f'{script} on {dataset.title}\n{share:.2%} of {len(dataset.test.labels):,} test images, '
              + (Path(weights).name if epoch is None else f'after epoch {epoch}'))
-    save_figure(picture, draw_confusion(title, dataset.classes, confusion))
-    say(f'confusion matrix: {picture}')
+    if save_picture(picture, draw_confusion, title, dataset.classes, confusion):
+        say(f'confusion matrix: {picture}')
 
 
 def write_record(run_dir, config, state, parameters, loss, confusion, best):
@@ -258,9 +258,22 @@ def draw_confusion(title, classes, confusion):
     return figure
 
 
-def save_figure(path, figure):
-    with replacing(path) as part:
-        figure.savefig(part, format='png', dpi=120)
+def save_picture(path, draw, *arguments):
+    """Write the figure that draw(*arguments) returns, and return whether it could be made.
+
+    A picture is no result: if matplotlib is absent, broken or set up so that it fails, a line names the cause and the
+    command goes on. Texts are drawn as they are: names hold characters that LaTeX and mathtext would read.
+    """
+    try:
+        import matplotlib  # here: only some commands draw
+
+        with matplotlib.rc_context({'text.usetex': False, 'text.parse_math': False}), replacing(path) as part:
+            draw(*arguments).savefig(part, format='png', dpi=120)
+        return True
+    except Exception as error:  # of any kind: matplotlib's settings run code of others
+        cause = describe_fault(error) if isinstance(error, OSError) else str(error) or type(error).__name__
+        say(f'no picture {path}: {in_a_line(cause)[:200]}')
+        return False
 
 
 class Events:

@@ -34,7 +34,7 @@ import numpy as np
 
 from twta import TwtaError, UsageError, command_line, numpy_engine, packed_file, packed_inference, replacing
 from twta import packed as engines
-from twta.records import environment, save_figure, write_csv, write_json
+from twta.records import environment, save_picture, write_csv, write_json
 from twta.terminal import Parser, errors_in_a_line, natural, number, path, positive_integer, say
 
 BATCH = 200  # images to a line of the .txt files
@@ -203,8 +203,9 @@ def write(folder, title, right, spikes, operations, rows, record):
     write_csv(folder / 'spikes.csv', FIELDS, rows)
     write_json(folder / 'spikes.json', {**record, 'images': len(right), 'accuracy': float(np.mean(right)),
                                         'layers': rows, **environment()})
-    save_figure(folder / 'spikes.png', draw(title, rows))
-    say(f'accuracy.txt, spike_num.txt, sop_num.txt, spikes.csv, spikes.json, spikes.png: {folder}')
+    say(f'accuracy.txt, spike_num.txt, sop_num.txt, spikes.csv, spikes.json: {folder}')
+    if save_picture(folder / 'spikes.png', draw, title, rows):
+        say(f'picture: {folder / "spikes.png"}')
 
 
 def table(rows):

@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -18,7 +19,8 @@ def say(line):
 
 @contextlib.contextmanager
 def errors_in_a_line(name):
-    """Ends the process with a line where a fault comes up, or with --debug lets it through."""
+    """Run a command: if a fault comes up, end the process with a line, or with --debug let it through."""
+    os.environ['MPLBACKEND'] = 'agg'  # no command opens a window; what a notebook sets would end the import of Keras
     try:
         yield
     except (TwtaError, OSError) as error:
