@@ -46,11 +46,12 @@ pdf: .venv/installed
 	$(VENV)/python PDF/make.py
 
 .venv/installed: requirements.txt pyproject.toml
-	@$(or $(PYTHON),false) -c '$(IS_FIT)' 2>/dev/null || { echo "error: $(or $(PYTHON),no Python here) is not one \
-	of Python 3.10 to 3.13, for which there is a TensorFlow; install one, and name it: make PYTHON=python3.12 ..." >&2; exit 1; }
-	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) lacks the module venv; on Debian \
-	and Ubuntu: apt install python3-venv" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.13 found; TensorFlow needs one: install it" >&2; exit 1; }
+	@"$(PYTHON)" -c '$(IS_FIT)' 2>/dev/null || { echo "error: PYTHON=$(PYTHON) is not a Python 3.10 to 3.13, which \
+	TensorFlow needs; name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) lacks the module venv; on Debian \
+	and Ubuntu: apt install $(notdir $(PYTHON))-venv" >&2; exit 1; }
 	@echo "installing into .venv: TensorFlow and what it needs, 2.5 GB on disk; a few minutes"
-	@$(PYTHON) -m venv .venv
+	@"$(PYTHON)" -m venv --clear .venv
 	$(VENV)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@

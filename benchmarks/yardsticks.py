@@ -112,7 +112,9 @@ def published(name, layers, is_ternary):
     step = tf.train.AdamOptimizer(1e-4).minimize(trained[0])
     inferred = network(x, y, False)
     saver = tf.train.Saver()
-    session = tf.Session()
+    cores = available_cores()
+    session = tf.Session(config=tf.ConfigProto(intra_op_parallelism_threads=cores,
+                                               inter_op_parallelism_threads=cores))
     session.run(tf.global_variables_initializer())
     if crop:
         tf.train.start_queue_runners(session)

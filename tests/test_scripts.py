@@ -176,5 +176,6 @@ def test_packed_networks_run_without_tensorflow():
     while ahead:
         reached |= ahead
         ahead = {name for module in ahead for name in imports(MODULES[module])} - reached
-    users = {name for name, path in MODULES.items() if re.search('import (tensorflow|tensorlayer)', path.read_text())}
+    library = re.compile(r'(import|from) (tensorflow|tensorlayer)\b')
+    users = {name for name, path in MODULES.items() if library.search(path.read_text())}
     assert users == {'twta.tf1'} and 'twta.tf1' not in reached

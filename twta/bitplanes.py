@@ -57,7 +57,7 @@ def count_threads(threads=None):
 
 
 class NumbaEngine:
-    """Runs a packed network on bit planes, in so many threads (default: one a core)."""
+    """Runs a packed network on bit planes, in so many threads (default: one per available core)."""
 
     name = 'numba'
 

@@ -53,9 +53,8 @@ def run(script, model, args, defaults, evaluate=None):
             say(f'device: {describe(gpu)}')
             if args.mode == 'training':
                 precision = choose_precision(args.precision, gpu)
-                if precision == tf.bfloat16 and not multiplies_bfloat16(gpu):
-                    say('WARNING: this device does not multiply bfloat16; it is emulated, and --precision float32 is '
-                        'faster')
+                if precision == tf.bfloat16 and not gpu and not multiplies_bfloat16(None):
+                    say('WARNING: bfloat16 is emulated on this processor; --precision float32 is faster')
                 train(script, model, args, defaults, dataset, precision, source, state)
             else:
                 evaluate = evaluate or {'inference': infer, 'export': export}[args.mode]

@@ -14,9 +14,9 @@ Two things are missing on some processors, and are made up for here:
 
 oneDNN                 without it, TensorFlow has no gradient of a grouped convolution on a CPU: each group is a
                        convolution of its own; and the input's gradient is so slow that a convolution takes its place
-bfloat16               if the processor does not multiply it, layers multiply and add in float32 and round the sums, as
-                       a processor with bfloat16 does. TensorFlow's own kernels add in bfloat16: ten times as slowly,
-                       and less exactly
+bfloat16               if the processor does not multiply it, layers round their inputs and sums to bfloat16, as a
+                       processor with bfloat16 does, but multiply and add in float32. TensorFlow's own kernels add in
+                       bfloat16: ten times as slowly, and less exactly
 """
 import numpy as np
 
@@ -38,6 +38,12 @@ def compiled(function):
 def type_of_sums(dtype):
     """Return the type in which layers multiply and add values of the type: another one if bfloat16 is emulated."""
     return tf.float32 if BFLOAT16_IS_EMULATED and dtype == tf.bfloat16 else dtype
+
+
+def factors(x, w):
+    """Return x and w in the type in which layers multiply them; w rounds to the type of x first."""
+    dtype = type_of_sums(x.dtype)
+    return tf.cast(x, dtype), tf.cast(tf.cast(w, x.dtype), dtype)
 
 
 def convolve(x, w, stride, padding, groups=1):

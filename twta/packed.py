@@ -2,7 +2,7 @@
 
 Two engines have the same activations, and the same logits but for roundings. `numba`: bit planes, compiled
 (twta.bitplanes). `numpy`: the same integers as arrays, slower: the fall-back, and the plain statement of what a packed
-network computes.
+network computes (twta.numpy_engine).
 """
 import os
 import sys
@@ -64,7 +64,8 @@ def main(argv=None):
                         'them; of images with one channel, [n, height, width] does as well')
     parser.add_argument('--engine', choices=('auto', 'numba', 'numpy'), default='auto',
                         help='auto, the default: numba where it is installed, else numpy, slower; the same classes')
-    parser.add_argument('--threads', type=positive_integer, metavar='N', help='default: one a core')
+    parser.add_argument('--threads', type=positive_integer, metavar='N',
+                        help='default: one per core that the process may use')
     parser.add_argument('--names', action='store_true', help="print the classes' names, not their numbers")
     parser.add_argument('--debug', action='store_true', help='show the traceback of an error, not only its line')
     with errors_in_a_line('twta.packed'):

@@ -29,8 +29,8 @@ def report(engine, dataset, run_dir):
     for line in table(rows):
         say(line)
     if is_expanded(engine.packed):
-        say('levels and pooling have become neurons: the float32 network here has as many, which is '
-                    'more than the one that was trained')
+        say('levels and pooling have become neurons: the float32 network here has as many, which is more than the one '
+            'that was trained')
     say('zero x: of the inputs; nJ: an estimate of the arithmetic alone, 45 nm (Horowitz, ISSCC 2014)')
     records.write_csv(run_dir / 'cost.csv', FIELDS, rows)
     say(f'the table: {run_dir / "cost.csv"}')

@@ -32,7 +32,8 @@ def for_training(images, crop, seed, step, augmentation='published'):
 def for_evaluation(images, crop):
     """Images uint8 [batch, height, width, channels] as float32; nothing is drawn.
 
-    The same bits on any machine, and as twta.packed makes them: moments are sums of whole numbers, exact in float64.
+    The same bits on any machine, and as twta.numpy_engine makes them: moments are sums of whole numbers, exact in
+    float64.
     """
     if not crop:
         return scale(images)

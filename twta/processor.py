@@ -5,13 +5,15 @@ from pathlib import Path
 
 CGROUP = Path('/sys/fs/cgroup')  # where a container sees its own limits
 CPUINFO = Path('/proc/cpuinfo')
-NARROWING = ('TF_ENABLE_ONEDNN_OPTS', 'ONEDNN_MAX_CPU_ISA', 'XLA_FLAGS', 'NUMBA_CPU_NAME', 'ATEN_CPU_CAPABILITY')
+NARROWING = ('TF_ENABLE_ONEDNN_OPTS', 'ONEDNN_MAX_CPU_ISA', 'DNNL_MAX_CPU_ISA', 'XLA_FLAGS', 'NUMBA_CPU_NAME',
+             'NUMBA_CPU_FEATURES', 'ATEN_CPU_CAPABILITY')
 
 
 def available_cores():
     """Return the number of cores that the process may use, at least 1.
 
-    Its affinity limits them (taskset, Slurm), and so does its share of processor time (docker --cpus, Kubernetes).
+    Its affinity limits them (taskset, Slurm), and so does a container's share of processor time (docker --cpus,
+    Kubernetes). The limits of a group of processes outside a container (systemd's CPUQuota) are not seen.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return max(1, min(cores, share_of_time(CGROUP) or cores))
@@ -30,7 +32,7 @@ def share_of_time(cgroup):
 
 
 def flags():
-    """Return the names of the processor's instruction sets, as Linux spells them; nothing on other systems."""
+    """Return the names of the processor's instruction sets, as Linux spells them on x86; nothing elsewhere."""
     return set(cpuinfo('flags').split())
 
 

@@ -39,7 +39,8 @@ def multiplies_bfloat16(gpu):
     """
     if gpu:
         return tf.config.experimental.get_device_details(gpu).get('compute_capability', (0, 0)) >= (8, 0)
-    if not ONEDNN or os.environ.get('ONEDNN_MAX_CPU_ISA', '').upper() in WITHOUT_BFLOAT16:
+    limits = (os.environ.get(f'{name}_MAX_CPU_ISA', '').upper() for name in ('ONEDNN', 'DNNL'))  # new and old name
+    if not ONEDNN or any(limit in WITHOUT_BFLOAT16 for limit in limits):
         return False
     return bool({'avx512_bf16', 'amx_bf16'} & processor.flags())
 
@@ -79,16 +80,17 @@ def threads(variable):
     value = os.environ.get(variable)
     if value is None:
         return processor.available_cores()
-    if not (value.isascii() and value.isdigit()):
-        raise UsageError(f'{variable}={value}: not a whole number; unset it, or give the number of threads')
+    if not (value.isascii() and value.isdigit() and len(value) < 5 and int(value)):
+        raise UsageError(f'{variable}={value[:20]}: not a whole number from 1 to 9999; unset it, or give the number of '
+                         'threads')
     return int(value)
 
 
 def open_session(graph, gpu_index):
     """Return a session on the graph that sees only the GPU of that index, if there is one; it takes memory as needed.
 
-    It has as many threads as the process may use cores: TensorFlow alone would not know a container's share. Both
-    TF_NUM_INTRAOP_THREADS and make_deterministic come before that.
+    It has as many threads as the process may use cores: TensorFlow alone would not know a container's share.
+    make_deterministic, TF_NUM_INTRAOP_THREADS and TF_NUM_INTEROP_THREADS take precedence.
     """
     gpu_options = tf.GPUOptions(allow_growth=True, visible_device_list=str(gpu_index))
     threading = tf.config.threading

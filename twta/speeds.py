@@ -73,10 +73,16 @@ def beginnings(rows):
 
 
 def by_processor(rows):
-    """Return {(kind of processor, network): {way: row}} in the order of the rows."""
-    kinds = dict.fromkeys(row['processor'] for row in rows)
-    return {(kind.partition(' by ')[0], network): ways for kind in kinds
-            for network, ways in by_way([row for row in rows if row['processor'] == kind]).items()}
+    """Return {(kind of processor, network): {way: row}} in the order of the rows.
+
+    A kind is without the variables that narrow it: a second narrowing would need another name in the tables.
+    """
+    found = {}
+    for row in rows:
+        ways = found.setdefault((row['processor'].partition(' by ')[0], row['network']), {})
+        assert row['way'] not in ways, f'two rows of {row["network"]}, {row["way"]}'
+        ways[row['way']] = row
+    return found
 
 
 def torch_speeds(rows):

@@ -263,7 +263,7 @@ def start(script, description, datasets, default, argv=None):
     """What run does; raises TwtaError."""
     networks = sorted(path.stem for path in script.parent.glob('*.py') if not path.stem.startswith(('FP', 'Spiking')))
     parser = Parser(prog=script.name, description=description, allow_abbrev=False,
-                                 formatter_class=argparse.RawDescriptionHelpFormatter)
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add('--network', choices=networks,
         help=f'which trained network, of {", ".join(networks)}; default: {default}')

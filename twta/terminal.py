@@ -6,13 +6,13 @@ import os
 import sys
 from pathlib import Path
 
-from tqdm import tqdm
-
 from twta import TwtaError, UsageError, describe_fault
 
 
 def say(line):
-    """A line on stdout, above the progress bar if there is one."""
+    """Write a line to stdout, above the progress bar if there is one."""
+    from tqdm import tqdm  # here: the stand-alone command needs numpy only
+
     tqdm.write(line)
     sys.stdout.flush()
 

@@ -7,7 +7,7 @@ twta.packing reads a network so.
 
 Source: the published TWTA scripts (github.com/edwardzcl/TWTA).
 """
-from twta.fast import convolve, type_of_sums
+from twta.fast import convolve, factors, type_of_sums
 from twta.quantizers import full_precision, ternarize_activations, ternarize_weights
 from twta.tf1 import tf, tl
 
@@ -56,8 +56,8 @@ class Conv2dLayer(tl.layers.Layer):
             shape = [filter_size, filter_size, channels // groups, n_filter]
             weights = get_variable('W', shape, tf.truncated_normal_initializer, stddev=0.02)
             self.quantized = quantizer(weights.value(), groups)
-            dtype = tf.float64 if exact else type_of_sums(x.dtype)
-            sums = convolve(tf.cast(x, dtype), tf.cast(self.quantized, dtype), stride, padding, groups)
+            x = tf.cast(x, tf.float64) if exact else x
+            sums = convolve(*factors(x, self.quantized), stride, padding, groups)
             self.outputs = tf.cast(sums, tf.float32 if exact else x.dtype)
         self.all_layers.append(self.outputs)
         self.all_params.append(weights)
@@ -82,8 +82,7 @@ class PoolLayer(tl.layers.Layer):
             raise ValueError(f'{name}: no average of {filter_size}*{filter_size} with stride {stride} over a border')
         with tf.name_scope(name):
             pool = tf.nn.max_pool if kind == 'max' else tf.nn.avg_pool
-            pooled = pool(tf.cast(x, type_of_sums(x.dtype)), filter_size, stride, padding)
-            self.outputs = tf.cast(pooled, x.dtype)
+            self.outputs = tf.cast(pool(tf.cast(x, type_of_sums(x.dtype)), filter_size, stride, padding), x.dtype)
         self.all_layers.append(self.outputs)
 
 
@@ -102,8 +101,7 @@ class DenseLayer(tl.layers.Layer):
         with tf.variable_scope(name):
             weights = get_variable('W', [int(x.shape[-1]), n_units], tf.truncated_normal_initializer, stddev=0.1)
             self.quantized = quantizer(weights.value())
-            dtype = type_of_sums(x.dtype)
-            self.outputs = tf.cast(tf.matmul(tf.cast(x, dtype), tf.cast(self.quantized, dtype)), x.dtype)
+            self.outputs = tf.cast(tf.matmul(*factors(x, self.quantized)), x.dtype)
         self.all_layers.append(self.outputs)
         self.all_params.append(weights)
 
@@ -137,8 +135,7 @@ class BatchNormLayer(tl.layers.Layer):
 
     @staticmethod
     def fused(x, channels, is_train, gamma, beta, mean, variance):
-        image = tf.cast(x, type_of_sums(x.dtype))
-        image = image if x.shape.rank == 4 else tf.reshape(image, [-1, 1, 1, channels])
+        image = tf.cast(x if x.shape.rank == 4 else tf.reshape(x, [-1, 1, 1, channels]), type_of_sums(x.dtype))
         moments = ([], []) if is_train else (mean, variance)
         # not tf.nn.fused_batch_norm, which raises epsilon to 1.001e-5
         y, batch_mean, batch_variance, *_ = tf.raw_ops.FusedBatchNormV3(
@@ -148,8 +145,7 @@ class BatchNormLayer(tl.layers.Layer):
             n = tf.cast(tf.size(image) // channels, tf.float32)  # the fused variance is over n - 1, ours over n
             update_moving(mean, batch_mean)
             update_moving(variance, batch_variance * ((n - 1) / n))
-        y = tf.cast(y, x.dtype)
-        return y if x.shape.rank == 4 else tf.reshape(y, [-1, channels])
+        return tf.cast(y if x.shape.rank == 4 else tf.reshape(y, [-1, channels]), x.dtype)
 
 
 class ActivationLayer(tl.layers.Layer):

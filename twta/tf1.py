@@ -4,9 +4,10 @@ TensorLayer 1.8.4 says `import tensorflow` and expects version 1, so `tf.compat.
 TensorLayer is imported, and only then: any other library sees the real TensorFlow. Both are quiet unless the
 environment sets TF_CPP_MIN_LOG_LEVEL below 3, which `--verbose` does.
 
-oneDNN's kernels are switched on for every x86 processor, unless TF_ENABLE_ONEDNN_OPTS says otherwise. TensorFlow
-alone uses them only if it finds AVX-512 VNNI, BF16 or AMX. On two cores with AVX2 (AMD Zen 3), oneDNN raises the
-training speed of TWTA_4_4_MNIST from 683 to 1,119 images per second, of TWTA_3_3_CIFAR10_VGG13 from 83 to 148.
+oneDNN's kernels are switched on for every x86 processor, unless TF_ENABLE_ONEDNN_OPTS says otherwise. TensorFlow alone
+uses them only on newer processors, such as those with AVX-512 VNNI, BF16 or AMX. On two cores with AVX2 (AMD Zen 3),
+oneDNN raises the training speed of TWTA_4_4_MNIST from 683 to 1,119 images per second, of TWTA_3_3_CIFAR10_VGG13 from
+83 to 148.
 """
 import contextlib
 import logging
@@ -16,11 +17,9 @@ import sys
 import tempfile
 import warnings
 
-if platform.machine().lower() in ('x86_64', 'amd64'):
+IS_X86 = platform.machine().lower() in ('x86_64', 'amd64')
+if IS_X86:
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
-    ONEDNN = os.environ['TF_ENABLE_ONEDNN_OPTS'].lower() in ('1', 'true')
-else:  # TensorFlow has it for x86 only, or, on Arm, in a form that was not tried here
-    ONEDNN = False
 
 QUIET = os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3') == '3'
 
@@ -55,6 +54,7 @@ with native_chatter_hidden(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         logging.getLogger('tensorflow').setLevel(logging.ERROR)
     import tensorflow as tensorflow_2
+    from tensorflow.python.util import _pywrap_util_port  # there is no public function that tells
 
     tf = tensorflow_2.compat.v1
     tf.disable_v2_behavior()
@@ -66,6 +66,9 @@ with native_chatter_hidden(), warnings.catch_warnings():
         import tensorlayer as tl
     finally:
         sys.modules['tensorflow'] = tensorflow_2
+
+# another library may have imported TensorFlow before, without oneDNN; on Arm oneDNN has other kernels, not tried here
+ONEDNN = IS_X86 and _pywrap_util_port.IsMklEnabled()
 
 if QUIET:
     logging.getLogger('tensorlayer').setLevel(logging.WARNING)
