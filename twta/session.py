@@ -49,7 +49,8 @@ def describe(gpu):
     """The device in words."""
     if gpu:
         return tf.config.experimental.get_device_details(gpu).get('device_name', gpu.name)
-    return f'no GPU found, using the CPU ({processor.available_cores()} cores)'
+    cores = processor.available_cores()
+    return f'no GPU found, using the CPU ({cores} core{"s" if cores > 1 else ""})'
 
 
 def configuration(**options):
