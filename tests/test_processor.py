@@ -5,7 +5,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, start
+from conftest import ROOT, SCRIPTS, run_script, start
 
 from twta import UsageError, bitplanes, processor, session
 from twta.tf1 import tf
@@ -126,8 +126,10 @@ def test_tensorflow_and_numba_take_as_many_threads_as_there_are_cores(monkeypatc
     assert configured_threads(monkeypatch) == (3, 1)
 
 
-@pytest.mark.parametrize('value', ['two', '-1', '', '0', '99999999999'])
-def test_a_number_of_threads_that_is_none_is_refused(monkeypatch, value):
+@pytest.mark.parametrize('value', ['two', '-1', '', '0', '1025', '99999999999'])
+def test_a_number_of_threads_that_is_none_is_refused(tmp_path, monkeypatch, value):
     monkeypatch.setenv('TF_NUM_INTEROP_THREADS', value)
-    with pytest.raises(UsageError, match=f'TF_NUM_INTEROP_THREADS={value}: not a whole number'):
+    finished = run_script(SCRIPTS['TWTA_5_5_MNIST'], '--dataset', 'digits', '--run_dir', tmp_path / 'run')
+    assert (finished.returncode, finished.stdout) == (2, '') and not (tmp_path / 'run').exists()
+    with pytest.raises(UsageError, match=f'TF_NUM_INTEROP_THREADS={value}: not a whole number from 1 to 1024'):
         configured_threads(monkeypatch)

@@ -51,7 +51,7 @@ def started(packed, engine, threads):
         engine.logits(np.zeros((1, *packed.image), np.uint8))
     except MemoryError:
         raise TwtaError(f'{packed.network}: too little memory for its maps') from None
-    threads = f', {engine.threads} threads' if engine.name == 'numba' else ''
+    threads = f', {engine.threads} thread{"s" if engine.threads > 1 else ""}' if engine.name == 'numba' else ''
     taken = time.perf_counter() - start
     print(f'engine: {engine.name}{threads}, ready after {taken:.1f} s', file=sys.stderr, flush=True)
     return engine

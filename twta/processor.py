@@ -3,7 +3,10 @@ import os
 import platform
 from pathlib import Path
 
+from twta import UsageError
+
 CGROUP = Path('/sys/fs/cgroup')  # where a container sees its own limits
+THREADS = 'TF_NUM_INTRAOP_THREADS', 'TF_NUM_INTEROP_THREADS'  # how many TensorFlow takes, if they are set
 CPUINFO = Path('/proc/cpuinfo')
 NARROWING = ('TF_ENABLE_ONEDNN_OPTS', 'ONEDNN_MAX_CPU_ISA', 'DNNL_MAX_CPU_ISA', 'XLA_FLAGS', 'NUMBA_CPU_NAME',
              'NUMBA_CPU_FEATURES', 'ATEN_CPU_CAPABILITY')
@@ -17,6 +20,20 @@ def available_cores():
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return max(1, min(cores, share_of_time(CGROUP) or cores))
+
+
+def threads(variable):
+    """Return the number of threads that the environment variable asks for; without it, one per available core.
+
+    Raises UsageError if the value is not a whole number from 1 to 1024: TensorFlow aborts or hangs on others.
+    """
+    value = os.environ.get(variable)
+    if value is None:
+        return available_cores()
+    if not (value.isascii() and value.isdigit() and len(value) < 5 and 1 <= int(value) <= 1024):
+        raise UsageError(f'{variable}={value[:20]}: not a whole number from 1 to 1024; unset it, or give the number of '
+                         'threads')
+    return int(value)
 
 
 def share_of_time(cgroup):

@@ -76,17 +76,6 @@ def make_deterministic():
     os.environ['TF_DETERMINISTIC_OPS'] = '1'  # compat.v1 has no function for it
 
 
-def threads(variable):
-    """Return the number of threads that the environment variable asks for; without it, one per available core."""
-    value = os.environ.get(variable)
-    if value is None:
-        return processor.available_cores()
-    if not (value.isascii() and value.isdigit() and len(value) < 5 and int(value)):
-        raise UsageError(f'{variable}={value[:20]}: not a whole number from 1 to 9999; unset it, or give the number of '
-                         'threads')
-    return int(value)
-
-
 def open_session(graph, gpu_index):
     """Return a session on the graph that sees only the GPU of that index, if there is one; it takes memory as needed.
 
@@ -95,10 +84,11 @@ def open_session(graph, gpu_index):
     """
     gpu_options = tf.GPUOptions(allow_growth=True, visible_device_list=str(gpu_index))
     threading = tf.config.threading
-    config = configuration(
-        gpu_options=gpu_options,
-        intra_op_parallelism_threads=threading.get_intra_op_parallelism_threads() or threads('TF_NUM_INTRAOP_THREADS'),
-        inter_op_parallelism_threads=threading.get_inter_op_parallelism_threads() or threads('TF_NUM_INTEROP_THREADS'))
+    chosen = threading.get_intra_op_parallelism_threads(), threading.get_inter_op_parallelism_threads()
+    intra, inter = (count or processor.threads(variable)
+                    for count, variable in zip(chosen, processor.THREADS, strict=True))
+    config = configuration(gpu_options=gpu_options, intra_op_parallelism_threads=intra,
+                           inter_op_parallelism_threads=inter)
     with native_chatter_hidden():
         return tf.Session(graph=graph, config=config)
 
