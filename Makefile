@@ -20,7 +20,7 @@ test: .venv/installed
 slow: .venv/installed
 	$(PYTEST) -m slow
 
-# What depends on the processor, under kinds that this one is not: without oneDNN (as on Arm), AVX2 only, SSE2 only.
+# What depends on the processor, under kinds that this one is not: without oneDNN, with SSE2 only, with AVX2 only.
 processors: .venv/installed
 	TF_ENABLE_ONEDNN_OPTS=0 NUMBA_CPU_NAME=x86-64 NUMBA_CPU_FEATURES= $(PYTEST) -m 'processor and not slow'
 	ONEDNN_MAX_CPU_ISA=AVX2 XLA_FLAGS=--xla_cpu_max_isa=AVX2 NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES= $(PYTEST) -m 'processor and not slow'

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, SCRIPTS, run_script, start
 
-from twta import UsageError, bitplanes, processor, session
+from twta import UsageError, bitplanes, fast, processor, session
 from twta.tf1 import tf
 
 pytestmark = pytest.mark.processor
@@ -75,9 +75,7 @@ def test_the_kind_of_processor_in_words(tmp_path, monkeypatch, flags, kind):
 
 
 def test_an_emulated_bfloat16_says_so(tmp_path, monkeypatch, capsys):
-    from twta import experiment
-
-    monkeypatch.setattr(experiment, 'multiplies_bfloat16', lambda gpu: False)
+    monkeypatch.setattr(fast, 'BFLOAT16_IS_EMULATED', True)
     flags = '--epochs', 1, '--batch_size', 600, '--precision'
     start(tmp_path / 'bfloat16', *flags, 'bfloat16')
     assert 'WARNING: bfloat16 is emulated on this processor; --precision float32 is faster' in capsys.readouterr().out
@@ -124,6 +122,17 @@ def test_tensorflow_and_numba_take_as_many_threads_as_there_are_cores(monkeypatc
     assert [bitplanes.count_threads(given) for given in (None, 1, 5, 99)] == [1, 1, 5, 8]
     monkeypatch.setenv('TF_NUM_INTRAOP_THREADS', '3')
     assert configured_threads(monkeypatch) == (3, 1)
+
+
+@pytest.mark.parametrize('script', ['TWTA_5_5_MNIST', 'Spiking_MNIST'])
+def test_every_script_refuses_threads_on_which_tensorflow_aborts(tmp_path, script):
+    run_dir = tmp_path / 'run'
+    run_dir.mkdir()
+    (run_dir / 'checkpoint').touch()  # so that the Spiking script goes on to TensorFlow
+    finished = run_script(ROOT / 'MNIST' / f'{script}.py', '--dataset', 'digits', '--run_dir', run_dir,
+                          TF_NUM_INTRAOP_THREADS='-1')
+    assert (finished.returncode, finished.stdout) == (2, '')
+    assert finished.stderr.startswith(f'{script}.py: error: TF_NUM_INTRAOP_THREADS=-1: not a whole number')
 
 
 @pytest.mark.parametrize('value', ['two', '-1', '', '0', '1025', '99999999999'])

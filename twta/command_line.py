@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from twta import UsageError, processor
+from twta import UsageError
 from twta.options import CHOICES, NOTHING_TO_PACK, SHORT, SUFFIXES, WAYS, complete
 from twta.terminal import Parser, errors_in_a_line, natural, path, positive_integer, positive_number, truth
 
@@ -30,8 +30,6 @@ def run(script, description, model, datasets, learning_rate, epochs, batch_size,
 
             packed_inference.infer(script.stem, args)
             return
-        for variable in processor.THREADS:
-            processor.threads(variable)  # before TensorFlow reads it
         if args.verbose:
             os.environ['TF_CPP_MIN_LOG_LEVEL'] = '0'
         from twta import experiment  # imports TensorFlow

@@ -14,20 +14,12 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from twta import TwtaError, UsageError, checkpoints, datasets, describe_fault, packing, preprocessing, records
+from twta import TwtaError, UsageError, checkpoints, datasets, describe_fault, fast, packing, preprocessing, records
 from twta.interchange import check_format
 from twta.options import complete
 from twta.records import accuracy
 from twta.schedule import describe_stage, next_stage, scheduled_rate, shuffled_batches
-from twta.session import (
-    choose_precision,
-    describe,
-    find_gpu,
-    make_deterministic,
-    multiplies_bfloat16,
-    open_session,
-    stop_signals,
-)
+from twta.session import choose_precision, describe, find_gpu, make_deterministic, open_session, stop_signals
 from twta.terminal import say
 from twta.tf1 import tf
 
@@ -53,7 +45,7 @@ def run(script, model, args, defaults, evaluate=None):
             say(f'device: {describe(gpu)}')
             if args.mode == 'training':
                 precision = choose_precision(args.precision, gpu)
-                if precision == tf.bfloat16 and not gpu and not multiplies_bfloat16(None):
+                if precision == tf.bfloat16 and fast.BFLOAT16_IS_EMULATED:
                     say('WARNING: bfloat16 is emulated on this processor; --precision float32 is faster')
                 train(script, model, args, defaults, dataset, precision, source, state)
             else:

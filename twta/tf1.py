@@ -17,6 +17,11 @@ import sys
 import tempfile
 import warnings
 
+from twta import processor
+
+for variable in processor.THREADS:
+    processor.threads(variable)  # refuses what TensorFlow would abort or hang on
+
 IS_X86 = platform.machine().lower() in ('x86_64', 'amd64')
 if IS_X86:
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '1')
