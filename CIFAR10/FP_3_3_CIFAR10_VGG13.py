@@ -21,9 +21,9 @@ CHOICES = ('pooling',)
 
 def model(x, is_train, **choices):
     """The network on images x [batch, 24, 24, 3]: a TensorLayer layer whose outputs are the logits [batch, 10]."""
+    from twta.graph.tf1 import tf
     from twta.quantizers import full_precision  # here, so that --help need not wait for TensorFlow
     from twta.ternary_layers import Network
-    from twta.tf1 import tf
 
     net = Network(x, is_train, weights=full_precision, activation=tf.nn.relu, **choices)
     net.encode(64, 3)                          # 24 * 24 * 64

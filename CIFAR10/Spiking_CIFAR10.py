@@ -8,7 +8,7 @@ spikes and synaptic operations are counted, layer by layer. Definitions: twta/sp
     python CIFAR10/Spiking_CIFAR10.py --network Quant_CIFAR10 --conversion temporal
     python CIFAR10/Spiking_CIFAR10.py --network TWTA_3_3_CIFAR10_VGG13 --noise_ratio 0.1
 """
-from twta.spikes import run
+from twta.spikes.command import run
 
 DATASETS = ('cifar10', 'shapes')  # the first is the default
 

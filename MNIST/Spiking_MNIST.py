@@ -8,7 +8,7 @@ spikes and synaptic operations are counted, layer by layer. Definitions: twta/sp
     python MNIST/Spiking_MNIST.py --network Quant_MNIST --conversion temporal
     python MNIST/Spiking_MNIST.py --network TWTA_4_4_MNIST --noise_ratio 0.1
 """
-from twta.spikes import run
+from twta.spikes.command import run
 
 DATASETS = ('mnist', 'digits')  # the first is the default
 

@@ -16,8 +16,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from twta import replacing
-from twta.report import choices as table
+from twta.files import replacing
+from twta.report.tables import choices as table
 from twta.terminal import output_file, path, positive_integer
 
 ROOT = Path(__file__).resolve().parent.parent

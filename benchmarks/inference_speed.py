@@ -32,11 +32,10 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import numpy as np
 
-from twta import numpy_engine, packed_file, processor
-from twta import packed as engines
-from twta.interchange import after
-from twta.packed_file import fan_in, input_shape
-from twta.records import environment, installed
+from twta import processor
+from twta.packed import engines, file_format, numpy_engine
+from twta.packed.file_format import after, fan_in, input_shape
+from twta.results import environment, installed
 from twta.terminal import output_file, positive_integer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,9 +51,12 @@ IMAGE = {'MNIST': ((28, 28, 1), 0), 'CIFAR10': ((32, 32, 3), 24)}
 
 def build(name):
     """The network of a script with its initial weights: Packed, and its frozen graph in TensorFlow as bytes."""
-    from twta import packing, preprocessing, ternary_layers
-    from twta.session import open_session
-    from twta.tf1 import tf
+    from twta import ternary_layers
+    from twta.export.pack import pack
+    from twta.graph import preprocessing
+    from twta.graph.blocks import read_blocks
+    from twta.graph.session import open_session
+    from twta.graph.tf1 import tf
 
     class Conv2dLayer(ternary_layers.Conv2dLayer):
         """Without the float64 sums of the encoder, which no other float32 engine has either."""
@@ -75,10 +77,10 @@ def build(name):
             tf.identity(net.outputs, 'logits')
             with open_session(graph, 0) as session:
                 session.run(tf.global_variables_initializer())
-                settle(net, session, {images: sample(image, 100)}, packing.read_blocks(net))
+                settle(net, session, {images: sample(image, 100)}, read_blocks(net))
                 data = SimpleNamespace(test=SimpleNamespace(images=np.empty((0, *image))), crop=crop,
                                        classes=tuple('0123456789'))
-                packed = packing.pack(SimpleNamespace(net=net), session, name, 'benchmark', data, {})
+                packed = pack(SimpleNamespace(net=net), session, name, 'benchmark', data, {})
                 frozen = tf.graph_util.extract_sub_graph(tf.graph_util.convert_variables_to_constants(
                     session, graph.as_graph_def(), ['logits']), ['logits'])
     finally:
@@ -131,7 +133,7 @@ def onnx_model(packed, is_ternary):
 
     limits = constant(np.array(-1, np.float32)), constant(np.array(1, np.float32))
     x = node('Transpose', 'x', perm=[0, 3, 1, 2])
-    for (layer, shape, before, _), (_, weights, bias) in zip(packed_file.shapes(packed), folded(packed), strict=True):
+    for (layer, shape, before, _), (_, weights, bias) in zip(file_format.shapes(packed), folded(packed), strict=True):
         if layer.groups > 1 and is_ternary:
             x = node('Gather', x, constant(np.arange(shape[2]).reshape(-1, layer.groups).T.ravel()), axis=1)
         x = node('Conv', x, constant(weights.transpose(3, 2, 0, 1)), constant(bias), group=layer.groups,
@@ -194,7 +196,7 @@ def run_packed(folder, packed, images, threads):
 
 
 def run_tensorflow(folder, packed, images, threads):
-    from twta.tf1 import native_chatter_hidden, tf
+    from twta.graph.tf1 import native_chatter_hidden, tf
 
     with native_chatter_hidden(), tf.Graph().as_default() as graph:
         definition = tf.GraphDef.FromString((folder / 'frozen.pb').read_bytes())
@@ -250,7 +252,7 @@ ENGINES = {'packed': (run_packed, 'network.twta'), 'TensorFlow': (run_tensorflow
 def write_models(name, folder):
     """The files of every engine for a network; those of engines that are not installed are left out."""
     packed, frozen = build(name)
-    packed_file.write(folder / 'network.twta', packed)
+    file_format.write(folder / 'network.twta', packed)
     (folder / 'frozen.pb').write_bytes(frozen)
     if importlib.util.find_spec('onnxruntime'):
         import onnx
@@ -282,7 +284,7 @@ def measure(name, batches, threads, repetitions):
 
 def interleave(folder, threads, repetitions, batches):
     """Rows of all engines, in turn, in this process."""
-    packed = packed_file.read(folder / 'network.twta')
+    packed = file_format.read(folder / 'network.twta')
     rows = []
     for batch in batches:
         images = sample(packed.image, batch)
@@ -316,8 +318,8 @@ def seconds(run):
 
 def profile(name, repetitions):
     """Prints where an image's time goes in the packed engine, batch 200, one thread: the best of the repetitions."""
-    from twta import kernels
-    from twta.bitplanes import NumbaEngine
+    from twta.packed import kernels
+    from twta.packed.numba_engine import NumbaEngine
 
     packed, _ = build(name)
     engine, images = NumbaEngine(packed, threads=1), sample(packed.image, 200)
@@ -335,7 +337,7 @@ def profile(name, repetitions):
           'layer        sources words positions      us  ternary GMAC/s  bits of words used')
     print(f'{"preprocess":33} '
           f'{microseconds(kernels.prepare, images, 0, 200, packed.crop, engine.x, engine.before):7.1f}')
-    for index, (layer, _, _, out) in enumerate(packed_file.shapes(packed)):
+    for index, (layer, _, _, out) in enumerate(file_format.shapes(packed)):
         row = dict(zip(kernels.COLUMNS, engine.table[index], strict=True))
         taken = microseconds(kernels.run_layer, engine.table[index], 0, 200, 0, row['n_blocks'])
         products = fan_in(layer.weights)
@@ -380,10 +382,10 @@ def main():
         return profile(args.profile, args.repetitions)
     if args.tflite:
         folder = Path(args.tflite[0])
-        return write_tflite(packed_file.read(folder / 'network.twta'), folder / 'int8.tflite')
+        return write_tflite(file_format.read(folder / 'network.twta'), folder / 'int8.tflite')
     if args.memory:
         engine, folder = args.memory[0], Path(args.memory[1])
-        packed = packed_file.read(folder / 'network.twta')
+        packed = file_format.read(folder / 'network.twta')
         run = ENGINES[engine][0](folder, packed, sample(packed.image, 200), processor.available_cores())
         for _ in range(3):
             run()

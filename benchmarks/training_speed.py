@@ -5,7 +5,7 @@
     python benchmarks/training_speed.py --all      # all nine, 17 minutes
     pip install torch==2.13.0 && python benchmarks/training_speed.py --torch
 
-    project           what a script runs: the loop of twta.experiment with feeding and augmentation, in the type that
+    project           what a script runs: the loop of twta.training with feeding and augmentation, in the type that
                       --precision auto takes, and the end of an epoch (checkpoint, log, weights, summaries) shared out
                       among its 50,000 images. Inference: as --mode inference evaluates, from uint8 images, float32,
                       the encoder in float64, batches of 500
@@ -40,7 +40,7 @@ import yardsticks
 from yardsticks import BATCH, INFERRED, SCRIPTS, random_images
 
 from twta import processor
-from twta.records import environment, installed
+from twta.results import environment, installed
 from twta.terminal import output_file, positive_integer
 
 EPOCH_IMAGES = 50_000
@@ -57,41 +57,44 @@ TORCH = ('torch eager float32', 'torch eager bfloat16', 'torch compiled float32'
 def project(name, precision):
     from tqdm import tqdm
 
-    from twta import checkpoints, experiment, records
-    from twta.session import choose_precision, open_session
-    from twta.tf1 import tf
+    from twta.graph.build import build_graph
+    from twta.graph.session import choose_precision, open_session
+    from twta.graph.tf1 import tf
+    from twta.training import checkpoints, evaluation, loop, run_directory
+    from twta.training.state import FIELDS
+    from twta.training.weights import save_weights
 
     images, labels, crop = random_images(name)
     data = SimpleNamespace(images=images, labels=labels)
     model = runpy.run_path(str(SCRIPTS[name]))['model']
-    network = experiment.build(model, images.shape[1:], crop, 0, choose_precision(precision, None))
+    network = build_graph(model, images.shape[1:], crop, 0, choose_precision(precision, None))
     with network.graph.as_default():
         session = open_session(network.graph, 0)
         session.run(tf.global_variables_initializer())
         folder = Path(tempfile.mkdtemp(dir=os.getcwd()))
-        store, events = checkpoints.Checkpoints(folder), records.Events(folder, 1)
-    run_step = experiment.step_callable(network, session)
+        store, events = checkpoints.Checkpoints(folder), run_directory.Events(folder, 1)
+    run_step = loop.step_callable(network, session)
 
     def train(steps):
         part = np.arange(steps * BATCH) % INFERRED
         split = SimpleNamespace(images=images[part], labels=labels[part])
         stage = {'first_epoch': 1, 'epochs': 1, 'batch_size': BATCH, 'learning_rate': 1e-4, 'schedule': 'constant'}
-        experiment.train_epoch(run_step, split, stage, 1, experiment.NOTHING, 0, tqdm(disable=True), [])
+        loop.train_epoch(run_step, split, stage, 1, loop.NOTHING, 0, tqdm(disable=True), [])
 
     def epoch_end():
-        row = dict.fromkeys(records.FIELDS, 1)
+        row = dict.fromkeys(FIELDS, 1)
         with network.graph.as_default():
             store.save(session, {'epoch': 1, 'part': None}, is_best=False)
-            records.write_log(folder / 'log.csv', [row])
-            records.save_weights(folder / 'model.npz', network.net, session)
+            run_directory.write_log(folder / 'log.csv', [row])
+            save_weights(folder / 'model.npz', network.net, session)
             events.add(row)
 
-    return train, lambda: experiment.evaluate(network, session, data), epoch_end
+    return train, lambda: evaluation.evaluate(network, session, data), epoch_end
 
 
 def ways(with_torch):
     """Return the ways to time; PyTorch's in bfloat16 only if the processor multiplies it: emulated, they take hours."""
-    from twta.session import multiplies_bfloat16
+    from twta.graph.session import multiplies_bfloat16
 
     torch = TORCH if multiplies_bfloat16(None) else [way for way in TORCH if way.endswith('float32')]
     return (*TENSORFLOW, *(torch if with_torch else ()))
@@ -119,15 +122,16 @@ KINDS = {  # what an operation's name has in it; the first that fits
 
 def profile(name, repetitions):
     """Prints the share of each kind of operation in a training step, and the speed of the products."""
-    from twta import experiment, packing
-    from twta.session import choose_precision, configuration
-    from twta.tf1 import native_chatter_hidden, tf
+    from twta.graph.blocks import read_blocks
+    from twta.graph.build import build_graph
+    from twta.graph.session import choose_precision, configuration
+    from twta.graph.tf1 import native_chatter_hidden, tf
 
     images, labels, crop = random_images(name)
     precision = choose_precision('auto', None)
-    network = experiment.build(runpy.run_path(str(SCRIPTS[name]))['model'], images.shape[1:], crop, 0, precision)
+    network = build_graph(runpy.run_path(str(SCRIPTS[name]))['model'], images.shape[1:], crop, 0, precision)
     products = [np.prod(layer.all_params[-1].shape.as_list()) * np.prod(layer.outputs.shape[1:-1].as_list() or [1])
-                for layer, _, _ in packing.read_blocks(network.net)]
+                for layer, _, _ in read_blocks(network.net)]
     operations = 2 * BATCH * (3 * sum(products) - products[0])  # nobody wants the images' gradient
     feed = {network.images: images[:BATCH], network.labels: labels[:BATCH], network.learning_rate: 1e-4,
             network.step: 0}
@@ -169,7 +173,7 @@ def work(name, way, began, network):
     if way.startswith('torch'):
         import torch.nn  # noqa: F401
     else:
-        import twta.tf1  # noqa: F401
+        import twta.graph.tf1  # noqa: F401
     imported = time.time()
     train, infer, epoch_end = start(name, way, *json.loads(network))
     train(1)

@@ -30,14 +30,14 @@ def random_images(name):
 
 def layers_of(name):
     """Return the layers of a script's network, read off the network that it builds, and whether it is ternary."""
-    from twta import packing
-    from twta.tf1 import tf
+    from twta.graph.blocks import read_blocks
+    from twta.graph.tf1 import tf
 
     images, _, crop = random_images(name)
     with tf.Graph().as_default():
         shape = (crop, crop) if crop else images.shape[1:3]
         net = runpy.run_path(str(SCRIPTS[name]))['model'](tf.zeros([BATCH, *shape, images.shape[3]]), True)
-        blocks = packing.read_blocks(net)
+        blocks = read_blocks(net)
     is_ternary = hasattr(blocks[0][2].activation, 'levels')
     layers = []
     for index, (layer, batch_norm, _) in enumerate(blocks):
@@ -50,7 +50,7 @@ def layers_of(name):
 
 
 def published(name, layers, is_ternary):
-    from twta.tf1 import tf, tl
+    from twta.graph.tf1 import tf, tl
 
     tf.RegisterGradient('Through')(lambda operation, gradient: gradient)
     images, labels, crop = random_images(name)

@@ -39,25 +39,25 @@ def image_shape(name):
 
 def start(run_dir, *flags, script='TWTA_5_5_MNIST'):
     """What a script does after its imports, in this process, on the embedded sample of its family."""
-    from twta import command_line, experiment
+    from twta import command_line
 
     module = load_script(script)
     defaults = command_line.protocol(module.LEARNING_RATE, module.EPOCHS, module.BATCH_SIZE)
     argv = ['--run_dir', run_dir, '--dataset', module.DATASETS[1], *flags]
     path = SCRIPTS.get(script, script)
     args = command_line.parse(path, '', module.DATASETS, defaults, module.CHOICES, list(map(str, argv)))
-    experiment.run(path.stem, module.model, args, defaults)
+    command_line.execute(path.stem, module.model, args, defaults)
 
 
 def loss_and_gradients(name, images, labels, precision):
     """Initial values by trainable variable, the loss of the first training step, its gradients."""
-    from twta import experiment
-    from twta.session import open_session
-    from twta.tf1 import tf
+    from twta.graph.build import build_graph
+    from twta.graph.session import open_session
+    from twta.graph.tf1 import tf
 
     script = load_script(name)
     crop = 0 if name in MNIST_SCRIPTS else 24
-    network = experiment.build(partial(script.model, **chosen(script)), images.shape[1:], crop, 0, precision)
+    network = build_graph(partial(script.model, **chosen(script)), images.shape[1:], crop, 0, precision)
     with network.graph.as_default(), open_session(network.graph, 0) as session:
         session.run(tf.global_variables_initializer())
         trained = tf.trainable_variables()
@@ -69,8 +69,8 @@ def loss_and_gradients(name, images, labels, precision):
 
 def variables(run_dir):
     """Every variable of the last checkpoint, the run's state as JSON without the times."""
-    from twta import checkpoints
-    from twta.tf1 import tf
+    from twta.graph.tf1 import tf
+    from twta.training import checkpoints
 
     reader = tf.train.load_checkpoint(checkpoints.find(run_dir, 'last'))
     values = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
@@ -104,7 +104,7 @@ def run_script(script, *flags, cwd=ROOT, **environment):
 @pytest.fixture
 def session():
     """A session on a fresh graph, which is the default one."""
-    from twta.tf1 import tf
+    from twta.graph.tf1 import tf
 
     with tf.Graph().as_default(), tf.Session() as session:
         yield session
@@ -127,7 +127,7 @@ def random_packed(image, crop, specification, n_classes=3, stem=0):
     specification    of each layer: filters, kernel (0: the whole map), stride, padding, groups
     stem             so many filters of 3*3 before the encoder, if any
     """
-    from twta.packed_file import Layer, Packed, Stem, fan_in, geometry
+    from twta.packed.file_format import Layer, Packed, Stem, fan_in, geometry
 
     rng = np.random.default_rng(0)
     shape, layers = (crop, crop, image[2]) if crop else image, []

@@ -24,7 +24,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from twta import TwtaError, arrays, command_line, datasets, evidence, packed, packed_file, records
+from twta import TwtaError, command_line, files
+from twta.data import datasets
+from twta.packed import __main__, file_format
+from twta.report import evidence
+from twta.training import records, state, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = Path(tempfile.mkdtemp())  # for the readers that want a file
@@ -65,33 +69,33 @@ def read_cifar(data):
 
 def read_state(data):
     """A state that is read can also be gone on from."""
-    from twta import checkpoints, schedule  # imports TensorFlow
+    from twta.training import checkpoints, schedule  # here: they import TensorFlow
 
-    state = checkpoints.parse_state('last-1', data, 'S', 'digits')
+    read = checkpoints.parse_state('last-1', data, 'S', 'digits')
     defaults = command_line.protocol(1e-4, 150, 200)
-    stage = schedule.next_stage(state, SimpleNamespace(dataset='digits', **dict.fromkeys(defaults)), defaults)
+    stage = schedule.next_stage(read, SimpleNamespace(dataset='digits', **dict.fromkeys(defaults)), defaults)
     schedule.describe_stage(stage)
     schedule.scheduled_rate(stage, 0, 12)
-    records.name_run(state)
+    records.name_run(read)
 
 
 def read_npz(data):
-    records.read_weights(write('model.npz', data), NET)
+    weights.read_weights(write('model.npz', data), NET)
 
 
 def read_npy(data):
     """Images for twta.packed."""
-    packed.read_images(write('images.npy', data), (2, 2, 1))
+    __main__.read_images(write('images.npy', data), (2, 2, 1))
 
 
 def read_member(data):
     """As one of the arrays in an archive that is whole."""
-    records.read_weights(write('model.npz', archive({'conv1/W:0': data})), NET)
+    weights.read_weights(write('model.npz', archive({'conv1/W:0': data})), NET)
 
 
 def read_twta(data):
     """With a checksum that is right: only what the header and the arrays say is wrong."""
-    packed_file.read(write('network.twta', data + hashlib.sha256(data).digest()))
+    file_format.read(write('network.twta', data + hashlib.sha256(data).digest()))
 
 
 def read_record(data):
@@ -140,7 +144,7 @@ def seeds(reader):
     if reader == 'twta':
         from conftest import random_packed
         network = random_packed((5, 5, 1), 0, [(3, 3, 1, 'SAME', 1), (6, 2, 2, 'VALID', 3), (4, 0, 1, 'VALID', 1)])
-        packed_file.write(FOLDER / 'seed.twta', network)
+        file_format.write(FOLDER / 'seed.twta', network)
         return [(FOLDER / 'seed.twta').read_bytes()[:-32]]
     return [json.dumps(record).encode() for record in small_records()]
 
@@ -165,12 +169,11 @@ def fuzz(reader, seconds):
     """Runs Atheris on a reader; ends the process."""
     import atheris
 
-    from twta import checkpoints
+    from twta.training import checkpoints
 
     check(reader, seeds(reader)[0])  # what is imported late is there now
-    for module in (arrays, checkpoints, datasets, evidence, packed, packed_file, records, gzip, json.decoder,
-                   zipfile, ast,
-                   np.lib._format_impl):
+    for module in (files, checkpoints, datasets, evidence, file_format, state, weights, gzip, json.decoder, zipfile,
+                   ast, np.lib._format_impl):
         instrument(module, atheris.instrument_func)
     corpus = FOLDER / 'corpus'
     corpus.mkdir()

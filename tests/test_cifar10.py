@@ -9,8 +9,11 @@ import pytest
 from conftest import ROOT, assert_same, load_script, log, run_script, start, variables
 from sklearn.linear_model import RidgeClassifier
 
-from twta import TwtaError, UsageError, datasets, download, experiment, records, shapes
-from twta.tf1 import tf
+from twta import TwtaError, UsageError, results
+from twta.data import datasets, download, shapes
+from twta.graph.build import build_graph
+from twta.graph.tf1 import tf
+from twta.training import loop, schedule
 
 SHARED_CIFAR10 = ROOT.parent / 'shared' / 'datasets' / 'cifar10_jpeg.npz'
 RNG = np.random.default_rng(6)
@@ -193,9 +196,9 @@ def test_a_linear_classifier_stays_below_70_percent(tmp_path):
 # Schedule and validation
 
 
-def rates(schedule, epochs, epoch_steps):
-    stage = {'learning_rate': 0.1, 'epochs': epochs, 'schedule': schedule}
-    return [experiment.scheduled_rate(stage, step, epoch_steps) for step in range(epochs * epoch_steps)]
+def rates(shape, epochs, epoch_steps):
+    stage = {'learning_rate': 0.1, 'epochs': epochs, 'schedule': shape}
+    return [schedule.scheduled_rate(stage, step, epoch_steps) for step in range(epochs * epoch_steps)]
 
 
 def test_constant_is_the_published_protocol():
@@ -236,7 +239,7 @@ def test_a_resumed_run_continues_the_cosine_and_the_augmentation(tiny, tmp_path,
     """As if never stopped, bit for bit; then a stage of another learning rate counts on."""
     flags = (*TINY, '--schedule', 'cosine', '--learning_rate', 0.005, '--epochs', 4)
     start(tmp_path / 'whole', *flags, script=GROUPED)
-    whole = experiment.shuffled_batches
+    whole = loop.shuffled_batches
 
     def interrupt(n_images, batch_size, seed, epoch):
         if epoch == 3:
@@ -244,12 +247,12 @@ def test_a_resumed_run_continues_the_cosine_and_the_augmentation(tiny, tmp_path,
         return whole(n_images, batch_size, seed, epoch)
 
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(experiment, 'shuffled_batches', interrupt)
+        context.setattr(loop, 'shuffled_batches', interrupt)
         start(tmp_path / 'parts', *flags, script=GROUPED)
     start(tmp_path / 'parts', '--resume', 'True', *flags, script=GROUPED)
     assert_same(variables(tmp_path / 'parts'), variables(tmp_path / 'whole'))
     assert [row['learning_rate'] for row in log(tmp_path / 'parts')] == [
-        str(rate) for rate in np.array([experiment.scheduled_rate(
+        str(rate) for rate in np.array([schedule.scheduled_rate(
             {'learning_rate': 0.005, 'epochs': 4, 'schedule': 'cosine'}, step, 2) for step in (1, 3, 5, 7)])]
     start(tmp_path / 'parts', '--resume', 'True', '--learning_rate', 0.0001, '--epochs', 1, '--batch_size', 50,
           script=GROUPED)
@@ -303,7 +306,7 @@ def test_inference_draws_the_confusion_matrix(tmp_path):
 
 def test_the_confusion_matrix_names_classes_and_their_accuracy():
     confusion = np.array([[8, 2, 0], [1, 3, 0], [0, 0, 0]])  # of the third class there is no image
-    axes, = records.draw_confusion('title', ('cat', 'dog', 'frog'), confusion).axes
+    axes, = results.draw_confusion('title', ('cat', 'dog', 'frog'), confusion).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ['cat', 'dog', 'frog']
     assert [label.get_text() for label in axes.get_yticklabels()] == ['cat  80.0%', 'dog  75.0%', 'frog  0.0%']
     assert {text.get_position(): text.get_text() for text in axes.texts} == {
@@ -317,7 +320,7 @@ def test_the_confusion_matrix_names_classes_and_their_accuracy():
 
 def test_augmentation_in_training_follows_the_step_and_evaluation_has_none(tmp_path):
     sample = datasets.load('shapes', tmp_path)
-    network = experiment.build(load_script(GROUPED).model, (32, 32, 3), 24, 0, tf.float32)
+    network = build_graph(load_script(GROUPED).model, (32, 32, 3), 24, 0, tf.float32)
     with network.graph.as_default(), tf.Session() as session:
         session.run(tf.global_variables_initializer())
 

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from twta import TwtaError, datasets, download
+from twta import TwtaError
+from twta.data import datasets, download
 
 SHARED_MNIST = ROOT.parent / 'shared' / 'datasets' / 'mnist'
 SHAPES = {'train-images-idx3-ubyte': (60, 28, 28), 'train-labels-idx1-ubyte': (60,),

@@ -11,20 +11,14 @@ import numpy as np
 import pytest
 from conftest import MNIST_SCRIPTS, ROOT, SCRIPTS, chosen, load_script, random_packed, run_script, start
 
-from twta import (
-    TwtaError,
-    command_line,
-    datasets,
-    experiment,
-    interchange,
-    numpy_engine,
-    packed_file,
-    packed_report,
-    packing,
-)
-from twta import packed as engines
-from twta.session import open_session
-from twta.tf1 import tf
+from twta import TwtaError, command_line
+from twta.data import datasets
+from twta.export import folding, formats, spatial
+from twta.export.pack import pack
+from twta.graph.build import build_graph
+from twta.graph.session import open_session
+from twta.graph.tf1 import tf
+from twta.packed import cost, engines, file_format, numpy_engine
 
 TERNARY = [name for name in SCRIPTS if name.startswith('TWTA')]
 OTHERS = [
@@ -54,7 +48,7 @@ def sample_of(name):
 def graph_of(name, dataset, parameters, **choices):
     """The evaluation graph of a script, in a session where its parameters are parameters(name, initial value)."""
     module = load_script(name)
-    network = experiment.build(functools.partial(module.model, **chosen(module, **choices)),
+    network = build_graph(functools.partial(module.model, **chosen(module, **choices)),
                                dataset.test.images.shape[1:], dataset.crop, seed=0)
     with network.graph.as_default(), open_session(network.graph, 0) as session:
         session.run(tf.global_variables_initializer())
@@ -70,9 +64,9 @@ def packed_and_graph(name, dataset, parameters, n_images, **choices):
     or None.
     """
     with graph_of(name, dataset, parameters, **choices) as (network, session):
-        packed = packing.pack(network, session, name, 'data', dataset, {})
+        packed = pack(network, session, name, 'data', dataset, {})
         images = {network.images: dataset.test.images[:n_images]}
-        maps = [lanes and (session.run(lanes[0], images), *lanes[1:]) for lanes in packing.read_out(network.net)]
+        maps = [lanes and (session.run(lanes[0], images), *lanes[1:]) for lanes in spatial.read_out(network.net)]
         return packed, maps, session.run(network.net.outputs, images)
 
 
@@ -80,7 +74,7 @@ def assert_same_maps(packed, engine, images, maps):
     for layer, found, lanes in zip(packed.layers, engine.activations(images), maps, strict=True):
         if lanes:
             expected = lanes[0][:len(images)]
-            found = packing.add_lanes(found, *lanes[1:]).reshape(expected.shape)
+            found = spatial.add_lanes(found, *lanes[1:]).reshape(expected.shape)
             np.testing.assert_array_equal(found, expected, err_msg=layer.name)
 
 
@@ -139,7 +133,7 @@ def test_a_trained_network_on_every_reachable_sum():
         for layer in packed.layers[1:]:
             beta, gamma, mean, variance = (file[f'{layer.name}/bn/{name}:0'].astype(np.float64) for name in (
                 'beta', 'gamma', 'moving_mean', 'moving_variance'))
-            v = np.arange(-packed_file.fan_in(layer.weights), packed_file.fan_in(layer.weights) + 1)[:, np.newaxis]
+            v = np.arange(-file_format.fan_in(layer.weights), file_format.fan_in(layer.weights) + 1)[:, np.newaxis]
             x = (np.where(gamma < 0, -v, v) - mean) * gamma / np.sqrt(variance + 1e-5) + beta
             expected = (x >= 0.5).astype(int) - (x <= -0.5)
             np.testing.assert_array_equal((v >= layer.upper).astype(int) - (v <= layer.lower), expected)
@@ -148,8 +142,8 @@ def test_a_trained_network_on_every_reachable_sum():
 @pytest.mark.parametrize('gamma, upper, lower, sign', [  # by hand: mean 2.3, variance 25, beta 0.1
     (1, 5, -1, 1), (-1, 0, -6, -1), (0, 19, -19, 1)])
 def test_the_worked_example(session, gamma, upper, lower, sign):
+    from twta.graph.tf1 import tl
     from twta.ternary_layers import ActivationLayer, BatchNormLayer, Conv2dLayer
-    from twta.tf1 import tl
 
     layer = Conv2dLayer(tl.layers.InputLayer(tf.placeholder(tf.float32, [None, 4, 4, 2]), name='x'), 1, 3)
     batch_norm = BatchNormLayer(layer, is_train=False)
@@ -157,9 +151,9 @@ def test_the_worked_example(session, gamma, upper, lower, sign):
     session.run(tf.global_variables_initializer())
     for variable, value in zip(batch_norm.all_params[-4:], (0.1, gamma, 2.3, 25), strict=True):
         variable.load(np.float32([value]), session)
-    signs = packing.sign_of_gamma(session, batch_norm)
-    read = packing.Reader(session, batch_norm.inputs, activation.outputs, signs, 1, 1)
-    packed = packing.fold_layer(session, layer, read, before=read)
+    signs = folding.sign_of_gamma(session, batch_norm)
+    read = folding.Reader(session, batch_norm.inputs, activation.outputs, signs, 1, 1)
+    packed = folding.fold_layer(session, layer, read, before=read)
     assert (packed.upper, packed.lower) == (upper, lower)
     np.testing.assert_array_equal(packed.weights, sign * session.run(layer.quantized))
 
@@ -171,8 +165,8 @@ def test_thresholds_of_the_encoder_are_the_very_floats(session):
     from twta.ternary_layers import ternarize_activations
 
     activations = ternarize_activations(sums * scale + shift)
-    read = packing.Reader(session, sums, activations, np.ones(4, np.int8), 1, 1)
-    (upper,), lower = packing.real_thresholds(read)
+    read = folding.Reader(session, sums, activations, np.ones(4, np.int8), 1, 1)
+    (upper,), lower = folding.real_thresholds(read)
     assert upper.dtype == np.float32 and upper[2] == -np.inf and lower[2] == -np.inf  # a constant +1
     for thresholds, value, inwards in ((upper, 1, -np.inf), (lower, -1, np.inf)):
         on = read(thresholds[np.newaxis])[0]
@@ -182,7 +176,7 @@ def test_thresholds_of_the_encoder_are_the_very_floats(session):
 
 
 def test_standardised_images_are_the_same_bits():
-    from twta import preprocessing
+    from twta.graph import preprocessing
 
     images = np.random.default_rng(0).integers(0, 256, (300, 32, 32, 3)).astype(np.uint8)
     images[0], images[1], images[2, 5, 5] = 7, 0, 255
@@ -202,7 +196,7 @@ def test_the_whole_test_set_of_mnist(tmp_path):
     subprocess.run([sys.executable, SHARED / 'prepare.py', tmp_path], check=True, capture_output=True)
     dataset = datasets.load('mnist', tmp_path, None)
     with graph_of('TWTA_4_4_MNIST', dataset, trained) as (network, session):
-        packed = packing.pack(network, session, 'TWTA_4_4_MNIST', 'mnist', dataset, {})
+        packed = pack(network, session, 'TWTA_4_4_MNIST', 'mnist', dataset, {})
         predicted = np.concatenate([session.run(network.evaluation.predicted, {network.images: batch})
                                     for batch in np.split(dataset.test.images, 20)])
     found = engines.logits(engines.open_engine(packed), dataset.test.images).argmax(1)
@@ -241,7 +235,7 @@ def test_the_default_file_is_in_the_current_folder(finished_run, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     start(finished_run, '--mode', 'export')
     assert [path.name for path in tmp_path.iterdir()] == ['TWTA_5_5_MNIST.twta']
-    packed = packed_file.read(tmp_path / 'TWTA_5_5_MNIST.twta')
+    packed = file_format.read(tmp_path / 'TWTA_5_5_MNIST.twta')
     assert (packed.network, packed.dataset, packed.record['epoch']) == ('TWTA_5_5_MNIST', 'digits', 4)
     assert set(packed.record['sha256']) == {'config.json', 'log.csv'}
 
@@ -304,8 +298,8 @@ def test_parameters_that_are_no_numbers(name, value):
 
 def test_an_engine_that_differs_from_the_graph_is_noticed(finished_run, tmp_path, monkeypatch):
     """export compares before it writes: with thresholds one too high there is no file."""
-    right = packing.integer_thresholds
-    monkeypatch.setattr(packing, 'integer_thresholds', lambda *arguments: [t + 1 for t in right(*arguments)])
+    right = folding.integer_thresholds
+    monkeypatch.setattr(folding, 'integer_thresholds', lambda *arguments: [t + 1 for t in right(*arguments)])
     with pytest.raises(TwtaError, match='other activations than the graph; nothing was written'):
         start(finished_run, '--mode', 'export', '--file', tmp_path / 'x.twta')
     assert not list(tmp_path.iterdir())
@@ -325,7 +319,7 @@ def deployed(request):
 def test_npz_holds_what_a_loop_needs(deployed, tmp_path):
     """A network read from the arrays alone computes the vectors in the file."""
     packed, images = deployed
-    assert interchange.write_npz(tmp_path / 'n.npz', packed, images[:2]) == (tmp_path / 'n.npz').stat().st_size
+    assert formats.write('npz', tmp_path / 'n.npz', packed, images[:2]) == (tmp_path / 'n.npz').stat().st_size
     with np.load(tmp_path / 'n.npz', allow_pickle=False) as file:
         x = numpy_engine.prepare(file['vectors/images'], int(file['crop'])).astype(np.float64)
         for index, name in enumerate(file['layers']):
@@ -356,12 +350,12 @@ def test_npz_holds_what_a_loop_needs(deployed, tmp_path):
 def test_c_header(deployed, tmp_path):
     """The reference program computes every vector, without a warning; with one threshold changed it says so."""
     packed, images = deployed
-    interchange.write_c(tmp_path / 'network.h', packed, images[:3])
+    formats.write('c', tmp_path / 'network.h', packed, images[:3])
     assert run_c(tmp_path).returncode == 0
     changed = packed.layers[1]._replace(upper=packed.layers[1].upper + 1)
     text = (tmp_path / 'network.h').read_text()
-    spoilt = text.replace(interchange.c_array('int32_t', 'twta_1_upper', packed.layers[1].upper),
-                          interchange.c_array('int32_t', 'twta_1_upper', changed.upper))
+    spoilt = text.replace(formats.c_array('int32_t', 'twta_1_upper', packed.layers[1].upper),
+                          formats.c_array('int32_t', 'twta_1_upper', changed.upper))
     assert spoilt != text
     (tmp_path / 'network.h').write_text(spoilt)
     assert run_c(tmp_path).returncode == 1
@@ -376,7 +370,7 @@ def run_c(folder):
 def test_onnx(deployed, tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime')
     packed, images = deployed
-    interchange.write_onnx(tmp_path / 'n.onnx', packed, images[:2])
+    formats.write('onnx', tmp_path / 'n.onnx', packed, images[:2])
     found = onnxruntime.InferenceSession(tmp_path / 'n.onnx').run(None, {'images': images})[0]
     expected = numpy_engine.NumpyEngine(packed).logits(images)
     np.testing.assert_array_equal(found.argmax(1), expected.argmax(1))
@@ -396,7 +390,7 @@ def test_an_onnx_model_never_lies_beside_vectors_of_another(deployed, tmp_path, 
         raise OSError(errno.ENOSPC, 'No space left on device')
     monkeypatch.setattr(*((Path, 'write_bytes') if full == 'n.onnx' else (np, 'savez_compressed')), refuse)
     with pytest.raises(OSError, match='No space left'):
-        interchange.write_onnx(tmp_path / 'n.onnx', packed, images[:2])
+        formats.write('onnx', tmp_path / 'n.onnx', packed, images[:2])
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == dict.fromkeys(('n.onnx', 'n.vectors.npz'),
                                                                                          'before')
 
@@ -405,28 +399,28 @@ def test_a_stem_in_the_other_formats(tmp_path):
     onnxruntime = pytest.importorskip('onnxruntime')
     dataset = sample_of('TWBA_CIFAR10_Model2')
     packed, images = packed_and_graph('TWBA_CIFAR10_Model2', dataset, hostile, 1)[0], dataset.test.images[:20]
-    interchange.write_onnx(tmp_path / 'n.onnx', packed, images[:2])
+    formats.write('onnx', tmp_path / 'n.onnx', packed, images[:2])
     found = onnxruntime.InferenceSession(tmp_path / 'n.onnx').run(None, {'images': images})[0]
     np.testing.assert_allclose(found, numpy_engine.NumpyEngine(packed).logits(images), rtol=1e-5, atol=1e-5)
-    interchange.write_npz(tmp_path / 'n.npz', packed, images[:2])
+    formats.write('npz', tmp_path / 'n.npz', packed, images[:2])
     with np.load(tmp_path / 'n.npz', allow_pickle=False) as file:
         for field, value in packed.stem._asdict().items():
             np.testing.assert_array_equal(file[f'stem/{field}'], value)
     with pytest.raises(TwtaError, match=r'--format c: .*npz or onnx'):
-        interchange.check_format('c', packed)
+        formats.check_format('c', packed)
 
 
 def test_the_cost_of_a_stem():
     dataset = sample_of('BWBA_CIFAR10_Model2')
     packed = packed_and_graph('BWBA_CIFAR10_Model2', dataset, hostile, 1)[0]
-    stem, *_, total = packed_report.measure(numpy_engine.NumpyEngine(packed), dataset.test.images[:2])
+    stem, *_, total = cost.measure(numpy_engine.NumpyEngine(packed), dataset.test.images[:2])
     assert (stem['layer'], stem['multiply_adds'], stem['additions']) == ('stem', 24 * 24 * 32 * 27, None)
     assert total['weights'] == 3252064
 
 
 def test_names_that_a_header_could_not_bear():
-    assert interchange.c_string('cat "*/\\') == '"cat _*/_"' and interchange.c_text('a\n') == 'a_'
-    assert interchange.c_float(-np.inf) == '-INFINITY' and float.fromhex(interchange.c_float(0.1)[:-1]) == 0.1
+    assert formats.c_string('cat "*/\\') == '"cat _*/_"' and formats.c_text('a\n') == 'a_'
+    assert formats.c_float(-np.inf) == '-INFINITY' and float.fromhex(formats.c_float(0.1)[:-1]) == 0.1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -437,10 +431,10 @@ def test_additions_are_counted_as_a_slow_loop_does():
     packed = random_packed((7, 6, 2), 0, [(12, 3, 1, 'SAME', 1), (10, 2, 2, 'SAME', 2), (15, 3, 1, 'SAME', 5)])
     images = np.random.default_rng(0).integers(0, 256, (3, 7, 6, 2)).astype(np.uint8)
     maps = numpy_engine.NumpyEngine(packed).activations(images)
-    rows = packed_report.measure(numpy_engine.NumpyEngine(packed), images)
-    shape = packed_file.input_shape(packed)
+    rows = cost.measure(numpy_engine.NumpyEngine(packed), images)
+    shape = file_format.input_shape(packed)
     for index, layer in enumerate(packed.layers):
-        (top, left), out = packed_file.geometry(shape, layer)
+        (top, left), out = file_format.geometry(shape, layer)
         if index:
             x, count = maps[index - 1], 0
             height, width, channels, filters = layer.weights.shape
@@ -450,7 +444,7 @@ def test_additions_are_counted_as_a_slow_loop_does():
                     count += np.count_nonzero(x[:, row, place, c * layer.groups + f // (filters // layer.groups)])
             assert rows[index]['additions'] == pytest.approx(count / 3)
             assert rows[index]['zero_inputs'] == pytest.approx(np.mean(x == 0))
-        assert rows[index]['multiply_adds'] == np.prod(out) * packed_file.fan_in(layer.weights)
+        assert rows[index]['multiply_adds'] == np.prod(out) * file_format.fan_in(layer.weights)
         shape = out
     total = rows[-1]
     assert total['additions'] == pytest.approx(sum(row['additions'] for row in rows[1:-2]))

@@ -3,8 +3,10 @@ import numpy as np
 import pytest
 from conftest import chosen, image_shape, load_script, loss_and_gradients
 
-from twta import datasets, fast, quantizers, ternary_layers
-from twta.tf1 import tf
+from twta import quantizers, ternary_layers
+from twta.data import datasets
+from twta.graph import fast
+from twta.graph.tf1 import tf
 
 pytestmark = pytest.mark.processor
 

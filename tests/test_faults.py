@@ -13,8 +13,9 @@ import pytest
 import soak
 from conftest import QUICK, ROOT, assert_same, log, run_script, start, variables
 
-from twta import TwtaError, UsageError, checkpoints, experiment, records
-from twta.tf1 import tf
+from twta import TwtaError, UsageError, results
+from twta.graph.tf1 import tf
+from twta.training import checkpoints, experiment, loop, run_directory
 
 SCRIPT = ROOT / 'MNIST' / 'TWTA_4_4_MNIST.py'
 SCRIPT_5_5 = ROOT / 'MNIST' / 'TWTA_5_5_MNIST.py'  # of finished_run
@@ -22,7 +23,7 @@ SCRIPT_5_5 = ROOT / 'MNIST' / 'TWTA_5_5_MNIST.py'  # of finished_run
 
 def in_epoch(monkeypatch, number, act):
     """Has act() called in that epoch, half-way through its batches."""
-    whole = experiment.shuffled_batches
+    whole = loop.shuffled_batches
 
     def batches(n_images, batch_size, seed, epoch):
         for i, batch in enumerate(whole(n_images, batch_size, seed, epoch)):
@@ -30,7 +31,7 @@ def in_epoch(monkeypatch, number, act):
                 act()
             yield batch
 
-    monkeypatch.setattr(experiment, 'shuffled_batches', batches)
+    monkeypatch.setattr(loop, 'shuffled_batches', batches)
 
 
 @pytest.mark.parametrize('epoch, number', [(1, signal.SIGTERM), (3, signal.SIGINT)])
@@ -209,7 +210,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
             in_epoch(context, 2, lambda: signal.raise_signal(signal.SIGTERM))
             start(tmp_path, '--resume', 'True', *QUICK[2:], '--epochs', 1)
         flags = ()
-        monkeypatch.setattr(experiment, 'scheduled_rate', lambda *_: 1e38)
+        monkeypatch.setattr(loop, 'scheduled_rate', lambda *_: 1e38)
     with pytest.raises(TwtaError, match=r'^the loss is \S+ at step \d+ of epoch \d; ' + message):
         start(tmp_path, '--resume', str(bool(saved)), *flags)
     if saved:
@@ -222,7 +223,7 @@ def test_weights_that_are_not_finite_are_never_saved(finished_run, tmp_path, mon
     before = variables(finished_run)
     monkeypatch.setattr(experiment, 'set_weights',
                         lambda net, weights, session: net.all_params[0].load(np.full((5, 5, 1, 32), np.inf), session))
-    monkeypatch.setattr(experiment.math, 'isfinite', lambda loss: True)
+    monkeypatch.setattr(loop.math, 'isfinite', lambda loss: True)
     with pytest.raises(TwtaError, match=r'^the weights are no longer finite .* from epoch 4, which is saved'):
         start(tmp_path / 'run', '--resume', 'True', '--epochs', 1)
     assert_same(variables(tmp_path / 'run'), before)
@@ -311,7 +312,7 @@ def test_a_read_only_directory_is_refused_at_once(tmp_path, flags, named):
 def test_two_trainings_on_one_run_dir_are_refused(finished_run, tmp_path):
     before = variables(finished_run)
     for flags in ((), ('--resume', 'True')):
-        with records.locked(finished_run), pytest.raises(UsageError, match='another training is writing there'):
+        with run_directory.locked(finished_run), pytest.raises(UsageError, match='another training is writing there'):
             start(finished_run, *QUICK[2:], *flags)
     assert_same(variables(finished_run), before)
     assert not (finished_run / 'earlier-1').exists()
@@ -320,7 +321,7 @@ def test_two_trainings_on_one_run_dir_are_refused(finished_run, tmp_path):
 def test_a_run_is_read_only_once_it_is_locked(finished_run, monkeypatch):
     """Or another training could end in between, and its epochs be lost."""
     monkeypatch.setattr(checkpoints, 'read_state', lambda *_: pytest.fail('read without the lock'))
-    with records.locked(finished_run), pytest.raises(UsageError, match='another training is writing there'):
+    with run_directory.locked(finished_run), pytest.raises(UsageError, match='another training is writing there'):
         start(finished_run, '--resume', 'True')
 
 
@@ -335,8 +336,8 @@ def fail(*arguments):
 
 
 def test_a_picture_that_cannot_be_made_costs_no_result(tmp_path, monkeypatch, capsys):
-    for draw in ('draw_curve', 'draw_confusion'):
-        monkeypatch.setattr(records, draw, fail)
+    monkeypatch.setattr(run_directory, 'draw_curve', fail)
+    monkeypatch.setattr(results, 'draw_confusion', fail)
     start(tmp_path / 'run', *QUICK, '--epochs', 1)
     lines = capsys.readouterr().out.splitlines()
     for name in ('curve', 'confusion'):

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 
+from twta.graph.tf1 import tf, tl
 from twta.ternary_layers import (
     ActivationLayer,
     BatchNormLayer,
@@ -12,7 +13,6 @@ from twta.ternary_layers import (
     full_precision,
     ternarize_activations,
 )
-from twta.tf1 import tf, tl
 
 pytestmark = pytest.mark.processor
 RNG = np.random.default_rng(1)

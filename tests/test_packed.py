@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from conftest import ROOT, random_packed
 
-from twta import TwtaError, bitplanes, kernels, numpy_engine, packed_file, packed_inference
-from twta import packed as engines
-from twta.packed_file import Layer
+from twta import TwtaError
+from twta.packed import engines, file_format, inference, kernels, numba_engine, numpy_engine
+from twta.packed.file_format import Layer
 
 pytestmark = pytest.mark.processor
 NETWORKS = {  # image, crop, layers: filters, kernel (0: the whole map), stride, padding, groups
@@ -50,7 +50,7 @@ def images(packed, count, seed=0):
 @pytest.mark.parametrize('threads', [1, 2, None])
 def test_engines_have_the_same_activations_and_logits(packed, count, threads, monkeypatch):
     if threads:
-        monkeypatch.setattr(bitplanes, 'SHARED', 0)  # otherwise so small a network gets one thread
+        monkeypatch.setattr(numba_engine, 'SHARED', 0)  # otherwise so small a network gets one thread
     fast, plain = engines.open_engine(packed, 'numba', threads), numpy_engine.NumpyEngine(packed)
     x = images(packed, count)
     logits, maps = plain.run(x)
@@ -114,7 +114,7 @@ def test_sums_on_the_thresholds_fire():
 
 def test_the_fallback_where_numba_is_not_installed(monkeypatch):
     packed = random_packed(*NETWORKS['odd'])
-    monkeypatch.setitem(sys.modules, 'twta.bitplanes', None)
+    monkeypatch.setitem(sys.modules, 'twta.packed.numba_engine', None)
     assert engines.open_engine(packed).name == 'numpy'
     with pytest.raises(TwtaError, match='--engine numpy'):
         engines.open_engine(packed, 'numba')
@@ -123,7 +123,7 @@ def test_the_fallback_where_numba_is_not_installed(monkeypatch):
 def test_a_word_of_weights_is_where_its_bits_say():
     layer = Layer('l', np.zeros((1, 2, 3, 9), np.int8), None, None, 1, 'SAME', 1)
     layer.weights[0, 1, 2, 8] = -1
-    words = bitplanes.ternary_words(layer, np.array([[0] * 7 + [8], [-1] * 8]), cell=1, words=1)
+    words = numba_engine.ternary_words(layer, np.array([[0] * 7 + [8], [-1] * 8]), cell=1, words=1)
     assert words.shape == (2, 1, 1, 2, 8) and (words[1] == 0).all()
     assert list(words[0, 0, 0, :, 7]) == [1 << 10] * 2 and (words[..., :7] == 0).all()  # bit 2 of the second byte
 
@@ -135,7 +135,7 @@ def test_a_word_of_weights_is_where_its_bits_say():
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / 'network.twta'
-    packed_file.write(path, random_packed(*NETWORKS['pieces']))
+    file_format.write(path, random_packed(*NETWORKS['pieces']))
     return path
 
 
@@ -153,25 +153,25 @@ def assert_equal(found, expected):
 
 
 def test_what_is_written_is_read(packed, tmp_path):
-    size = packed_file.write(tmp_path / 'network.twta', packed)
+    size = file_format.write(tmp_path / 'network.twta', packed)
     assert size == (tmp_path / 'network.twta').stat().st_size
-    assert_equal(packed_file.read(tmp_path / 'network.twta'), packed)
+    assert_equal(file_format.read(tmp_path / 'network.twta'), packed)
 
 
 def test_five_trits_to_a_byte():
     rng = np.random.default_rng(0)
     for count in range(1, 40):
         trits = rng.integers(-1, 2, count).astype(np.int8)
-        data = packed_file.pack_trits(trits)
+        data = file_format.pack_trits(trits)
         assert len(data) == -(-count // 5) and data.dtype == np.uint8
-        np.testing.assert_array_equal(packed_file.unpack_trits(data, count), trits)
-    assert list(packed_file.pack_trits(np.array([1, -1, -1, -1, 0, -1]))) == [2 + 81, 0]
+        np.testing.assert_array_equal(file_format.unpack_trits(data, count), trits)
+    assert list(file_format.pack_trits(np.array([1, -1, -1, -1, 0, -1]))) == [2 + 81, 0]
 
 
 def broken(data):
     """The line that some bytes are refused with."""
-    with pytest.raises(packed_file.Bad) as error:
-        packed_file.parse(bytes(data))
+    with pytest.raises(file_format.Bad) as error:
+        file_format.parse(bytes(data))
     assert '\n' not in str(error.value)
     return str(error.value)
 
@@ -204,17 +204,17 @@ def test_a_refusal_names_the_file_and_what_to_do(tmp_path, file):
                           (file.read_bytes()[:-1], 'damaged')):
         (tmp_path / 'bad.twta').write_bytes(content)
         with pytest.raises(TwtaError, match=f'bad.twta: .*{word}.*--mode export'):
-            packed_file.read(tmp_path / 'bad.twta')
+            file_format.read(tmp_path / 'bad.twta')
     with pytest.raises(TwtaError, match=r'/dev/zero: not a \.twta file'):  # without an end
-        packed_file.read(Path('/dev/zero'))
-    (tmp_path / 'large.twta').write_bytes(packed_file.MAGIC)
+        file_format.read(Path('/dev/zero'))
+    (tmp_path / 'large.twta').write_bytes(file_format.MAGIC)
     os.truncate(tmp_path / 'large.twta', 1 << 30)
     with pytest.raises(TwtaError, match=r'large\.twta: larger than 268,435,456 bytes'):
-        packed_file.read(tmp_path / 'large.twta')
+        file_format.read(tmp_path / 'large.twta')
     with pytest.raises(TwtaError, match=r'absent\.twta: No such file'):
-        packed_file.read(tmp_path / 'absent.twta')
+        file_format.read(tmp_path / 'absent.twta')
     with pytest.raises(TwtaError, match='Is a directory'):
-        packed_file.read(tmp_path)
+        file_format.read(tmp_path)
 
 
 def test_a_newer_version_is_refused_as_such(file):
@@ -274,7 +274,7 @@ def test_arrays_out_of_range_are_refused():
 
 def rewritten(packed):
     with tempfile.TemporaryDirectory() as folder:
-        packed_file.write(Path(folder) / 'x', packed)
+        file_format.write(Path(folder) / 'x', packed)
         return (Path(folder) / 'x').read_bytes()
 
 
@@ -295,8 +295,8 @@ def test_noise_under_a_right_checksum_raises_nothing_but_bad(file):
             else:
                 noisy[at:at] = noisy[at:at + int(rng.integers(1, 50))]
         try:
-            packed = packed_file.parse(sealed(bytes(noisy)))
-        except packed_file.Bad:
+            packed = file_format.parse(sealed(bytes(noisy)))
+        except file_format.Bad:
             refused += 1
             continue
         x = images(packed, 1)  # what is accepted can be run
@@ -321,7 +321,7 @@ def standalone(*arguments, cwd):
 @pytest.mark.parametrize('engine', ['numba', 'numpy'])
 def test_the_standalone_command(tmp_path, engine):
     packed = random_packed(*NETWORKS['dense'])
-    packed_file.write(tmp_path / 'network.twta', packed)
+    file_format.write(tmp_path / 'network.twta', packed)
     x = images(packed, 5)
     np.save(tmp_path / 'images.npy', x[..., 0])
     finished = standalone('network.twta', 'images.npy', '--engine', engine, cwd=tmp_path)
@@ -336,11 +336,11 @@ def test_a_network_of_other_images_or_classes():
     packed = random_packed(*NETWORKS['dense'])
     dataset = SimpleNamespace(test=SimpleNamespace(images=images(packed, 1)), classes=packed.classes)
     args = SimpleNamespace(file='x.twta', dataset='digits')
-    packed_inference.check_images(packed, dataset, args)
+    inference.check_images(packed, dataset, args)
     with pytest.raises(TwtaError, match=r'for images \[9, 9, 1\], but those of digits are \[9, 8, 1\]'):
-        packed_inference.check_images(packed._replace(image=(9, 9, 1)), dataset, args)
+        inference.check_images(packed._replace(image=(9, 9, 1)), dataset, args)
     with pytest.raises(TwtaError, match=r'its classes are a, a, .* those of digits'):
-        packed_inference.check_images(packed._replace(classes=('a',) * len(packed.classes)), dataset, args)
+        inference.check_images(packed._replace(classes=('a',) * len(packed.classes)), dataset, args)
 
 
 HEADER = b'\x93NUMPY\x01\x00\x76\x00%-118b'  # of an npy file
@@ -352,7 +352,7 @@ HEADER = b'\x93NUMPY\x01\x00\x76\x00%-118b'  # of an npy file
     (b'no array', 'numpy.save'), (b'PK\x03\x04garbage', 'numpy.save'), (HEADER % b"{'descr':\n", 'numpy.save'),
     (HEADER % b"{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000, 9, 8, 1)}", 'numpy.save')])
 def test_images_that_do_not_fit(tmp_path, array, words):
-    packed_file.write(tmp_path / 'network.twta', random_packed(*NETWORKS['dense']))
+    file_format.write(tmp_path / 'network.twta', random_packed(*NETWORKS['dense']))
     if isinstance(array, bytes):
         (tmp_path / 'images.npy').write_bytes(array)
     else:

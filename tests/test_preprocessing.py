@@ -8,8 +8,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from scipy.ndimage import affine_transform
 from scipy.stats import chisquare, kstest
 
-from twta import preprocessing
-from twta.tf1 import tf
+from twta.graph import preprocessing
+from twta.graph.tf1 import tf
 
 RNG = np.random.default_rng(5)
 N = 2000

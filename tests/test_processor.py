@@ -7,15 +7,17 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, SCRIPTS, run_script, start
 
-from twta import UsageError, bitplanes, fast, processor, session
-from twta.tf1 import tf
+from twta import UsageError, processor
+from twta.graph import fast, session
+from twta.graph.tf1 import tf
+from twta.packed import numba_engine
 
 pytestmark = pytest.mark.processor
 
 
 def onednn_after_import(machine, **environment):
-    """Return TF_ENABLE_ONEDNN_OPTS and ONEDNN in a process that has imported twta.tf1 on such a machine."""
-    code = (f'import os, platform; platform.machine = lambda: {machine!r}; from twta import tf1; '
+    """Return TF_ENABLE_ONEDNN_OPTS and ONEDNN in a process that has imported twta.graph.tf1 on such a machine."""
+    code = (f'import os, platform; platform.machine = lambda: {machine!r}; from twta.graph import tf1; '
             'print(os.environ.get("TF_ENABLE_ONEDNN_OPTS"), tf1.ONEDNN)')
     inherited = {name: value for name, value in os.environ.items() if name != 'TF_ENABLE_ONEDNN_OPTS'}
     done = subprocess.run([sys.executable, '-c', code], env={**inherited, **environment}, cwd=ROOT,
@@ -118,8 +120,8 @@ def test_tensorflow_and_numba_take_as_many_threads_as_there_are_cores(monkeypatc
     monkeypatch.setattr(processor, 'available_cores', lambda: 1)
     assert configured_threads(monkeypatch) == (1, 1)
     threads = SimpleNamespace(NUMBA_NUM_THREADS=8)
-    monkeypatch.setattr(bitplanes.numba, 'config', threads)
-    assert [bitplanes.count_threads(given) for given in (None, 1, 5, 99)] == [1, 1, 5, 8]
+    monkeypatch.setattr(numba_engine.numba, 'config', threads)
+    assert [numba_engine.count_threads(given) for given in (None, 1, 5, 99)] == [1, 1, 5, 8]
     monkeypatch.setenv('TF_NUM_INTRAOP_THREADS', '3')
     assert configured_threads(monkeypatch) == (3, 1)
 

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 
+from twta.graph.tf1 import tf
 from twta.quantizers import (
     binarize_activations,
     binarize_weights,
@@ -11,7 +12,6 @@ from twta.quantizers import (
     ternarize_weights,
     three_level_activations,
 )
-from twta.tf1 import tf
 
 pytestmark = pytest.mark.processor
 RNG = np.random.default_rng(0)

@@ -11,7 +11,9 @@ import pytest
 from conftest import ROOT, start
 from PIL import Image
 
-from twta import TwtaError, UsageError, evidence, markdown, packed_file, pictures, report, speeds
+from twta import TwtaError, UsageError
+from twta.packed import file_format
+from twta.report import __main__, evidence, markdown, pictures, speeds, tables
 
 SHARED = ROOT.parent / 'shared' / 'datasets'
 RECORDS = evidence.load_records()
@@ -22,12 +24,12 @@ RECORDS = evidence.load_records()
 
 
 def test_pages_have_the_tables_of_the_records():
-    for page, tables in (report.README, report.tables(RECORDS)), (report.BENCHMARKS, speeds.benchmark_tables()):
-        assert markdown.fill(page, tables) == page.read_text(), f'{page}: run make report'
+    for page, found in (tables.README, tables.tables(RECORDS)), (tables.BENCHMARKS, speeds.benchmark_tables()):
+        assert markdown.fill(page, found) == page.read_text(), f'{page}: run make report'
 
 
 def test_docstrings_have_the_figures_of_the_records():
-    for file, text in report.docstrings(RECORDS).items():
+    for file, text in tables.docstrings(RECORDS).items():
         assert file.read_text() == text, f'{file}: run make report'
         assert file.stem.startswith('Spiking') or ('\nAccuracy: ' in text and '\nSpeed: ' in text), file
 
@@ -44,7 +46,7 @@ def a_record(seed, accuracy, **changes):
 def test_runs_that_differ_in_their_seed_alone_share_a_row():
     records = [a_record(0, 0.99), a_record(1, 0.992), a_record(2, 0.994), a_record(3, 0.9, batch_size=50),
                a_record(0, 0.8, augmentation='published'), a_record(5, 0.7, epochs=3)]
-    *rows, empty, absent = report.accuracies(records, 'TWTA_[45].*MNIST')
+    *rows, empty, absent = tables.accuracies(records, 'TWTA_[45].*MNIST')
     assert rows[2:] == [
         '| TWTA_4_4_MNIST | short 0.002 | 30 | 0, 1, 2 | 99.10 ± 0.20 | **99.20 ± 0.20** |  | 99.38 % | 2 min |',
         '| TWTA_4_4_MNIST | short 0.002, batches of 50 | 30 | 3 | 89.90 | **90.00** |  | 99.38 % | 4 min |',
@@ -64,7 +66,7 @@ def test_other_choices_precision_validation_and_weights_are_words():
 def test_choices_are_means_over_seeds_whatever_their_order():
     rows = [{'script': 'A', 'variant': variant, 'epochs': 6, 'seed': seed, 'validation_accuracy': 0.9 + seed / 100,
              'test_accuracy': 0.8} for seed in (0, 1) for variant in ('one', 'two')]
-    assert list(report.choices(rows))[2:] == ['| A | one | 6 | 0, 1 | 90.50 ± 0.71 | 80.00 ± 0.00 |',
+    assert list(tables.choices(rows))[2:] == ['| A | one | 6 | 0, 1 | 90.50 ± 0.71 | 80.00 ± 0.00 |',
                                               '| A | two | 6 | 0, 1 | 90.50 ± 0.71 | 80.00 ± 0.00 |']
 
 
@@ -76,7 +78,7 @@ def test_pictures_are_of_the_records_and_networks(name):
 
 
 def test_every_picture_of_the_readme_is_there_and_opaque():
-    names = re.findall(r'!\[[^]]+\]\(([^)]+)\)', report.README.read_text())
+    names = re.findall(r'!\[[^]]+\]\(([^)]+)\)', tables.README.read_text())
     assert {f'results/pictures/{name}.png' for name in pictures.sources(RECORDS)} <= set(names)
     for name in names:
         assert (ROOT / name).stat().st_size < 200_000
@@ -121,7 +123,7 @@ def test_records_are_whole(record):
 
 @pytest.mark.parametrize('file', sorted(evidence.PRETRAINED.glob('*.twta')), ids=lambda file: file.stem)
 def test_a_pretrained_network_has_its_record(file):
-    network = packed_file.read(file)
+    network = file_format.read(file)
     record = json.loads((evidence.RESULTS / f'{network.record["run"]}.json').read_text())
     assert (record['script'], record['epochs']) == (file.stem, network.record['epoch'])
     assert record['packed']['bytes'] == file.stat().st_size
@@ -230,7 +232,7 @@ def test_what_cannot_be_added_is_refused(repository, finished_run, tmp_path, mon
 @pytest.mark.parametrize('flags', [['--packed', 'x.twta'], ['--add', '.', '--reproduce'], ['--bogus'], ['--add', '']])
 def test_bad_flags_get_one_line(flags, capsys):
     with pytest.raises(SystemExit) as error:
-        report.main(flags)
+        __main__.main(flags)
     assert error.value.code == 2 and capsys.readouterr().err.count('\n') == 1
 
 

@@ -34,8 +34,8 @@ def test_every_script_is_documented_here():
 
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_shapes_and_parameters(session, name):
-    from twta import packing
-    from twta.tf1 import ONEDNN, tf
+    from twta.graph.blocks import read_blocks
+    from twta.graph.tf1 import ONEDNN, tf
 
     parameters, maps = DOCUMENTED[name]
     script = load_script(name)
@@ -44,11 +44,11 @@ def test_shapes_and_parameters(session, name):
             net = script.model(tf.zeros([2, *image_shape(name)]), is_train, **chosen(script))
         assert net.outputs.shape.as_list() == [2, 10]
         assert net.count_params() == parameters
-        convolutions = [layer for layer, _, _ in packing.read_blocks(net) if hasattr(layer, 'groups')]
+        convolutions = [layer for layer, _, _ in read_blocks(net) if hasattr(layer, 'groups')]
         assert [layer.outputs.shape.as_list()[1:3] for layer in convolutions] == [[size, size] for size in maps]
     operations = [op.type for op in tf.get_default_graph().get_operations()]
     products = operations.count('Conv2D') + operations.count('BatchMatMulV2')
-    if ONEDNN:  # one per layer, however many groups it has; without oneDNN one per group: see twta.fast
+    if ONEDNN:  # one per layer, however many groups it has; without oneDNN one per group: see twta.graph.fast
         assert products == 2 * len(maps)
     trained = [variable for variable in net.all_params if '/moving_' not in variable.name]
     assert tf.trainable_variables() == trained
@@ -56,13 +56,13 @@ def test_shapes_and_parameters(session, name):
 
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_the_architecture_string_says_what_is_built(session, name):
-    from twta import packing
-    from twta.tf1 import tf
+    from twta.graph.blocks import read_blocks
+    from twta.graph.tf1 import tf
 
     script = load_script(name)
     net = script.model(tf.zeros([2, *image_shape(name)]), True, **chosen(script))
     built, channels = [], None
-    for layer, _, _ in packing.read_blocks(net):
+    for layer, _, _ in read_blocks(net):
         *kernel, n_in, n_out = layer.all_params[-1].shape.as_list()
         if not kernel:
             token = str(n_out)
@@ -79,12 +79,12 @@ def test_the_architecture_string_says_what_is_built(session, name):
 
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_scripts_quantize_all_but_the_first_and_the_last_layer(session, name):
-    from twta import packing
-    from twta.tf1 import tf
+    from twta.graph.blocks import read_blocks
+    from twta.graph.tf1 import tf
 
     script = load_script(name)
     net = script.model(tf.zeros([2, *image_shape(name)]), True, **chosen(script))
-    weights = [layer.quantized for layer, _, _ in packing.read_blocks(net)]
+    weights = [layer.quantized for layer, _, _ in read_blocks(net)]
     session.run(tf.global_variables_initializer())
     levels = [len(np.unique(value)) for value in session.run(weights)]
     real = 2 if 'Model2' in name else 1  # a stem and the encoder
@@ -144,7 +144,7 @@ def test_importing_a_script_has_no_side_effect():
 
 
 def test_only_tensorlayer_sees_the_alias():
-    code = ('import sys; from twta.tf1 import tf, tl; import tensorflow; '
+    code = ('import sys; from twta.graph.tf1 import tf, tl; import tensorflow; '
             'assert tensorflow.__version__.startswith("2.") and tensorflow is not tf; '
             'assert tl.__version__ == "1.8.4" and not tf.executing_eagerly()')
     finished = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
@@ -161,7 +161,8 @@ def imports(path):
     return found - {'twta'}
 
 
-MODULES = {f'twta.{path.stem}': path for path in sorted((ROOT / 'twta').glob('*.py'))}
+MODULES = {'.'.join(path.relative_to(ROOT).with_suffix('').parts): path
+           for path in sorted((ROOT / 'twta').rglob('*.py')) if path.stem != '__init__'}
 
 
 def test_imports_run_in_no_circle():
@@ -172,10 +173,10 @@ def test_imports_run_in_no_circle():
 
 
 def test_packed_networks_run_without_tensorflow():
-    reached, ahead = set(), {'twta.packed', 'twta.numpy_engine', 'twta.bitplanes'}
+    reached, ahead = set(), {name for name in MODULES if name.startswith('twta.packed.')}
     while ahead:
         reached |= ahead
         ahead = {name for module in ahead for name in imports(MODULES[module])} - reached
     library = re.compile(r'(import|from) (tensorflow|tensorlayer)\b')
     users = {name for name, path in MODULES.items() if library.search(path.read_text())}
-    assert users == {'twta.tf1'} and 'twta.tf1' not in reached
+    assert users == {'twta.graph.tf1'} and 'twta.graph.tf1' not in reached

@@ -9,7 +9,12 @@ from conftest import QUICK, ROOT, random_packed, run_script, start
 from test_export import graph_of, hostile, sample_of
 from test_packed import NETWORKS, images
 
-from twta import TwtaError, UsageError, numpy_engine, packed_file, packing, spikes
+from twta import TwtaError, UsageError
+from twta.export import folding, spatial
+from twta.export import pack as pack_module
+from twta.export.pack import pack
+from twta.packed import file_format, numpy_engine
+from twta.spikes import command, conversion, simulation
 
 SCRIPT = ROOT / 'MNIST' / 'Spiking_MNIST.py'
 PACKED = ROOT / 'pretrained'
@@ -27,11 +32,11 @@ def test_store_and_release_fires_once_for_each_threshold(levels, kind):
     if kind is np.float32:
         upper = np.sort(upper + rng.random(upper.shape).astype(np.float32), axis=0)
         upper[:, 0], upper[:, 1], upper[-1, 2] = np.inf, -np.inf, np.inf
-    layer = packed_file.Layer('layer', None, upper, None, 1, 'SAME', 1)
+    layer = file_format.Layer('layer', None, upper, None, 1, 'SAME', 1)
     membrane = rng.integers(-40, 40, (50, 3, 3, 40)).astype(np.float32)
     membrane[0] = upper[levels // 2].clip(-99, 99)  # on a threshold
     expected = (membrane[..., np.newaxis, :] >= upper).sum(-2)
-    np.testing.assert_array_equal(spikes.store_and_release(membrane, layer), expected)
+    np.testing.assert_array_equal(simulation.store_and_release(membrane, layer), expected)
 
 
 def saturated(name, value):
@@ -56,31 +61,31 @@ def test_temporal_and_spatial_conversion_of_hostile_networks(name, choices, para
     dataset = sample_of(name)
     few = dataset.test.images[:6]
     with graph_of(name, dataset, parameters, **choices) as (network, session):
-        packed = packing.pack(network, session, name, 'data', dataset, {})
-        _, layers, weights, _, _ = packing.fold(network.net, session, name)
-        lanes = list(packing.read_out(network.net))
+        packed = pack(network, session, name, 'data', dataset, {})
+        _, layers, weights, _, _ = folding.fold(network.net, session, name)
+        lanes = list(spatial.read_out(network.net))
         maps, logits = session.run([[outputs for outputs, _, _ in lanes], network.net.outputs], {network.images: few})
     unpacked = packed._replace(layers=tuple(layers), weights=weights)
-    temporal = numpy_engine.NumpyEngine(unpacked, spikes.store_and_release)
+    temporal = numpy_engine.NumpyEngine(unpacked, simulation.store_and_release)
     for engine, is_temporal in ((temporal, True), (numpy_engine.NumpyEngine(packed), False)):
         found, fired = engine.run(few)
         np.testing.assert_allclose(found, logits, rtol=1e-4, atol=1e-4)
         for spike_map, expected, (_, groups, worth) in zip(fired, maps, lanes, strict=True):
-            activations = spike_map * worth[0] if is_temporal else packing.add_lanes(spike_map, groups, worth)
+            activations = spike_map * worth[0] if is_temporal else spatial.add_lanes(spike_map, groups, worth)
             np.testing.assert_array_equal(activations.reshape(expected.shape), expected)
 
 
 def test_noise_deletes_spikes_of_the_encoder_only_and_is_seeded():
     x = np.random.default_rng(0).integers(-1, 4, (40, 10, 10, 8)).astype(np.int8)
-    once, again = (spikes.deletion(0.25, seed=3)(x) for _ in range(2))
+    once, again = (simulation.deletion(0.25, seed=3)(x) for _ in range(2))
     np.testing.assert_array_equal(once, again)
-    assert (spikes.deletion(0.25, seed=4)(x) != once).any()
+    assert (simulation.deletion(0.25, seed=4)(x) != once).any()
     assert (np.abs(once) <= np.abs(x)).all() and (once * x >= 0).all()
     assert np.abs(once).sum() / np.abs(x).sum() == pytest.approx(0.75, abs=0.01)
     packed = random_packed(*NETWORKS['odd'])
     few = images(packed, 4)
     _, plain = numpy_engine.NumpyEngine(packed).run(few)
-    _, noisy = numpy_engine.NumpyEngine(packed, between=spikes.deletion(0.5, 0)).run(few)
+    _, noisy = numpy_engine.NumpyEngine(packed, between=simulation.deletion(0.5, 0)).run(few)
     assert (noisy[0] != plain[0]).any() and (np.abs(noisy[0]) <= np.abs(plain[0])).all()
 
 
@@ -95,7 +100,7 @@ def slow_counts(packed, maps):
     covers (y, x), and f's group reads the channel c.
     """
     counts = []
-    for index, (layer, shape, (top, left), (rows, columns, filters)) in enumerate(packed_file.shapes(packed)):
+    for index, (layer, shape, (top, left), (rows, columns, filters)) in enumerate(file_format.shapes(packed)):
         operations = nonzero = 0
         if index:
             height, width, per_group, _ = layer.weights.shape
@@ -124,13 +129,13 @@ SMALL = {
 
 
 @pytest.mark.parametrize('name', SMALL)
-@pytest.mark.parametrize('simulator', [spikes.Engine, numpy_engine.NumpyEngine])
+@pytest.mark.parametrize('simulator', [simulation.Engine, numpy_engine.NumpyEngine])
 def test_counts_against_a_slow_loop(name, simulator, monkeypatch):
-    monkeypatch.setattr(spikes, 'BATCH', 3)
+    monkeypatch.setattr(simulation, 'BATCH', 3)
     packed = random_packed(*SMALL[name])
     x = images(packed, 5)
     logits, maps = numpy_engine.NumpyEngine(packed).run(x)
-    predicted, spike_numbers, operations, rows = spikes.simulate(simulator(packed), x, steps=1)
+    predicted, spike_numbers, operations, rows = simulation.simulate(simulator(packed), x, steps=1)
     np.testing.assert_array_equal(predicted, logits.argmax(1))
     batches = [slow_counts(packed, [values[part] for values in maps]) for part in (slice(0, 3), slice(3, 5))]
     assert spike_numbers == [sum(row[0] for row in counts) for counts in batches]
@@ -148,7 +153,7 @@ def test_counts_against_a_slow_loop(name, simulator, monkeypatch):
 
 
 def convert(output, *flags):
-    spikes.start(SCRIPT, '', ('mnist', 'digits'), 'TWTA_5_5_MNIST', ['--dataset', 'digits', '--output', str(output),
+    command.start(SCRIPT, '', ('mnist', 'digits'), 'TWTA_5_5_MNIST', ['--dataset', 'digits', '--output', str(output),
                                                                      *map(str, flags)])
 
 
@@ -192,9 +197,8 @@ def several_levels(tmp_path_factory):
 
 
 def test_several_levels_spatially_and_temporally(several_levels, tmp_path):
-    for conversion in ('spatial', 'temporal'):
-        convert(tmp_path / conversion, '--network', 'Quant_MNIST', '--run_dir', several_levels, '--conversion',
-                conversion)
+    for kind in ('spatial', 'temporal'):
+        convert(tmp_path / kind, '--network', 'Quant_MNIST', '--run_dir', several_levels, '--conversion', kind)
     spatial, temporal = (json.loads((tmp_path / which / 'spikes.json').read_text())
                          for which in ('spatial', 'temporal'))
     assert (spatial['steps'], temporal['steps']) == (1, 4)
@@ -223,8 +227,8 @@ def test_a_packed_file_without_tensorflow(finished_run, tmp_path):
 
 def test_other_predictions_are_an_error_and_write_nothing(finished_run, tmp_path, monkeypatch):
     monkeypatch.setattr(numpy_engine, 'finish', lambda sums, packed: -sums)
-    monkeypatch.setattr(spikes, 'Engine', numpy_engine.NumpyEngine)
-    monkeypatch.setattr(packing, 'compare', None)
+    monkeypatch.setattr(conversion, 'Engine', numpy_engine.NumpyEngine)
+    monkeypatch.setattr(pack_module, 'compare', None)
     with pytest.raises(TwtaError, match=r'predict .* images otherwise than the graph; nothing was written'):
         convert(tmp_path / 'out', '--run_dir', finished_run, '--images', 50)
     assert not (tmp_path / 'out').exists()
@@ -250,7 +254,7 @@ def test_other_predictions_are_an_error_and_write_nothing(finished_run, tmp_path
 ])
 def test_mistakes(flags, words):
     with pytest.raises(TwtaError) as error:
-        spikes.start(SCRIPT, '', ('mnist', 'digits'), 'TWTA_5_5_MNIST', list(map(str, flags)))
+        command.start(SCRIPT, '', ('mnist', 'digits'), 'TWTA_5_5_MNIST', list(map(str, flags)))
     assert '\n' not in str(error.value)
     for word in words:
         assert word in str(error.value)
@@ -261,7 +265,7 @@ def test_outputs_do_not_overwrite_each_other(finished_run, tmp_path, monkeypatch
     shutil.copytree(finished_run, run_dir)
     common = ['--dataset', 'digits', '--run_dir', str(run_dir), '--images', '20']
     for flags in ([], ['--conversion', 'temporal'], ['--noise_ratio', '0.25']):
-        spikes.start(SCRIPT, '', ('mnist', 'digits'), 'TWTA_5_5_MNIST', common + flags)
+        command.start(SCRIPT, '', ('mnist', 'digits'), 'TWTA_5_5_MNIST', common + flags)
     folders = ['spikes-spatial', 'spikes-spatial-noise-0.25', 'spikes-temporal']
     assert sorted(path.name for path in run_dir.glob('spikes*')) == folders
     start(run_dir, *QUICK[2:], '--resume', 'False', '--epochs', 1)  # another network: they go with the old one

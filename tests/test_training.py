@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from conftest import MNIST_SCRIPTS, QUICK, ROOT, load_script, log, loss_and_gradients, run_script, start, variables
 
-from twta import UsageError, checkpoints, command_line, datasets, experiment, fast
+from twta import UsageError, command_line
+from twta.data import datasets
+from twta.graph import fast
+from twta.graph.tf1 import tf, tl
 from twta.ternary_layers import Conv2dLayer
-from twta.tf1 import tf, tl
+from twta.training import checkpoints, schedule
 
 SCRIPT = ROOT / 'MNIST' / 'TWTA_4_4_MNIST.py'
 DEFAULTS = command_line.protocol(1e-4, 150, 200)
@@ -47,27 +50,27 @@ def test_stages():
     args = Flags()
     state = {'epoch': 0, 'stages': [], 'part': None}
     stage = {'first_epoch': 1, **DEFAULTS}
-    assert experiment.next_stage(state, args, DEFAULTS) == stage
+    assert schedule.next_stage(state, args, DEFAULTS) == stage
     state['epoch'] = 40  # interrupted
-    assert experiment.next_stage(state, args, DEFAULTS) == stage
+    assert schedule.next_stage(state, args, DEFAULTS) == stage
     args.learning_rate, args.epochs = 1e-4, 150  # the same, said aloud
-    assert experiment.next_stage(state, args, DEFAULTS) == stage
+    assert schedule.next_stage(state, args, DEFAULTS) == stage
     args.learning_rate, args.epochs = 1e-5, None  # another one: a new stage, the old one is as long as it was
-    assert experiment.next_stage(state, args, DEFAULTS) == {**stage, 'first_epoch': 41, 'learning_rate': 1e-5}
+    assert schedule.next_stage(state, args, DEFAULTS) == {**stage, 'first_epoch': 41, 'learning_rate': 1e-5}
     assert state['stages'][0] == {**stage, 'epochs': 40}
     state['epoch'] = 190  # finished
-    assert experiment.next_stage(state, args, DEFAULTS)['first_epoch'] == 191
+    assert schedule.next_stage(state, args, DEFAULTS)['first_epoch'] == 191
     assert len(state['stages']) == 3
     args.learning_rate = 1e-6  # before a step of the third one: it never was
-    assert experiment.next_stage(state, args, DEFAULTS) == {**stage, 'first_epoch': 191, 'learning_rate': 1e-6}
+    assert schedule.next_stage(state, args, DEFAULTS) == {**stage, 'first_epoch': 191, 'learning_rate': 1e-6}
     assert len(state['stages']) == 3
     state['part'] = {'steps': 7}  # of epoch 191, and then other flags: it begins anew, and the steps are told of
     args.learning_rate = 1e-7
-    assert experiment.next_stage(state, args, DEFAULTS) == {**stage, 'first_epoch': 191, 'learning_rate': 1e-7}
+    assert schedule.next_stage(state, args, DEFAULTS) == {**stage, 'first_epoch': 191, 'learning_rate': 1e-7}
     assert len(state['stages']) == 4 and state['part'] is None
     assert (state['stages'][2]['epochs'], state['stages'][2]['part_steps']) == (0, 7)
     args.protocol, args.epochs = 'short', 5  # one name for four flags, of which one is given otherwise
-    assert experiment.next_stage(state, args, DEFAULTS) == {
+    assert schedule.next_stage(state, args, DEFAULTS) == {
         'first_epoch': 191, 'learning_rate': 1e-7, 'epochs': 5, 'batch_size': 200, 'schedule': 'cosine',
         'augmentation': 'geometric', 'protocol': 'short'}
 
@@ -103,11 +106,11 @@ def test_a_run_that_ended_without_its_record_gets_it_on_resuming(finished_run, t
 
 
 def test_batches_depend_on_seed_and_epoch_and_hold_each_image_at_most_once():
-    batches = experiment.shuffled_batches(1001, 100, 0, 1)
+    batches = schedule.shuffled_batches(1001, 100, 0, 1)
     assert batches.shape == (10, 100) and len(np.unique(batches)) == 1000
-    assert (batches == experiment.shuffled_batches(1001, 100, 0, 1)).all()
-    assert (batches != experiment.shuffled_batches(1001, 100, 0, 2)).any()
-    assert (batches != experiment.shuffled_batches(1001, 100, 1, 1)).any()
+    assert (batches == schedule.shuffled_batches(1001, 100, 0, 1)).all()
+    assert (batches != schedule.shuffled_batches(1001, 100, 0, 2)).any()
+    assert (batches != schedule.shuffled_batches(1001, 100, 1, 1)).any()
 
 
 def test_a_run_leaves_its_records(finished_run):

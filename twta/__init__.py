@@ -1,7 +1,5 @@
 """What the scripts of TWTA-Net share. Importing it imports neither TensorFlow nor numpy: the flags are parsed first."""
-import contextlib
 import errno
-import os
 
 REMEDIES = {errno.ENOSPC: 'make room on the disk', errno.EDQUOT: 'make room in the quota',
             errno.EROFS: 'choose one that can be written to',
@@ -26,20 +24,6 @@ class UsageError(TwtaError):
 def in_a_line(text):
     """The text with a space for each character that cannot be printed: names and values may come from a stranger."""
     return ''.join(c if c.isprintable() else ' ' for c in text)
-
-
-@contextlib.contextmanager
-def replacing(path):
-    """A path to write to: it takes the place of `path` where the block ends well, and is removed where it does not."""
-    part = path.with_name(f'.part.{path.name}')
-    try:
-        yield part
-        os.replace(part, path)
-    except OSError as error:
-        error.filename, error.filename2 = str(path), None  # a full disk names none
-        raise
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def describe_fault(error):

@@ -17,7 +17,7 @@ def run(script, description, model, datasets, learning_rate, epochs, batch_size,
     description    the script's docstring, for --help
     model          function of (x, is_train, **choices) that returns the network as a TensorLayer layer, its outputs
                    the logits
-    datasets       names in twta.datasets.DATASETS, the default first
+    datasets       names in twta.data.datasets.DATASETS, the default first
     learning_rate, epochs, batch_size    the script's own protocol, the defaults of the flags
     choices        names in CHOICES: each is a flag, and what it says an argument of model
     """
@@ -26,15 +26,25 @@ def run(script, description, model, datasets, learning_rate, epochs, batch_size,
     with errors_in_a_line(script.name):
         args = parse(script, description, datasets, defaults, choices)
         if args.engine == 'packed':
-            from twta import packed_inference  # here: --help needs no numpy
+            from twta.packed import inference  # here: --help needs no numpy
 
-            packed_inference.infer(script.stem, args)
+            inference.infer(script.stem, args)
             return
         if args.verbose:
             os.environ['TF_CPP_MIN_LOG_LEVEL'] = '0'
-        from twta import experiment  # imports TensorFlow
+        execute(script.stem, model, args, defaults)
 
-        experiment.run(script.stem, model, args, defaults)
+
+def execute(script, model, args, defaults):
+    """Do what --mode says."""
+    from twta.training import experiment  # here, and below: they import TensorFlow
+
+    if args.mode == 'export':
+        from twta.export.pack import export
+
+        experiment.run(script, model, args, defaults, export)
+    else:
+        experiment.run(script, model, args, defaults)
 
 
 def protocol(learning_rate, epochs, batch_size):

@@ -71,7 +71,7 @@ def kind():
                                              ('avx512f', 'AVX-512'), ('avx2', 'AVX2')) if flag in has),
                   platform.machine())
     narrowed = ' '.join(f'{variable}={os.environ[variable]}' for variable in NARROWING if variable in os.environ
-                        and (variable, os.environ[variable]) != ('TF_ENABLE_ONEDNN_OPTS', '1'))  # as twta.tf1 sets it
+                        and (variable, os.environ[variable]) != ('TF_ENABLE_ONEDNN_OPTS', '1'))  # as graph.tf1 sets it
     return f'{widest}, narrowed by {narrowed}' if narrowed else widest
 
 

@@ -9,8 +9,8 @@ Sources: the published scripts, github.com/edwardzcl/TWTA (ternary), TWBA_Nets (
 factor; straight-through gradients from "Estimating or Propagating Gradients Through Stochastic Neurons"
 (arXiv:1308.3432), section 4.
 """
-from twta.fast import compiled
-from twta.tf1 import tf
+from twta.graph.fast import compiled
+from twta.graph.tf1 import tf
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Weights

@@ -3,13 +3,13 @@
 A layer takes the quantiser it uses and computes in the type of its input: float32, or bfloat16, in which -1, 0 and +1
 are exact. The variables (latent weights, batch normalisation, thresholds) are float32 in either case, and `all_params`
 holds them. Images are NHWC. Each layer keeps the one before it as `prev_layer`, and what it was built with:
-twta.packing reads a network so.
+twta.graph.blocks reads a network so.
 
 Source: the published TWTA scripts (github.com/edwardzcl/TWTA).
 """
-from twta.fast import convolve, factors, type_of_sums
+from twta.graph.fast import convolve, factors, type_of_sums
+from twta.graph.tf1 import tf, tl
 from twta.quantizers import full_precision, ternarize_activations, ternarize_weights
-from twta.tf1 import tf, tl
 
 DECAY = 0.9  # of the moving moments
 EPSILON = 1e-5  # added to the variance

@@ -1,0 +1,1 @@
+"""The data sets: found on disk, downloaded if absent, checked."""

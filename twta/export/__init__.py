@@ -1,0 +1,1 @@
+"""From the trained graph to integers, and out to the formats of other programs."""

@@ -1,0 +1,91 @@
+"""--mode export: a trained network becomes integers, is compared with its graph, and is written."""
+import hashlib
+
+import numpy as np
+
+from twta import TwtaError
+from twta.export import formats
+from twta.export.folding import fold
+from twta.export.formats import check_format
+from twta.export.spatial import add_lanes, read_out, spatial
+from twta.packed import engines, file_format
+from twta.packed.file_format import Layer, Packed
+from twta.terminal import say
+from twta.training.evaluation import trained
+from twta.training.records import name_run
+
+
+def export(script, model, args, dataset, source, state):
+    """Writes the network of a checkpoint or of --weights as integers, once it has been seen to compute the same."""
+    with trained(script, model, args, dataset, source) as (network, session):
+        packed = pack(network, session, script, args.dataset, dataset, describe_run(args, state))
+        check_format(args.format, packed)
+        compare(packed, network, session, dataset)
+    write(packed, dataset, args)
+
+
+COMPARED = 200  # test images whose activations export compares with the graph's, as it does all predictions
+
+
+def pack(network, session, script, name, dataset, record, temporal=False):
+    """The network in the session, trained on the data set of that name, as Packed.
+
+    temporal: layers of several levels stay as `fold` gives them, for twta.spikes. TwtaError where its activations are
+    not quantised or a parameter is no number.
+    """
+    stem, layers, weights, scale, shift = fold(network.net, session, script)
+    if not temporal or max(len(layer.upper) for layer in layers if isinstance(layer, Layer)) == 1:
+        layers, weights = spatial(layers, weights)
+    return Packed(script, name, dataset.test.images.shape[1:], dataset.crop, tuple(dataset.classes), tuple(layers),
+                  weights, scale, shift, record, stem)
+
+
+def describe_run(args, state):
+    """What the file tells of the training that it comes from."""
+    files = [args.weights] if args.weights else [args.run_dir / name for name in ('config.json', 'log.csv')]
+    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
+    run, epoch = (name_run(state), state['epoch']) if state else (None, None)
+    return {'run': run, 'epoch': epoch, 'choices': args.choices, 'sha256': hashes}
+
+
+def compare(packed, network, session, dataset):
+    """Runs both networks on test images; TwtaError where a prediction or, on some of them, an activation differs."""
+    engine = engines.open_engine(packed)
+    images = dataset.test.images[:COMPARED]
+    found = zip(packed.layers, engine.activations(images), read_out(network.net), strict=True)
+    found = [(layer, of_engine, *lanes) for layer, of_engine, lanes in found if lanes]
+    expected = session.run([outputs for _, _, outputs, _, _ in found], {network.images: images})
+    for (layer, of_engine, _, groups, worth), of_graph in zip(found, expected, strict=True):
+        if not np.array_equal(add_lanes(of_engine, groups, worth).reshape(of_graph.shape), of_graph):
+            raise TwtaError(f'{layer.name}: the packed network computes other activations than the graph; nothing was '
+                            'written. This is a fault of the scripts')
+    predicted = predict(network, session, dataset.test.images)
+    differ = np.sum(engines.logits(engine, dataset.test.images).argmax(1) != predicted)
+    if differ:
+        raise TwtaError(f'the packed network predicts {differ} test images otherwise than the graph; nothing was '
+                        'written. This is a fault of the scripts')
+    say(f'checked: the same predictions as the graph on all {len(dataset.test.images):,} test images, the same '
+        f'activations on {len(images)} ({engine.name} engine)')
+
+
+def predict(network, session, images):
+    """The classes that the graph gives to any number of images."""
+    return np.concatenate([session.run(network.evaluation.predicted, {network.images: images[start:start + COMPARED]})
+                           for start in range(0, len(images), COMPARED)])
+
+
+def write(packed, dataset, args):
+    """Writes the file that --format and --file say, and tells its size."""
+    if args.format == 'twta':
+        size = file_format.write(args.file, packed)
+        ternary = packed.layers[1:]
+        parameters = sum(layer.weights.size for layer in ternary)
+        integers = sum(map(file_format.layer_bytes, ternary))
+        say(f'quantised layers: {parameters:,} weights and their thresholds in {integers:,} bytes, '
+            + ('as neurons of one or two thresholds each' if file_format.is_expanded(packed) else
+               f'{4 * parameters / integers:.1f} times less than float32 weights'))
+    else:
+        size = formats.write(args.format, args.file, packed, dataset.test.images[:formats.VECTORS])
+        beside = f', in {args.file.with_suffix(".vectors.npz")}' if args.format == 'onnx' else ''
+        say(f'test vectors: {formats.VECTORS} images{beside}')
+    say(f'{args.file}: {size:,} bytes')

@@ -1,0 +1,113 @@
+"""Where a network runs: the device, the precision that it multiplies natively, the session on it, and what stops it."""
+import contextlib
+import os
+import signal
+
+from twta import UsageError, processor
+from twta.graph.tf1 import ONEDNN, native_chatter_hidden, tf
+
+# values of ONEDNN_MAX_CPU_ISA that forbid oneDNN the instructions that multiply bfloat16
+WITHOUT_BFLOAT16 = ('SSE41', 'AVX', 'AVX2', 'AVX2_VNNI', 'AVX2_VNNI_2', 'AVX512_CORE', 'AVX512_CORE_VNNI')
+
+
+def find_gpus():
+    """The GPUs that TensorFlow sees, as its devices."""
+    with native_chatter_hidden():
+        return tf.config.experimental.list_physical_devices('GPU')
+
+
+def find_gpu(index):
+    """The GPU of that index as a TensorFlow device, None where there is no GPU; UsageError for a wrong index."""
+    gpus = find_gpus()
+    if gpus and index >= len(gpus):
+        raise UsageError(f'--gpu {index}: this machine has {len(gpus)}, valid are 0 to {len(gpus) - 1}')
+    return gpus[index] if gpus else None
+
+
+def choose_precision(flag, gpu):
+    """Return the type to train in, tf.float32 or tf.bfloat16; 'auto' takes bfloat16 if the device multiplies it."""
+    if flag != 'auto':
+        return tf.as_dtype(flag)
+    return tf.bfloat16 if multiplies_bfloat16(gpu) else tf.float32
+
+
+def multiplies_bfloat16(gpu):
+    """Return whether the device has instructions for products of bfloat16, and TensorFlow uses them.
+
+    A GPU has them from compute capability 8 on. Without a GPU (None), the processor must be an x86 with AVX512-BF16 or
+    AMX, on Linux, and oneDNN must be on: only oneDNN uses these instructions.
+    """
+    if gpu:
+        return tf.config.experimental.get_device_details(gpu).get('compute_capability', (0, 0)) >= (8, 0)
+    limits = (os.environ.get(f'{name}_MAX_CPU_ISA', '').upper() for name in ('ONEDNN', 'DNNL'))  # new and old name
+    if not ONEDNN or any(limit in WITHOUT_BFLOAT16 for limit in limits):
+        return False
+    return bool({'avx512_bf16', 'amx_bf16'} & processor.flags())
+
+
+def describe(gpu):
+    """The device in words."""
+    if gpu:
+        return tf.config.experimental.get_device_details(gpu).get('device_name', gpu.name)
+    cores = processor.available_cores()
+    return f'no GPU found, using the CPU ({cores} core{"s" if cores > 1 else ""})'
+
+
+def configuration(**options):
+    """A tf.ConfigProto of those options that keeps convolution and batch normalisation apart.
+
+    Fused by TensorFlow's remapper they round otherwise, 5 % faster, and the thresholds that twta.export.folding reads
+    off the batch normalisation would not be those of the whole graph.
+    """
+    config = tf.ConfigProto(**options)
+    rewrite = config.graph_options.rewrite_options
+    rewrite.remapping = rewrite.OFF
+    return config
+
+
+def make_deterministic():
+    """One thread, so that sums have one order on any number of cores, and deterministic kernels of a GPU.
+
+    To be called before anything is built: the process has one pool of threads, made with the first device. The numbers
+    are read again by open_session, whose pools they decide on as well.
+    """
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    os.environ['TF_DETERMINISTIC_OPS'] = '1'  # compat.v1 has no function for it
+
+
+def open_session(graph, gpu_index):
+    """Return a session on the graph that sees only the GPU of that index, if there is one; it takes memory as needed.
+
+    It has as many threads as the process may use cores: TensorFlow alone would not know a container's share.
+    make_deterministic, TF_NUM_INTRAOP_THREADS and TF_NUM_INTEROP_THREADS take precedence.
+    """
+    gpu_options = tf.GPUOptions(allow_growth=True, visible_device_list=str(gpu_index))
+    threading = tf.config.threading
+    chosen = threading.get_intra_op_parallelism_threads(), threading.get_inter_op_parallelism_threads()
+    intra, inter = (count or processor.threads(variable)
+                    for count, variable in zip(chosen, processor.THREADS, strict=True))
+    config = configuration(gpu_options=gpu_options, intra_op_parallelism_threads=intra,
+                           inter_op_parallelism_threads=inter)
+    with native_chatter_hidden():
+        return tf.Session(graph=graph, config=config)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list that gets the number of a SIGINT (Ctrl-C) or SIGTERM; a second one of the kind has its usual effect."""
+    caught = []
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(number, usual[number])
+
+    for number, handler in usual.items():
+        if handler is not signal.SIG_IGN:  # a shell starts background jobs so
+            signal.signal(number, catch)
+    try:
+        yield caught
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)

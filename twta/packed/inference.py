@@ -1,0 +1,45 @@
+"""--mode inference --engine packed: a packed network on the test images of its data set, without TensorFlow."""
+import time
+
+import numpy as np
+
+from twta import TwtaError, results
+from twta.data import datasets
+from twta.packed import cost, engines, file_format
+from twta.terminal import say
+
+
+def infer(script, args):
+    """--mode inference --engine packed: evaluates the network of --file on the test images of its data set."""
+    packed = file_format.read(args.file)
+    if (packed.network, packed.dataset) != (script, args.dataset):
+        raise TwtaError(f'{args.file}: {packed.network} on {packed.dataset}, not {script} on {args.dataset}; choose '
+                        'another --file, perhaps of those in pretrained/')
+    dataset = datasets.load(args.dataset, args.data_dir, None)
+    check_images(packed, dataset, args)
+    say(f'data: {dataset}')
+    engine = engines.started(packed, 'auto', args.threads)
+    epoch = packed.record.get('epoch') if isinstance(packed.record.get('epoch'), int) else None
+    say(f'network: {script}, {args.file}' + ('' if epoch is None else f', epoch {epoch}'))
+    images, labels = dataset.test.images, dataset.test.labels
+    start = time.perf_counter()
+    values = engines.logits(engine, images)
+    say(f'{len(images) / (time.perf_counter() - start):,.0f} images/s')
+    values -= values.max(1, keepdims=True)
+    loss = np.log(np.exp(values).sum(1)) - values[np.arange(len(labels)), labels]
+    confusion = results.confuse(labels, values.argmax(1), len(packed.classes))
+    results.report(script, args, packed.record.get('choices'), dataset, 'packed', args.file, epoch, float(loss.mean()),
+                   confusion)
+    if args.report:
+        cost.report(engine, dataset, args.run_dir)
+
+
+def check_images(packed, dataset, args):
+    """Raises TwtaError where a network of --file is for other images than those of --dataset."""
+    shape = dataset.test.images.shape[1:]
+    if packed.image != shape:
+        raise TwtaError(f'{args.file}: for images {list(packed.image)}, but those of {args.dataset} are {list(shape)}; '
+                        'choose another --file')
+    if packed.classes != tuple(dataset.classes):
+        raise TwtaError(f'{args.file}: its classes are {", ".join(packed.classes)[:80]}, those of {args.dataset} '
+                        f'{", ".join(dataset.classes)}; choose another --file')

@@ -1,0 +1,218 @@
+"""The numba engine: how a packed network lies in memory as bit planes, for the kernels to run over.
+
+A map of ternary activations is two planes of bits, non-zero and negative. An image of a plane holds, for each group of
+channels of the layer that reads it, rows of cells, a cell the group's channels at one position in whole bytes, with
+the border that the reader's padding asks for. So one row of the reader's kernel is a run of neighbouring bits, read as
+words of 64; where a word reads beyond it, the weights are zero. The writer's filters are taken eight at a time in the
+order of the reader's bytes, so that what they write is that layout; eight filters then read one to eight groups.
+"""
+import math
+import threading
+
+import numba
+import numpy as np
+
+from twta import processor
+from twta.packed import file_format, kernels
+from twta.packed.numpy_engine import finish, see
+
+if numba.config.DISABLE_JIT:
+    raise ImportError('NUMBA_DISABLE_JIT is set')
+MEMORY = 1 << 28  # bytes that the images of a batch may take, as float64
+SHARED = 1 << 25  # ternary products of an image from which on threads gain by sharing its filters
+CHUNK = 32  # images that go through all layers together: activations stay in the cache, weights serve them all
+LOCK = threading.Lock()  # numba's own thread pool may serve one caller at a time
+
+
+class Planes:
+    """Memory for the activations of a batch, laid out for a reader.
+
+    shape, groups    of the map and of the reader
+    before, padded   rows and columns before the map, and with the whole border
+    """
+
+    def __init__(self, batch, shape, groups, before, padded):
+        self.shape, self.groups, self.before = shape, groups, before
+        self.channels = shape[2] // groups  # in a cell
+        self.cell = -(-self.channels // 8)
+        self.row = padded[1] * self.cell
+        self.group = padded[0] * self.row
+        self.image = groups * self.group
+        self.plane = batch * self.image + 64  # the last word may be read beyond the last row
+        self.data = np.zeros((2, self.plane), np.uint8)
+
+    def unpack(self, n):
+        """Activations of n images, int8 [n, height, width, channels]."""
+        height, width, _ = self.shape
+        cells = self.data[:, :n * self.image].reshape(2, n, self.groups, -1, self.row // self.cell, self.cell)
+        top, left = self.before
+        bits = np.unpackbits(cells[:, :, :, top:top + height, left:left + width], axis=-1, count=self.channels,
+                             bitorder='little').astype(np.int8)
+        values = bits[0] - 2 * bits[1]  # [n, groups, height, width, channels of a group]
+        return np.moveaxis(values, 1, -1).reshape(n, *self.shape)
+
+
+def count_threads(threads=None):
+    """Return how many threads to take: as many as given, or one per available core, and no more than numba has."""
+    return min(threads or processor.available_cores(), numba.config.NUMBA_NUM_THREADS)
+
+
+class NumbaEngine:
+    """Runs a packed network on bit planes, in so many threads (default: one per available core)."""
+
+    name = 'numba'
+
+    def __init__(self, packed, threads=None):
+        self.packed = packed
+        self.threads = count_threads(threads)
+        shape = file_format.input_shape(packed)
+        encoder = packed.layers[0]
+        self.before, padded = file_format.border(shape, encoder)
+        self.batch = max(1, min(256, MEMORY // (8 * math.prod(padded) * shape[2])))
+        self.x = np.zeros((self.batch, *padded, shape[2]))
+        self.products = 0
+        self.kept, self.planes, rows = [], [], []  # kept: arrays that the table has the addresses of
+        for index, (layer, _, _, out) in enumerate(file_format.shapes(packed)):
+            if index + 1 < len(packed.layers):
+                reader = packed.layers[index + 1]
+                planes = Planes(self.batch, out, reader.groups, *file_format.border(out, reader))
+            else:
+                planes = Planes(self.batch, out, 1, (0, 0), out[:2])
+            rows.append(self.lay_out(layer, self.planes[-1] if index else None, out, planes))
+            self.planes.append(planes)
+            self.products += math.prod(out) * file_format.fan_in(layer.weights)
+        self.table = np.array(rows, np.int64)
+        bits = np.zeros((math.prod(out[:2]), 8 * planes.cell, len(packed.classes)))
+        bits[:, :out[2]] = packed.weights.reshape(-1, out[2], len(packed.classes))
+        self.weights = np.ascontiguousarray(bits.reshape(-1, len(packed.classes)).T)
+
+    def lay_out(self, layer, source, out, target):
+        """The layer's row of the table; source None: the encoder, which reads self.x."""
+        filters = readers_order(out[2], target)
+        height, width = layer.weights.shape[:2]
+        if source is None:
+            kind, sources = 0, np.zeros((len(filters), 1), np.int64)
+            x, image, plane, row, cell = self.x, self.x[0].nbytes, 0, self.x[0, 0].nbytes, self.x[0, 0, 0].nbytes
+            offsets = np.arange(height)[:, np.newaxis] * row + 8 * np.arange(width * self.x.shape[3])
+            weights = real_weights(layer, filters)
+        else:
+            sources = groups_read(filters, out[2] // layer.groups)
+            kind = sources.shape[1]
+            sources = sources * source.group
+            x, image, plane, row, cell = source.data, source.image, source.plane, source.row, source.cell
+            offsets = np.arange(height)[:, np.newaxis] * row + 8 * np.arange(-(-width * cell // 8))
+            weights = ternary_words(layer, filters, cell, offsets.shape[1])
+        span = 8 // math.gcd(8, math.prod(out[:2]))
+        x_at = positions(span, image, out, layer.stride * row, layer.stride * cell)
+        y_at = positions(span, target.image, out, target.row, target.cell)
+        y_at += target.before[0] * target.row + target.before[1] * target.cell
+        blocks = describe_blocks(layer, filters, sources, target)
+        offsets = offsets.ravel().astype(np.int64)
+        self.kept += [weights, offsets, x_at, y_at, blocks]
+        values = {'kind': kind, 'x': address(x), 'x_image': image, 'x_plane': plane, 'x_at': address(x_at),
+                  'w': address(weights), 'w_block': weights[0].nbytes, 'words': len(offsets),
+                  'words_at': address(offsets), 'blocks': address(blocks), 'n_blocks': len(filters),
+                  'y': address(target.data), 'y_image': target.image, 'y_plane': target.plane, 'y_at': address(y_at),
+                  'positions': math.prod(out[:2]), 'span': span}
+        return [values[column] for column in kernels.COLUMNS]
+
+    def run(self, images):
+        """The classifier's sums; the activations are then in self.planes."""
+        if images.dtype != np.uint8 or images.shape[1:] != tuple(self.packed.image) or len(images) > self.batch:
+            raise ValueError(f'images {images.dtype} {images.shape}, not uint8, at most {self.batch} of '
+                             f'{self.packed.image}')  # the kernels write where it would be
+        sums = np.empty((len(images), len(self.packed.classes)))
+        last = self.planes[-1]
+        crop = self.packed.crop
+        if self.packed.stem:
+            crop, (top, left), (height, width, _) = -1, self.before, file_format.input_shape(self.packed)
+            self.x[:len(images), top:top + height, left:left + width] = see(images, self.packed)
+        threads = self.threads if len(images) * self.products >= SHARED else 1
+        numba.set_num_threads(threads)
+        kernels.run(np.ascontiguousarray(images), crop, self.x, self.before, self.table, threads, CHUNK,
+                    last.data, last.image, self.weights, sums)
+        return sums
+
+    def logits(self, images):
+        """Logits float32 [n, classes] of at most `batch` images, uint8 [n, height, width, channels]."""
+        with LOCK:
+            return finish(self.run(images), self.packed)
+
+    def activations(self, images):
+        """The activations of each layer on at most `batch` images, int8 [n, height, width, channels]."""
+        with LOCK:
+            self.run(images)
+            return [planes.unpack(len(images)) for planes in self.planes]
+
+
+def address(array):
+    return array.ctypes.data
+
+
+def positions(span, image, out, row, column):
+    """Byte offsets of the positions of `span` images, one after the other, int64."""
+    at = np.arange(span)[:, np.newaxis, np.newaxis] * image + np.arange(out[0])[:, np.newaxis] * row
+    return (at + np.arange(out[1]) * column).ravel().astype(np.int64)
+
+
+def readers_order(filters, target):
+    """Filters eight by eight as they share a byte of the target, int [blocks, 8]; -1 fills up."""
+    lane = np.arange(8 * target.cell)
+    order = np.where(lane < target.channels, lane * target.groups + np.arange(target.groups)[:, np.newaxis], -1)
+    return order.reshape(-1, 8)
+
+
+def groups_read(filters, per_group):
+    """The groups that each eight filters read, [blocks, 1, 2, 4 or 8], each for as many neighbours as the others."""
+    groups = np.where(filters < 0, filters.max(1, keepdims=True), filters) // per_group
+    for count in (1, 2, 4):
+        runs = groups.reshape(len(groups), count, -1)
+        if (runs == runs[:, :, :1]).all():
+            return runs[:, :, 0]
+    return groups
+
+
+def ternary_words(layer, filters, cell, words):
+    """Weights as planes, uint64 [blocks, height, words, 2, 8]: non-zero, negative, eight filters each."""
+    height, width, channels, n_filters = layer.weights.shape
+    bits = np.zeros((2, n_filters + 1, height, width, 8 * cell), np.uint8)  # the last is the filter -1: no weights
+    weights = file_format.filter_major(layer.weights)
+    bits[:, :-1, :, :, :channels] = weights != 0, weights < 0
+    run = np.zeros((2, n_filters + 1, height, 64 * words), np.uint8)
+    run[..., :width * 8 * cell] = bits.reshape(2, n_filters + 1, height, -1)
+    planes = np.packbits(run, axis=-1, bitorder='little').view(np.uint64)
+    return aligned(planes[:, filters].transpose(1, 3, 4, 0, 2))
+
+
+def real_weights(layer, filters):
+    """Weights float64 [blocks, height, width * channels, 8]."""
+    height, _, _, n_filters = layer.weights.shape
+    weights = np.zeros((height, math.prod(layer.weights.shape[1:3]), n_filters + 1))
+    weights[..., :-1] = layer.weights.reshape(height, -1, n_filters)
+    return aligned(np.moveaxis(weights[..., filters], 2, 0))
+
+
+def describe_blocks(layer, filters, sources, target):
+    """What kernels.BLOCK describes, uint8 [blocks, BLOCK]; the filter -1 never fires."""
+    blocks = np.zeros((len(filters), kernels.BLOCK), np.uint8)
+    kind = np.float32 if layer.upper.dtype == np.float32 else np.int64
+    limits = np.finfo(np.float32) if kind is np.float32 else np.iinfo(np.int64)
+    for where, thresholds, never in ((kernels.UPPER, layer.upper, limits.max),
+                                     (kernels.LOWER, layer.lower, limits.min)):
+        values = np.append(thresholds.astype(kind), kind(never))[filters]
+        blocks[:, where:where + values[0].nbytes] = values.view(np.uint8)
+    index = np.arange(len(filters))
+    output = index // target.cell * target.group + index % target.cell
+    blocks[:, kernels.OUTPUT:kernels.OUTPUT + 8] = output.astype(np.int64)[:, np.newaxis].view(np.uint8)
+    starts = np.ascontiguousarray(sources, np.int64)
+    blocks[:, kernels.SOURCES:kernels.SOURCES + starts[0].nbytes] = starts.view(np.uint8)
+    return blocks
+
+
+def aligned(array):
+    """A copy that starts on a cache line."""
+    memory = np.empty(array.nbytes + 64, np.uint8)
+    start = -address(memory) % 64
+    copy = memory[start:start + array.nbytes].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    return copy

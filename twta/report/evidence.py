@@ -1,0 +1,185 @@
+"""The records of finished runs in results/, and their networks in pretrained/: taken in, read, evaluated again.
+
+A record is results/SCRIPT-DATASET-SEED-PROTOCOL.json: see twta.training.records.write_record. A network is
+pretrained/SCRIPT.twta and holds the name of its record.
+"""
+import functools
+import json
+import shutil
+from pathlib import Path
+from types import NoneType
+
+from twta import TwtaError, UsageError, describe_fault
+from twta.data import datasets
+from twta.files import replacing
+from twta.packed import cost, engines, file_format
+from twta.results import accuracy, confuse, write_json
+from twta.terminal import say
+from twta.training.records import list_choices, name_stage
+from twta.training.state import FIELDS, STAGE_KEYS, check_choices, check_keys, is_finite, is_natural
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS, PRETRAINED = ROOT / 'results', ROOT / 'pretrained'
+TITLES = {'mnist': 'MNIST', 'cifar10': 'CIFAR-10'}  # by data set: those whose records count
+HELD_OUT = {'mnist': 10000, 'cifar10': 0}  # validation images, where --validation does not say
+IS_PUBLISHED = {'mnist': True, 'cifar10': False}  # whether the files are the published ones, where a row does not say
+RECOMPRESSED = 'JPEG-recompressed, NOT the published files'  # the CIFAR-10 of all these records
+BATCH_SIZE = 200
+KEYS = {'name': str, 'script': str, 'dataset': str, 'seed': is_natural, 'stages': list, 'choices': dict,
+        'epochs': is_natural, 'last': dict, 'best_validation': (dict, NoneType), 'curve': dict, 'data': dict,
+        'parameters': is_natural, 'wall_seconds': is_finite, 'confusion': list, 'shares': dict, 'flags': dict,
+        'precision': str}
+
+
+def read_record(path):
+    """The record of a finished run; TwtaError where it is none."""
+    try:
+        record = json.loads(path.read_text())
+        check_keys('the record', record, KEYS)
+        check_choices(record['choices'])
+        for what, epoch in (('its last epoch', record['last']), ('its best', record['best_validation'])):
+            check_keys(what, epoch or record['last'], {
+                'test_accuracy': is_share, 'validation_accuracy': lambda value: value is None or is_share(value)})
+        check_keys('its data', record['data'], {'validation_images': is_natural, 'sha256': str, 'origin': str,
+                                                       'published': bool})
+        check_keys('its flags', record['flags'], {'weights': (str, NoneType)})
+        check_keys('its curve', record['curve'], dict.fromkeys(FIELDS, list))
+        for stage in record['stages']:
+            check_keys('a stage', stage, STAGE_KEYS)
+        if not record['stages'] or any(len(record['curve'][field]) != record['epochs'] for field in FIELDS):
+            raise ValueError(f'its curve is not that of {record["epochs"]} epochs')
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, 'strerror', None) or error
+        raise TwtaError(f'{path}: not a record of a finished run, or damaged ({reason}); a training writes record.json '
+                        'when it ends') from None
+    return record
+
+
+def is_share(value):
+    return is_finite(value) and 0 <= value <= 1
+
+
+def load_records():
+    """The records, in the order of data set, script, protocol (the longest first) and seed."""
+    records = [read_record(file) for file in RESULTS.glob('*.json')]
+    return sorted(records, key=lambda record: (list(TITLES).index(record['dataset']), record['script'],
+                                               -record['epochs'], protocol(record), record['seed']))
+
+
+def schedule(stage):
+    """Schedule, augmentation and learning rate as words."""
+    return f'{name_stage(stage)} {stage["learning_rate"]:.8f}'.rstrip('0')
+
+
+def protocol(record):
+    """Everything that was chosen for a run but its seed, as words: runs that agree in it share a row."""
+    words = []
+    for stage in record['stages']:
+        words.append(schedule(stage))
+        words += [] if stage['batch_size'] == BATCH_SIZE else [f'batches of {stage["batch_size"]}']
+    words += list_choices(record['choices'])
+    held_out = record['data']['validation_images']
+    words += [] if held_out == HELD_OUT[record['dataset']] else [f'validation {held_out}']
+    if record['data']['published'] != IS_PUBLISHED[record['dataset']]:
+        words.append('the published files' if record['data']['published'] else 'NOT the published files')
+    words += [] if record['precision'] == 'bfloat16' else [record['precision']]
+    words += ['from other weights'] if record['flags']['weights'] else []
+    return ', '.join(words)
+
+
+def by_protocol(records):
+    """Lists of records that differ in their seed alone."""
+    groups = {}
+    for record in records:
+        epochs = tuple(stage['epochs'] for stage in record['stages'])
+        groups.setdefault((record['script'], record['dataset'], protocol(record), epochs), []).append(record)
+    return list(groups.values())
+
+
+def add(run_dir, file, data_dir):
+    """Takes in the record of a finished run and, with what it costs, its packed network."""
+    record = read_record(run_dir / 'record.json')
+    name = record['name']
+    if record['dataset'] not in TITLES:
+        raise UsageError(f'--add {run_dir}: a run on {record["dataset"]}, valid are {", ".join(TITLES)}')
+    for text in (name, record['script']):
+        if text != Path(text).name:
+            raise UsageError(f'--add {run_dir}: its record has the name {text}, which is none of a file')
+    path = RESULTS / f'{name}.json'
+    earlier = read_record(path) if path.exists() else {}
+    if earlier and earlier['curve'] != record['curve']:
+        raise UsageError(f'--add {run_dir}: {path} is of another run; remove that first')
+    if 'packed' in earlier:
+        record['packed'] = earlier['packed']
+    if file:
+        network = file_format.read(file)
+        if (network.network, network.dataset) != (record['script'], record['dataset']):
+            raise UsageError(f'--packed {file}: of {network.network} on {network.dataset}, not of {record["script"]} '
+                             f'on {record["dataset"]}')
+        found = network.record.get('run'), network.record.get('epoch')
+        if found != (name, record['epochs']):
+            raise UsageError(f'--packed {file}: of the run {found[0]}, epoch {found[1]}, not of {name}, epoch '
+                             f'{record["epochs"]}; export it with --mode export --run_dir {run_dir}')
+        dataset = datasets.load(network.dataset, data_dir, record['data']['validation_images'])
+        if dataset.sha256 != record['data']['sha256']:
+            raise UsageError(f'--data_dir {data_dir}: other images than those of {name}; give those, to see that the '
+                             'network is of this run')
+        if evaluate(network, dataset).tolist() != record['confusion']:
+            raise UsageError(f'--packed {file}: does not predict the test images as {name} did, so it is of another '
+                             f'run; export it with --mode export --run_dir {run_dir}')
+        record['packed'] = {'bytes': file.stat().st_size, **count_operations(network, dataset.test.images)}
+        taken = PRETRAINED / f'{network.network}.twta'
+        before = f', in place of that of {file_format.read(taken).record.get("run")}' if taken.exists() else ''
+        with replacing(taken) as part:
+            shutil.copyfile(file, part)
+        say(f'{taken}{before}')
+    write_json(path, record)
+    say(f'{path}')
+
+
+def evaluate(network, dataset):
+    """The confusion matrix of a packed network on the test images."""
+    predicted = engines.logits(engines.open_engine(network), dataset.test.images).argmax(1)
+    return confuse(dataset.test.labels, predicted, len(network.classes))
+
+
+def count_operations(network, images):
+    """Of an image, the mean of some; nothing where levels and pooling have become neurons: not the trained layers."""
+    if file_format.is_expanded(network):
+        return {}
+    images = images[:cost.IMAGES]
+    rows = cost.measure(engines.open_engine(network), images)
+    return {'images': len(images), 'additions': rows[-1]['additions'],
+            'multiply_adds': cost.remaining_multiply_adds(rows),
+            'float_multiply_adds': rows[-1]['multiply_adds']}
+
+
+def reproduce(data_dir):
+    """Evaluates every network in pretrained/ on its test images; TwtaError where one is not what its record says."""
+    verdicts, load, absent = [], functools.cache(datasets.load), {}
+    for file in sorted(PRETRAINED.glob('*.twta')):
+        network = file_format.read(file)
+        record = read_record(RESULTS / f'{network.record.get("run")}.json')
+        recorded = record['last']['test_accuracy']
+        try:
+            if network.dataset in absent:  # not looked for, nor downloaded, once more
+                raise absent[network.dataset]
+            dataset = load(network.dataset, data_dir, record['data']['validation_images'])
+        except (TwtaError, OSError) as error:
+            absent[network.dataset] = error
+            reason = describe_fault(error) if isinstance(error, OSError) else str(error)
+            say(f'{network.network:28} recorded {recorded:.2%}  not compared: {reason.partition(";")[0]}')
+            verdicts.append('not compared')
+            continue
+        found = accuracy(evaluate(network, dataset))
+        verdict, why = 'the same' if found == recorded else 'DIFFERENT', ''
+        if dataset.sha256 != record['data']['sha256']:
+            verdict, why = 'not compared', f': the record is of other images ({record["data"]["origin"]})'
+        verdicts.append(verdict)
+        say(f'{network.network:28} recorded {recorded:.2%}  here {found:.2%}  {verdict}{why}')
+    counts = ', '.join(f'{verdicts.count(verdict)} {verdict}' for verdict in ('the same', 'not compared', 'DIFFERENT'))
+    say(f'{len(verdicts)} networks: {counts}')
+    if 'DIFFERENT' in verdicts:
+        raise TwtaError(f'{PRETRAINED}: not the recorded accuracy')
+    if 'the same' not in verdicts:
+        raise TwtaError(f'{PRETRAINED}: nothing was compared; put the images of the records into --data_dir {data_dir}')

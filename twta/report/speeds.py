@@ -1,0 +1,158 @@
+"""The tables of speed and memory in README.md and benchmarks/README.md, from the rows in benchmarks/*.json."""
+import json
+
+from twta.report.evidence import ROOT
+from twta.report.markdown import table
+
+MIB = 2 ** 20
+
+
+def benchmark(name):
+    return json.loads((ROOT / 'benchmarks' / f'{name}.json').read_text())
+
+
+def readme_tables():
+    return {'training_speed': training_summary(benchmark('training_speed')['rows']),
+            'processors': torch_summary(benchmark('training_speed_torch')['rows']),
+            'inference_speed': inference_summary(benchmark('inference_speed')['rows'])}
+
+
+def benchmark_tables():
+    training, inference = benchmark('training_speed')['rows'], benchmark('inference_speed')['rows']
+    return {'training': training_gains(training), 'beginning': beginnings(training),
+            'torch': torch_speeds(benchmark('training_speed_torch')['rows']),
+            'inference': inference_gains(inference), 'sizes': sizes(inference)}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def by_way(rows):
+    """{network: {way: row}} in the order of the rows."""
+    networks = {}
+    for row in rows:
+        networks.setdefault(row['network'], {})[row['way']] = row
+    return networks
+
+
+def per_second(row, what='training'):
+    return f'{row[f"{what}_images_per_second"]:,.0f}'
+
+
+def training_summary(rows):
+    ways = 'project', 'project float32', 'published'
+    return table(('', 'these scripts', 'the same with `--precision float32`', 'published way', 'gain'), (
+        (network, *(per_second(row[way]) for way in ways), f'{row["published"]["training_ratio"]:.1f}')
+        for network, row in by_way(rows).items()))
+
+
+def training_gains(rows):
+    lines = []
+    for network, row in by_way(rows).items():
+        own, plain, its = row['project'], row['project float32'], row['published']
+        lines.append((network, per_second(own), per_second(plain), per_second(its), f'**{its["training_ratio"]:.2f}**',
+                      f'{its["training_ratio"] / plain["training_ratio"]:.2f}', f'{its["step_ratio"]:.2f}',
+                      per_second(own, 'inference'), per_second(its, 'inference'), f'{its["inference_ratio"]:.2f}'))
+    return table(('network', 'training, images/s', 'in float32', 'published way', 'gain', 'gain in float32',
+                  'gain, steps only', 'inference', 'published way', 'gain'), lines)
+
+
+def beginnings(rows):
+    """The time to the first step, peak memory, the time that the end of an epoch takes."""
+    def first(row):
+        return f'{row["first_step_seconds"]:.1f} ({row["import_seconds"]:.1f})'
+
+    def memory(row):
+        return f'{row["peak_memory_bytes"] / MIB:,.0f}'
+
+    return table(('network', 'first step after, s (of them import)', 'published way', 'peak memory, MiB',
+                  'published way', 'end of an epoch, s'), (
+        (network, first(row['project']), first(row['published']), memory(row['project']), memory(row['published']),
+         f'{row["project"]["epoch_end_seconds"]:.2f}') for network, row in by_way(rows).items()))
+
+
+def by_processor(rows):
+    """Return {(kind of processor, network): {way: row}} in the order of the rows.
+
+    A kind is without the variables that narrow it: a second narrowing would need another name in the tables.
+    """
+    found = {}
+    for row in rows:
+        ways = found.setdefault((row['processor'].partition(' by ')[0], row['network']), {})
+        assert row['way'] not in ways, f'two rows of {row["network"]}, {row["way"]}'
+        ways[row['way']] = row
+    return found
+
+
+def torch_speeds(rows):
+    ways = [way for way in dict.fromkeys(row['way'] for row in rows) if way.startswith('torch')]
+    columns = 'published', *ways, 'project float32'
+    return table(('processor', 'network', 'these scripts', 'published way',
+                  *(way.replace('torch', 'PyTorch') for way in ways), 'these scripts in float32'), (
+        (kind, network, per_second(row['project']),
+         *(f'{per_second(row[way])} ({row[way]["training_ratio"]:.2f})' if way in row else '' for way in columns))
+        for (kind, network), row in by_processor(rows).items()))
+
+
+def torch_summary(rows):
+    """Return, by kind of processor, the speed of training beside the fastest of PyTorch's ways."""
+    lines = []
+    for (kind, network), row in by_processor(rows).items():
+        best = min((way for way in row if way.startswith('torch')), key=lambda way: row[way]['training_ratio'])
+        lines.append((kind, network, per_second(row['project']), f'{per_second(row[best])} ({best.partition(" ")[2]})',
+                      f'{row[best]["training_ratio"]:.2f}'))
+    return table(('processor', 'network', 'these scripts', "PyTorch's fastest way", 'gain'), lines)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Inference
+
+
+def by_batch(rows):
+    """{(network, batch): {threads: {engine: row}}} in the order of the rows."""
+    found = {}
+    for row in rows:
+        batch = found.setdefault((row['network'], row['batch']), {})
+        batch.setdefault(row['threads'], {})[row['engine']] = row
+    return found
+
+
+def fastest(threads):
+    """{engine: its row with the number of threads that it is fastest with}."""
+    return {engine: max((rows[engine] for rows in threads.values()), key=lambda row: row['images_per_second'])
+            for engine in next(iter(threads.values()))}
+
+
+def inference_summary(rows):
+    """Each engine with the number of threads that it is fastest with; in brackets, packed over it."""
+    engines = list(dict.fromkeys(row['engine'] for row in rows))
+    lines = []
+    for (network, batch), threads in by_batch(rows).items():
+        speeds = {engine: row['images_per_second'] for engine, row in fastest(threads).items()}
+        lines.append((network, str(batch), *(f'{speeds[engine]:,.0f}' + (
+            '' if engine == 'packed' else f' ({speeds["packed"] / speeds[engine]:.1f})') for engine in engines)))
+    return table(('', 'batch', *engines), lines)
+
+
+def inference_gains(rows):
+    """Packed over TensorFlow and ONNX Runtime in float32 and over the better int8 engine, by batch and threads."""
+    lines = []
+    for (network, batch), threads in by_batch(rows).items():
+        for count, engines in (*sorted(threads.items(), reverse=True), ('each its better', fastest(threads))):
+            speeds = {engine: row['images_per_second'] for engine, row in engines.items()}
+            own, int8 = speeds['packed'], max(speed for engine, speed in speeds.items() if 'int8' in engine)
+            lines.append((network, str(batch), str(count), f'{own:,.0f}', f'{own / speeds["TensorFlow"]:.1f}',
+                          f'{own / speeds["ONNX Runtime"]:.1f}', f'{own / int8:.2f}'))
+    return table(('network', 'batch', 'threads', 'packed, images/s', 'over TensorFlow float32',
+                  'over ONNX Runtime float32', 'over the better int8 engine'), lines)
+
+
+def sizes(rows):
+    """Bytes of the model, and the peak memory of a process that runs nothing but the engine."""
+    found = {}
+    for row in rows:
+        found.setdefault(row['network'], {})[row['engine']] = f'{row["bytes"]:,} ({row["peak_memory"] / MIB:.0f})'
+    engines = list(dict.fromkeys(row['engine'] for row in rows))
+    return table(('model bytes (peak memory, MiB)', *engines), (
+        (network, *(row[engine] for engine in engines)) for network, row in found.items()))

@@ -1,0 +1,132 @@
+"""What any command may leave for its reader: result.json, tables and pictures, with the machine they were made on."""
+import contextlib
+import csv
+import json
+import platform
+import re
+import subprocess
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+
+from twta import describe_fault, in_a_line, processor
+from twta.files import replacing
+from twta.terminal import say
+
+PACKAGES = 'tensorflow', 'tensorflow-cpu', 'tensorlayer', 'numpy', 'numba'
+
+
+def report(script, args, choices, dataset, kind, weights, epoch, loss, confusion):
+    """Prints loss and accuracy on the test images; writes result.json and confusion.png.
+
+    choices   what the network was built with
+    kind      which network: 'last', 'best', 'weights' or 'packed'; the files are result-best.json, ... but for the last
+    weights   the same in words, a path where it is a file; epoch: after which, or None
+    """
+    share = accuracy(confusion)
+    say(f'test loss: {loss:.4f}')
+    say(f'test acc: {share:.4f}')
+    args.run_dir.mkdir(parents=True, exist_ok=True)
+    suffix = '' if kind == 'last' else f'-{kind}'
+    write_json(args.run_dir / f'result{suffix}.json', {
+        'script': script, 'choices': choices, 'weights': str(weights), 'epoch': epoch, 'test_loss': loss,
+        'test_accuracy': share, 'test_images': len(dataset.test.labels), 'confusion': confusion.tolist(),
+        'data': describe_data(dataset), **environment()})
+    picture = args.run_dir / f'confusion{suffix}.png'
+    title = (f'{script} on {dataset.title}\n{share:.2%} of {len(dataset.test.labels):,} test images, '
+             + (Path(weights).name if epoch is None else f'after epoch {epoch}'))
+    if save_picture(picture, draw_confusion, title, dataset.classes, confusion):
+        say(f'confusion matrix: {picture}')
+
+
+def describe_data(dataset):
+    return {'name': dataset.name, 'origin': dataset.origin, 'folder': dataset.folder, 'published': dataset.published,
+            'sha256': dataset.sha256, 'training_images': len(dataset.train.labels),
+            'validation_images': len(dataset.validation.labels)}
+
+
+def confuse(labels, predicted, n_classes):
+    """The confusion matrix [true class, predicted class]."""
+    pairs = labels.astype(np.int64) * n_classes + predicted
+    return np.bincount(pairs, minlength=n_classes ** 2).reshape(n_classes, n_classes)
+
+
+def accuracy(confusion):
+    return float(np.trace(confusion) / np.sum(confusion))
+
+
+def write_json(path, record):
+    text = json.dumps(record, indent=2, default=str)
+    text = re.sub(r'\[[^][{}"]+\]', lambda numbers: ' '.join(numbers[0].split()), text)  # a row a line
+    with replacing(path) as part:
+        part.write_text(text + '\n')
+
+
+def environment():
+    """Versions, code and machine, for config.json and result.json."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        code = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=root, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        code = 'unknown'
+    return {
+        'versions': {'python': platform.python_version(), **dict(installed(PACKAGES))},
+        'code': code,
+        'machine': {'processor': processor.name(), 'kind': processor.kind(), 'cores': processor.available_cores(),
+                    'system': platform.platform()},
+        'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
+    }
+
+
+def installed(packages):
+    """Those of the packages that are there, each with its version; importing none."""
+    for package in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            yield package, version(package)
+
+
+def write_csv(path, fields, rows):
+    with replacing(path) as part, open(part, 'w', newline='') as file:
+        writer = csv.DictWriter(file, fields)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def draw_confusion(title, classes, confusion):
+    """The confusion matrix [true class, predicted class], with the accuracy of each class."""
+    from matplotlib.figure import Figure
+
+    shares = confusion / confusion.sum(axis=1, keepdims=True).clip(1)
+    figure = Figure(figsize=(8, 7), layout='constrained')
+    axes = figure.subplots()
+    axes.imshow(shares, cmap='Blues', vmin=0, vmax=1)
+    for (true, predicted), share in np.ndenumerate(shares):
+        axes.text(predicted, true, confusion[true, predicted], ha='center', va='center', fontsize=9,
+                  color='white' if share > 0.5 else 'black')
+    axes.set(xlabel='predicted class', ylabel='true class, and the accuracy on it')
+    figure.suptitle(title)
+    axes.set_xticks(range(len(classes)), classes, rotation=45, ha='right')
+    axes.set_yticks(range(len(classes)), [f'{name}  {share:.1%}' for name, share in
+                                          zip(classes, shares.diagonal(), strict=True)])
+    return figure
+
+
+def save_picture(path, draw, *arguments):
+    """Write the figure that draw(*arguments) returns, and return whether it could be made.
+
+    A picture is no result: if matplotlib is absent, broken or set up so that it fails, a line names the cause and the
+    command goes on. Texts are drawn as they are: names hold characters that LaTeX and mathtext would read.
+    """
+    try:
+        import matplotlib  # here: only some commands draw
+
+        with matplotlib.rc_context({'text.usetex': False, 'text.parse_math': False}), replacing(path) as part:
+            draw(*arguments).savefig(part, format='png', dpi=120)
+        return True
+    except Exception as error:  # of any kind: matplotlib's settings run code of others
+        cause = describe_fault(error) if isinstance(error, OSError) else str(error) or type(error).__name__
+        say(f'no picture {path}: {in_a_line(cause)[:200]}')
+        return False

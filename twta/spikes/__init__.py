@@ -1,0 +1,1 @@
+"""Conversion to spiking neurons, and their simulation."""

@@ -1,0 +1,131 @@
+"""A network converted to spiking neurons, simulated on test images, checked against it, and written as files."""
+import time
+
+import numpy as np
+
+from twta import TwtaError
+from twta.files import replacing
+from twta.packed import engines, inference, numpy_engine
+from twta.results import environment, save_picture, write_csv, write_json
+from twta.spikes.simulation import BATCH, FIELDS, Engine, deletion, simulate, store_and_release
+from twta.terminal import say
+
+
+def convert(flags, script, model, args, dataset, source, state):
+    """Converts the network of a checkpoint, simulates it and compares it with its graph."""
+    from twta.export.pack import describe_run, pack, predict
+    from twta.training import evaluation
+
+    images = dataset.test.images[:flags.images]
+    with evaluation.trained(script, model, args, dataset, source) as (network, session):
+        packed = pack(network, session, script, args.dataset, dataset, describe_run(args, state),
+                              flags.conversion == 'temporal')
+        predicted = predict(network, session, images)
+    thresholds = packed.layers[0].upper
+    steps = len(thresholds) if thresholds.ndim == 2 else 1
+    if flags.conversion == 'temporal' and steps == 1:
+        say('temporal: one level is one step, the same as spatial')
+    plain = Engine(packed) if steps == 1 else numpy_engine.NumpyEngine(packed, store_and_release)
+    report(flags, plain, steps, predicted, 'the graph', dataset, images)
+
+
+def convert_file(flags, packed):
+    """Simulates a packed network, which is one of neurons, and compares it with the packed engine."""
+    from twta.data import datasets
+
+    dataset = datasets.load(flags.dataset, flags.data_dir, None)
+    inference.check_images(packed, dataset, flags)
+    say(f'data: {dataset}')
+    say(f'network: {packed.network}, {flags.file}')
+    images = dataset.test.images[:flags.images]
+    predicted = engines.logits(engines.started(packed, 'auto', None), images).argmax(1)
+    report(flags, numpy_engine.NumpyEngine(packed), 1, predicted, 'the packed engine', dataset, images)
+
+
+def report(flags, plain, steps, expected, whose, dataset, images):
+    """Simulates without noise, checks every prediction, simulates with noise where that is asked for, writes it all."""
+    labels = dataset.test.labels[:len(images)]
+    say(f'{flags.conversion} conversion, {steps} step{"s" * (steps > 1)}: '
+        f'{len(images):,} test images in batches of {BATCH}')
+    start = time.perf_counter()
+    predicted, *counts = simulate(plain, images, steps)
+    seconds = time.perf_counter() - start
+    differ = int(np.sum(predicted != expected))
+    if differ:
+        raise TwtaError(f'the neurons predict {differ} images otherwise than {whose}; nothing was written. This is a '
+                        'fault of the scripts')
+    say(f'checked: the predictions of {whose} on each of the {len(images):,} images ({seconds:.1f} s)')
+    without = float(np.mean(predicted == labels))
+    say(f'accuracy: {without:.4f}')
+    deleted = f'{100 * flags.noise_ratio:.3g}% of the encoder\'s spikes deleted'
+    if flags.noise_ratio:
+        neuron = numpy_engine.fire if steps == 1 else store_and_release
+        noisy = numpy_engine.NumpyEngine(plain.packed, neuron, deletion(flags.noise_ratio, flags.seed))
+        predicted, *counts = simulate(noisy, images, steps)
+        say(f'accuracy with {deleted}: {np.mean(predicted == labels):.4f}; the table and the files are of that')
+    for line in table(counts[2]):
+        say(line)
+    packed = plain.packed
+    choices = ''.join(f', {name} {value}' for name, value in (packed.record.get('choices') or {}).items())
+    title = (f'{packed.network}{choices}, on {dataset.title}\n'
+             f'{flags.conversion} conversion, {steps} step{"s" * (steps > 1)}'
+             + (f', {deleted}' if flags.noise_ratio else ''))
+    write(flags.output, title, predicted == labels, *counts, {
+        'network': packed.network, 'dataset': flags.dataset, 'conversion': flags.conversion, 'steps': steps,
+        'noise_ratio': flags.noise_ratio, 'seed': flags.seed, 'accuracy_without_noise': without, 'seconds': seconds,
+        'record': packed.record})
+
+
+def write(folder, title, right, spikes, operations, rows, record):
+    """The files, into a folder; right: for each image whether its class was predicted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers = [int(np.sum(right[start:start + BATCH])) for start in range(0, len(right), BATCH)]
+    for name, lines in (('accuracy', numbers), ('spike_num', spikes), ('sop_num', operations)):
+        with replacing(folder / f'{name}.txt') as part:
+            part.write_text(''.join(f'{number}\n' for number in lines))
+    write_csv(folder / 'spikes.csv', FIELDS, rows)
+    write_json(folder / 'spikes.json', {**record, 'images': len(right), 'accuracy': float(np.mean(right)),
+                                        'layers': rows, **environment()})
+    say(f'accuracy.txt, spike_num.txt, sop_num.txt, spikes.csv, spikes.json: {folder}')
+    if save_picture(folder / 'spikes.png', draw, title, rows):
+        say(f'picture: {folder / "spikes.png"}')
+
+
+def table(rows):
+    """Lines for the terminal."""
+    yield 'per image       neurons     spikes   negative   rate  sparsity     operations  on weights not 0'
+    for row in rows:
+        operations = f'{row["operations"]:14,.0f} {row["nonzero_operations"]:17,.0f}' if row['operations'] else '-'
+        yield (f'{row["layer"][:12]:12} {row["neurons"]:10,} {row["spikes"]:10,.1f} {row["negative"]:10,.1f} '
+               f'{row["rate"]:6.1%} {1 - row["rate"]:9.1%} {operations:>14}')
+
+
+def draw(title, rows):
+    """Spikes and synaptic operations by layer."""
+    from matplotlib.figure import Figure  # here: only some commands draw
+
+    *rows, total = rows
+    figure = Figure(figsize=(10, 2.2 + 0.32 * len(rows)), layout='constrained')
+    left, right = figure.subplots(1, 2, sharey=True)
+    places = np.arange(len(rows))
+    positive = np.array([row['spikes'] - row['negative'] for row in rows])
+    left.barh(places, positive, color='tab:blue', label='positive')
+    if total['negative']:
+        left.barh(places, [row['negative'] for row in rows], left=positive, color='tab:orange', label='negative')
+        left.legend(loc='lower right')
+    for place, row in enumerate(rows):
+        left.text(row['spikes'], place, f' {row["rate"]:.0%}', va='center', fontsize=8)
+    left.margins(x=0.12)
+    left.set_yticks(places, [row['layer'] for row in rows])
+    left.invert_yaxis()
+    left.set(xlabel='spikes an image, and their rate (a neuron and step)')
+    for shift, field, label, colour in ((-0.2, 'operations', 'all connections', 'tab:grey'),
+                                        (0.2, 'nonzero_operations', 'weights that are not 0', 'tab:blue')):
+        right.barh(places + shift, [row[field] / 1e6 for row in rows], 0.4, color=colour, label=label)
+    right.legend(loc='lower right')
+    right.set(xlabel='synaptic operations an image (millions)')
+    for axes in (left, right):
+        axes.grid(alpha=0.3, axis='x')
+    figure.suptitle(f'{title}\n{total["spikes"]:,.0f} spikes and {total["operations"] / 1e6:,.2f} million synaptic '
+                    'operations an image')
+    return figure

@@ -1,0 +1,126 @@
+"""The run directory: its lock, config.json, log.csv, curve.png and TensorBoard events.
+
+Each file is written beside its name and moved into place, so that a kill leaves the previous one whole.
+"""
+import contextlib
+import json
+
+from twta import UsageError, files
+from twta.results import write_csv
+from twta.terminal import say
+from twta.training.state import FIELDS
+
+OURS = ('checkpoint*', 'last-*', 'best-*', 'events.out.tfevents*', 'config.json', 'log.csv', 'curve.png',
+        'result*.json', 'record.json', 'confusion*.png', 'cost.csv', 'cost.png', 'model.npz', 'spikes-*')
+
+
+@contextlib.contextmanager
+def locked(run_dir):
+    """Holds run_dir/lock for a training; UsageError where another process does."""
+    def refuse():
+        raise UsageError(f'--run_dir {run_dir}: another training is writing there; wait for its end, or choose another '
+                         'directory') from None
+
+    (run_dir / 'lock').touch()
+    with files.holding(run_dir / 'lock', refuse):
+        yield
+
+
+def move_aside(run_dir):
+    """Moves an earlier run's files into run_dir/earlier-1 (or -2, ...); returns that folder, None where none was there.
+
+    Only files of the kinds that a run writes are moved.
+    """
+    files = [path for pattern in OURS for path in run_dir.glob(pattern)]
+    if not files:
+        return None
+    number = 1
+    while (run_dir / f'earlier-{number}').exists():
+        number += 1
+    earlier = run_dir / f'earlier-{number}'
+    earlier.mkdir()
+    for path in files:
+        path.rename(earlier / path.name)
+    return earlier
+
+
+def is_judged(run_dir, state):
+    """Whether record.json is of the run as it stands, and not of an earlier epoch of it, or absent."""
+    return read_object(run_dir / 'record.json').get('epochs') == state['epoch']
+
+
+def warn_of_changes(run_dir, precision, deterministic):
+    """A line where a run that is continued was trained otherwise, by the flags that no checkpoint holds."""
+    config = read_config(run_dir)
+    if config.get('precision', precision) != precision:
+        say(f'WARNING: the last command trained in {str(config["precision"])[:20]!r}, this one does in {precision!r}; '
+            'see --precision')
+    if config['flags'].get('deterministic') and not deterministic:
+        say('WARNING: the last command trained with --deterministic, this one does without')
+
+
+def read_object(path):
+    """A JSON file as a dictionary, empty where it is no object, or absent: what a run can do without."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def read_config(run_dir):
+    """config.json of a run, without what is not as a run writes it."""
+    config = read_object(run_dir / 'config.json')
+    flags = config.get('flags')
+    if not isinstance(flags, dict) or not isinstance(flags.get('choices'), dict):
+        config['flags'] = {}
+    return config
+
+
+def write_log(path, history):
+    """log.csv, a row an epoch, from the state's history: rewritten whole, no epoch is missing or there twice."""
+    write_csv(path, FIELDS, [{field: row[field] for field in FIELDS} for row in history])
+
+
+def draw_curve(title, history):
+    """Loss and accuracies by epoch."""
+    from matplotlib.figure import Figure  # here: only some commands draw
+    from matplotlib.ticker import MaxNLocator
+
+    epochs = [row['epoch'] for row in history]
+    figure = Figure(figsize=(10, 4), layout='constrained')
+    left, right = figure.subplots(1, 2)
+    marker = '.' if len(epochs) < 40 else None
+    losses = [row['loss'] for row in history]
+    left.plot(epochs, losses, marker=marker)
+    left.set(xlabel='epoch', ylabel='training loss (cross-entropy)',
+             yscale='log' if max(losses) > 10 * min(losses) else 'linear')
+    for key, label in (('training_accuracy', 'training'), ('validation_accuracy', 'validation')):
+        points = [(row['epoch'], 100 * row[key]) for row in history if row[key] is not None]
+        if points:
+            right.plot(*zip(*points, strict=True), marker=marker, label=label)
+    right.set(xlabel='epoch', ylabel='accuracy (%)')
+    right.legend()
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    figure.suptitle(title)
+    return figure
+
+
+class Events:
+    """TensorBoard events in the run directory, a point an epoch."""
+
+    def __init__(self, run_dir, first_epoch):
+        from twta.graph.tf1 import tf  # here: packed inference records its result without TensorFlow
+
+        self.tf = tf
+        self.writer = tf.summary.FileWriter(str(run_dir))
+        start = tf.SessionLog(status=tf.SessionLog.START)  # TensorBoard drops what a killed run wrote beyond
+        self.writer.add_session_log(start, first_epoch)
+
+    def add(self, row):
+        values = [self.tf.Summary.Value(tag=field, simple_value=row[field]) for field in FIELDS[1:]
+                  if row[field] is not None]
+        self.writer.add_summary(self.tf.Summary(value=values), row['epoch'])
+        self.writer.flush()

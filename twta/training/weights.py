@@ -1,0 +1,56 @@
+"""The weights of a network as arrays: model.npz, written and read; those of a checkpoint or a file set."""
+import numpy as np
+
+from twta import TwtaError, files
+from twta.files import replacing
+
+
+def save_weights(path, net, session):
+    """model.npz: every parameter of the network by variable name, in TensorLayer's own form."""
+    from twta.graph.tf1 import tl
+
+    with replacing(path) as part:
+        tl.files.save_npz_dict(net.all_params, str(part), session)
+
+
+def read_weights(path, net):
+    """A model.npz as arrays by variable name; TwtaError where they are not finite float32 of the network's shapes."""
+    def check(headers):
+        check_shapes(f'--weights {path}', net, {name: list(shape) for name, (shape, _) in headers.items()})
+        for name, (_, kind) in headers.items():
+            if kind != np.float32:
+                raise TwtaError(f'--weights {path}: {name} is {kind}, weights are float32')
+
+    try:
+        weights = files.read_npz(path, check)
+    except PermissionError:
+        raise
+    except files.UNREADABLE:
+        raise TwtaError(f'--weights {path}: not an npz file of weights, or damaged; a training writes model.npz into '
+                        'its --run_dir') from None
+    wrong = [name for name, value in weights.items() if not is_sound(name, value)]
+    if wrong:
+        raise TwtaError(f'--weights {path}: {wrong[0]} holds NaN, infinity or a negative variance')
+    return weights
+
+
+def is_sound(name, value):
+    """Whether a parameter can be that of a training: finite, and a variance not negative."""
+    return np.isfinite(value).all() and not ('moving_variance' in name and (value < 0).any())
+
+
+def check_shapes(source, net, found):
+    """Raises TwtaError where the shapes that a source has, by variable name, are not those of the network."""
+    shapes = {variable.name: variable.shape.as_list() for variable in net.all_params}
+    for name in sorted(shapes.keys() | found.keys()):
+        if found.get(name) != shapes.get(name):
+            raise TwtaError(f'{source} is of another network: {name} is {found.get(name, "absent")} there and '
+                            f'{shapes.get(name, "absent")} here')
+
+
+
+
+def set_weights(net, weights, session):
+    for variable in net.all_params:
+        if variable.name in weights:
+            variable.load(weights[variable.name], session)
