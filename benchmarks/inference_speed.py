@@ -26,7 +26,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
@@ -78,9 +77,8 @@ def build(name):
             with open_session(graph, 0) as session:
                 session.run(tf.global_variables_initializer())
                 settle(net, session, {images: sample(image, 100)}, read_blocks(net))
-                data = SimpleNamespace(test=SimpleNamespace(images=np.empty((0, *image))), crop=crop,
-                                       classes=tuple('0123456789'))
-                packed = pack(SimpleNamespace(net=net), session, name, 'benchmark', data, {})
+                packed = pack(net, session, {'network': name, 'dataset': 'benchmark', 'image': image, 'crop': crop,
+                                             'classes': tuple('0123456789'), 'record': {}})
                 frozen = tf.graph_util.extract_sub_graph(tf.graph_util.convert_variables_to_constants(
                     session, graph.as_graph_def(), ['logits']), ['logits'])
     finally:
@@ -94,9 +92,8 @@ def settle(net, session, feed, blocks):
         if batch_norm:
             sums = session.run(batch_norm.inputs, feed)
             axes = tuple(range(sums.ndim - 1))
-            mean, variance = batch_norm.all_params[-2:]
-            mean.load(sums.mean(axes), session)
-            variance.load(sums.var(axes), session)
+            batch_norm.moving_mean.load(sums.mean(axes), session)
+            batch_norm.moving_variance.load(sums.var(axes), session)
 
 
 def sample(image, count):

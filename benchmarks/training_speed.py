@@ -61,7 +61,7 @@ def project(name, precision):
     from twta.graph.session import choose_precision, open_session
     from twta.graph.tf1 import tf
     from twta.training import checkpoints, evaluation, loop, run_directory
-    from twta.training.state import FIELDS
+    from twta.training.state import FIELDS, PartialEpoch, Stage, State
     from twta.training.weights import save_weights
 
     images, labels, crop = random_images(name)
@@ -78,13 +78,13 @@ def project(name, precision):
     def train(steps):
         part = np.arange(steps * BATCH) % INFERRED
         split = SimpleNamespace(images=images[part], labels=labels[part])
-        stage = {'first_epoch': 1, 'epochs': 1, 'batch_size': BATCH, 'learning_rate': 1e-4, 'schedule': 'constant'}
-        loop.train_epoch(run_step, split, stage, 1, loop.NOTHING, 0, tqdm(disable=True), [])
+        stage = Stage(1, 1, 1e-4, BATCH, 'constant', 'published', 'published')
+        loop.train_epoch(run_step, split, stage, 1, PartialEpoch(), 0, tqdm(disable=True), [])
 
     def epoch_end():
         row = dict.fromkeys(FIELDS, 1)
         with network.graph.as_default():
-            store.save(session, {'epoch': 1, 'part': None}, is_best=False)
+            store.save(session, State(name, 'benchmark', '', 0, 0, {}, None, epoch=1), is_best=False)
             run_directory.write_log(folder / 'log.csv', [row])
             save_weights(folder / 'model.npz', network.net, session)
             events.add(row)

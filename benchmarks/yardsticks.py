@@ -38,7 +38,7 @@ def layers_of(name):
         shape = (crop, crop) if crop else images.shape[1:3]
         net = runpy.run_path(str(SCRIPTS[name]))['model'](tf.zeros([BATCH, *shape, images.shape[3]]), True)
         blocks = read_blocks(net)
-    is_ternary = hasattr(blocks[0][2].activation, 'levels')
+    is_ternary = bool(blocks[0].levels)
     layers = []
     for index, (layer, batch_norm, _) in enumerate(blocks):
         *kernel, _, filters = layer.all_params[-1].shape.as_list()

@@ -73,7 +73,7 @@ def read_state(data):
 
     read = checkpoints.parse_state('last-1', data, 'S', 'digits')
     defaults = command_line.protocol(1e-4, 150, 200)
-    stage = schedule.next_stage(read, SimpleNamespace(dataset='digits', **dict.fromkeys(defaults)), defaults)
+    stage = schedule.next_stage(read, {}, defaults)
     schedule.describe_stage(stage)
     schedule.scheduled_rate(stage, 0, 12)
     records.name_run(read)
@@ -134,7 +134,7 @@ def seeds(reader):
     if reader == 'cifar':
         return [bytes(2 * 3073)]
     if reader == 'state':
-        return [json.dumps(STATE).encode(), json.dumps({**STATE, 'part': None, 'format': 1}).encode()]
+        return [json.dumps(STATE).encode(), json.dumps({**STATE, 'part': None}).encode()]
     if reader == 'npz':
         return [archive({})]
     if reader == 'npy':

@@ -14,6 +14,7 @@ from twta.data import datasets, download, shapes
 from twta.graph.build import build_graph
 from twta.graph.tf1 import tf
 from twta.training import loop, schedule
+from twta.training.state import Stage
 
 SHARED_CIFAR10 = ROOT.parent / 'shared' / 'datasets' / 'cifar10_jpeg.npz'
 RNG = np.random.default_rng(6)
@@ -197,7 +198,7 @@ def test_a_linear_classifier_stays_below_70_percent(tmp_path):
 
 
 def rates(shape, epochs, epoch_steps):
-    stage = {'learning_rate': 0.1, 'epochs': epochs, 'schedule': shape}
+    stage = Stage(1, epochs, 0.1, 200, shape, 'published', 'published')
     return [schedule.scheduled_rate(stage, step, epoch_steps) for step in range(epochs * epoch_steps)]
 
 
@@ -253,7 +254,7 @@ def test_a_resumed_run_continues_the_cosine_and_the_augmentation(tiny, tmp_path,
     assert_same(variables(tmp_path / 'parts'), variables(tmp_path / 'whole'))
     assert [row['learning_rate'] for row in log(tmp_path / 'parts')] == [
         str(rate) for rate in np.array([schedule.scheduled_rate(
-            {'learning_rate': 0.005, 'epochs': 4, 'schedule': 'cosine'}, step, 2) for step in (1, 3, 5, 7)])]
+            Stage(1, 4, 0.005, 50, 'cosine', 'published', 'published'), step, 2) for step in (1, 3, 5, 7)])]
     start(tmp_path / 'parts', '--resume', 'True', '--learning_rate', 0.0001, '--epochs', 1, '--batch_size', 50,
           script=GROUPED)
     assert log(tmp_path / 'parts')[4]['learning_rate'] == '0.0001'

@@ -14,7 +14,7 @@ from conftest import MNIST_SCRIPTS, ROOT, SCRIPTS, chosen, load_script, random_p
 from twta import TwtaError, command_line
 from twta.data import datasets
 from twta.export import folding, formats, spatial
-from twta.export.pack import pack
+from twta.export.pack import make_header, pack
 from twta.graph.build import build_graph
 from twta.graph.session import open_session
 from twta.graph.tf1 import tf
@@ -64,7 +64,7 @@ def packed_and_graph(name, dataset, parameters, n_images, **choices):
     or None.
     """
     with graph_of(name, dataset, parameters, **choices) as (network, session):
-        packed = pack(network, session, name, 'data', dataset, {})
+        packed = pack(network.net, session, make_header(name, 'data', dataset, {}))
         images = {network.images: dataset.test.images[:n_images]}
         maps = [lanes and (session.run(lanes[0], images), *lanes[1:]) for lanes in spatial.read_out(network.net)]
         return packed, maps, session.run(network.net.outputs, images)
@@ -149,7 +149,8 @@ def test_the_worked_example(session, gamma, upper, lower, sign):
     batch_norm = BatchNormLayer(layer, is_train=False)
     activation = ActivationLayer(batch_norm)
     session.run(tf.global_variables_initializer())
-    for variable, value in zip(batch_norm.all_params[-4:], (0.1, gamma, 2.3, 25), strict=True):
+    for variable, value in zip((batch_norm.beta, batch_norm.gamma, batch_norm.moving_mean, batch_norm.moving_variance),
+                               (0.1, gamma, 2.3, 25), strict=True):
         variable.load(np.float32([value]), session)
     signs = folding.sign_of_gamma(session, batch_norm)
     read = folding.Reader(session, batch_norm.inputs, activation.outputs, signs, 1, 1)
@@ -196,7 +197,7 @@ def test_the_whole_test_set_of_mnist(tmp_path):
     subprocess.run([sys.executable, SHARED / 'prepare.py', tmp_path], check=True, capture_output=True)
     dataset = datasets.load('mnist', tmp_path, None)
     with graph_of('TWTA_4_4_MNIST', dataset, trained) as (network, session):
-        packed = pack(network, session, 'TWTA_4_4_MNIST', 'mnist', dataset, {})
+        packed = pack(network.net, session, make_header('TWTA_4_4_MNIST', 'mnist', dataset, {}))
         predicted = np.concatenate([session.run(network.evaluation.predicted, {network.images: batch})
                                     for batch in np.split(dataset.test.images, 20)])
     found = engines.logits(engines.open_engine(packed), dataset.test.images).argmax(1)

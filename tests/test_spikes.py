@@ -12,7 +12,7 @@ from test_packed import NETWORKS, images
 from twta import TwtaError, UsageError
 from twta.export import folding, spatial
 from twta.export import pack as pack_module
-from twta.export.pack import pack
+from twta.export.pack import make_header, pack
 from twta.packed import file_format, numpy_engine
 from twta.spikes import command, conversion, simulation
 
@@ -61,7 +61,7 @@ def test_temporal_and_spatial_conversion_of_hostile_networks(name, choices, para
     dataset = sample_of(name)
     few = dataset.test.images[:6]
     with graph_of(name, dataset, parameters, **choices) as (network, session):
-        packed = pack(network, session, name, 'data', dataset, {})
+        packed = pack(network.net, session, make_header(name, 'data', dataset, {}))
         _, layers, weights, _, _ = folding.fold(network.net, session, name)
         lanes = list(spatial.read_out(network.net))
         maps, logits = session.run([[outputs for outputs, _, _ in lanes], network.net.outputs], {network.images: few})

@@ -12,6 +12,7 @@ from twta.graph import fast
 from twta.graph.tf1 import tf, tl
 from twta.ternary_layers import Conv2dLayer
 from twta.training import checkpoints, schedule
+from twta.training.state import PartialEpoch, Stage, State
 
 SCRIPT = ROOT / 'MNIST' / 'TWTA_4_4_MNIST.py'
 DEFAULTS = command_line.protocol(1e-4, 150, 200)
@@ -43,36 +44,41 @@ def test_a_run_that_goes_on_otherwise_says_so(finished_run, tmp_path, capsys):
 
 
 def test_stages():
-    class Flags:
-        learning_rate = epochs = batch_size = schedule = augmentation = protocol = None
-        dataset = 'digits'
+    def next_stage(**flags):
+        return schedule.next_stage(state, flags, DEFAULTS)
 
-    args = Flags()
-    state = {'epoch': 0, 'stages': [], 'part': None}
-    stage = {'first_epoch': 1, **DEFAULTS}
-    assert schedule.next_stage(state, args, DEFAULTS) == stage
-    state['epoch'] = 40  # interrupted
-    assert schedule.next_stage(state, args, DEFAULTS) == stage
-    args.learning_rate, args.epochs = 1e-4, 150  # the same, said aloud
-    assert schedule.next_stage(state, args, DEFAULTS) == stage
-    args.learning_rate, args.epochs = 1e-5, None  # another one: a new stage, the old one is as long as it was
-    assert schedule.next_stage(state, args, DEFAULTS) == {**stage, 'first_epoch': 41, 'learning_rate': 1e-5}
-    assert state['stages'][0] == {**stage, 'epochs': 40}
-    state['epoch'] = 190  # finished
-    assert schedule.next_stage(state, args, DEFAULTS)['first_epoch'] == 191
-    assert len(state['stages']) == 3
-    args.learning_rate = 1e-6  # before a step of the third one: it never was
-    assert schedule.next_stage(state, args, DEFAULTS) == {**stage, 'first_epoch': 191, 'learning_rate': 1e-6}
-    assert len(state['stages']) == 3
-    state['part'] = {'steps': 7}  # of epoch 191, and then other flags: it begins anew, and the steps are told of
-    args.learning_rate = 1e-7
-    assert schedule.next_stage(state, args, DEFAULTS) == {**stage, 'first_epoch': 191, 'learning_rate': 1e-7}
-    assert len(state['stages']) == 4 and state['part'] is None
-    assert (state['stages'][2]['epochs'], state['stages'][2]['part_steps']) == (0, 7)
-    args.protocol, args.epochs = 'short', 5  # one name for four flags, of which one is given otherwise
-    assert schedule.next_stage(state, args, DEFAULTS) == {
-        'first_epoch': 191, 'learning_rate': 1e-7, 'epochs': 5, 'batch_size': 200, 'schedule': 'cosine',
-        'augmentation': 'geometric', 'protocol': 'short'}
+    state = State('script', 'digits', '', 0, 297, {}, None)
+    stage = Stage(1, **DEFAULTS)
+    assert next_stage() == stage
+    state.epoch = 40  # interrupted
+    assert next_stage() == stage
+    assert next_stage(learning_rate=1e-4, epochs=150) == stage  # the same flags, given
+    other = stage._replace(first_epoch=41, learning_rate=1e-5)  # another rate: the old stage ends where it is
+    assert next_stage(learning_rate=1e-5) == other
+    assert state.stages[0] == stage._replace(epochs=40)
+    state.epoch = 190  # finished
+    assert next_stage(learning_rate=1e-5) == other._replace(first_epoch=191)
+    assert len(state.stages) == 3
+    other = stage._replace(first_epoch=191, learning_rate=1e-6)  # before a step of the third stage: it never was
+    assert next_stage(learning_rate=1e-6) == other
+    assert len(state.stages) == 3
+    state.part = PartialEpoch(7)  # steps of epoch 191, then other flags: the epoch begins anew, the steps are recorded
+    assert next_stage(learning_rate=1e-7) == other._replace(learning_rate=1e-7)
+    assert len(state.stages) == 4 and state.part is None
+    assert (state.stages[2].epochs, state.stages[2].part_steps) == (0, 7)
+    short = next_stage(learning_rate=1e-7, epochs=5, protocol='short')  # short is four flags, one of them overridden
+    assert short == Stage(191, 5, 1e-7, 200, 'cosine', 'geometric', 'short')
+
+
+def test_a_state_is_the_same_after_json():
+    state = State('script', 'digits', 'sha', 3, 297, {'pooling': 'max'}, 'w.npz', ['float32'], 0,
+                  PartialEpoch(2, 1.5, 3, 4.5), [
+                      Stage(1, 0, 0.1, 50, 'cosine', 'geometric', 'short', 7), Stage(1, **DEFAULTS)])
+    entry = json.loads(json.dumps(state.to_json()))
+    assert State.from_json(entry) == state
+    for key in entry:
+        with pytest.raises(ValueError, match=f'{key} of its state is absent'):
+            State.from_json({name: value for name, value in entry.items() if name != key})
 
 
 def test_short_is_one_name_for_four_flags(tmp_path):

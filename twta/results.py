@@ -18,25 +18,25 @@ from twta.terminal import say
 PACKAGES = 'tensorflow', 'tensorflow-cpu', 'tensorlayer', 'numpy', 'numba'
 
 
-def report(script, args, choices, dataset, kind, weights, epoch, loss, confusion):
-    """Prints loss and accuracy on the test images; writes result.json and confusion.png.
+def report(run_dir, dataset, loss, confusion, kind, network):
+    """Print loss and accuracy on the test images; write result.json and confusion.png into run_dir.
 
-    choices   what the network was built with
-    kind      which network: 'last', 'best', 'weights' or 'packed'; the files are result-best.json, ... but for the last
-    weights   the same in words, a path where it is a file; epoch: after which, or None
+    loss, confusion    mean cross-entropy, and confusion matrix [true class, predicted class]
+    kind               'last', 'best', 'weights' or 'packed'; but for 'last', the files are result-KIND.json, ...
+    network            of the network: script, choices (its options), weights (as words, or a path), epoch or None
     """
     share = accuracy(confusion)
     say(f'test loss: {loss:.4f}')
     say(f'test acc: {share:.4f}')
-    args.run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir.mkdir(parents=True, exist_ok=True)
     suffix = '' if kind == 'last' else f'-{kind}'
-    write_json(args.run_dir / f'result{suffix}.json', {
-        'script': script, 'choices': choices, 'weights': str(weights), 'epoch': epoch, 'test_loss': loss,
-        'test_accuracy': share, 'test_images': len(dataset.test.labels), 'confusion': confusion.tolist(),
-        'data': describe_data(dataset), **environment()})
-    picture = args.run_dir / f'confusion{suffix}.png'
-    title = (f'{script} on {dataset.title}\n{share:.2%} of {len(dataset.test.labels):,} test images, '
-             + (Path(weights).name if epoch is None else f'after epoch {epoch}'))
+    write_json(run_dir / f'result{suffix}.json', {
+        **network, 'test_loss': loss, 'test_accuracy': share, 'test_images': len(dataset.test.labels),
+        'confusion': confusion.tolist(), 'data': describe_data(dataset), **environment()})
+    picture = run_dir / f'confusion{suffix}.png'
+    epoch = network['epoch']
+    title = (f'{network["script"]} on {dataset.title}\n{share:.2%} of {len(dataset.test.labels):,} test images, '
+             + (Path(network['weights']).name if epoch is None else f'after epoch {epoch}'))
     if save_picture(picture, draw_confusion, title, dataset.classes, confusion):
         say(f'confusion matrix: {picture}')
 

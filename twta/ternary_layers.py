@@ -112,7 +112,7 @@ class BatchNormLayer(tl.layers.Layer):
     prev_layer  a layer with outputs [batch, height, width, channels] or [batch, channels]
     is_train    True: the moments of the batch, and tf.GraphKeys.UPDATE_OPS gets the updates of the moving moments
                 (decay 0.9, biased variance); False: the moving moments
-    params      beta, gamma, moving_mean, moving_variance, [channels] each, in this order in all_params
+    beta, gamma, moving_mean, moving_variance    [channels] each, in this order in all_params
     """
 
     def __init__(self, prev_layer, is_train, name='bn'):
@@ -130,8 +130,9 @@ class BatchNormLayer(tl.layers.Layer):
                 self.outputs = x * scale + (tf.cast(beta, x.dtype) - tf.cast(mean, x.dtype) * scale)
             else:
                 self.outputs = self.fused(x, channels, is_train, gamma, beta, mean, variance)
+        self.beta, self.gamma, self.moving_mean, self.moving_variance = params = beta, gamma, mean, variance
         self.all_layers.append(self.outputs)
-        self.all_params.extend([beta, gamma, mean, variance])
+        self.all_params.extend(params)
 
     @staticmethod
     def fused(x, channels, is_train, gamma, beta, mean, variance):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from twta import TwtaError, ternary_layers
-from twta.graph.blocks import pooling, read_blocks
+from twta.graph.blocks import read_blocks
 from twta.options import NOTHING_TO_PACK
 from twta.packed.file_format import Layer, Stem, fan_in
 from twta.training.weights import is_sound
@@ -35,25 +35,22 @@ def fold(net, session, script):
     The layers are Layers whose `upper` is [levels, filters], the sum that is needed for each, or Maximums. Activations
     are whole numbers: how many of the thresholds are reached, -1 where the sum is <= lower.
     """
-    *blocks, (classifier, classifier_bn, _) = read_blocks(net)
-    has_stem = len(blocks) > 1 and not hasattr(blocks[0][2].activation, 'levels')
-    if any(not hasattr(activation.activation, 'levels') for _, _, activation in blocks[has_stem:]):
+    *blocks, classifier = read_blocks(net)
+    has_stem = len(blocks) > 1 and not blocks[0].levels
+    if not all(block.levels for block in blocks[has_stem:]):
         raise TwtaError(f'{script} {NOTHING_TO_PACK}')
     check_finite(net, session)
-    stem = fold_stem(session, *blocks.pop(0)[:2]) if has_stem else None
-    layers, before = [], None  # before: the Reader of the layer before
-    for layer, batch_norm, activation in blocks:
-        levels = np.array(activation.activation.levels)
-        steps = np.count_nonzero(levels > 0)
-        read = Reader(session, batch_norm.inputs, activation.outputs, sign_of_gamma(session, batch_norm), steps,
-                      round(steps / levels[-1]))
-        layers.append(fold_maximum(layer, read, before) if pooling(layer) == 'max' else
-                      fold_layer(session, layer, read, before))
-        before = read
-    weights = session.run(classifier.quantized) / np.float32(before.unit)
+    stem = fold_stem(session, blocks.pop(0)) if has_stem else None
+    layers, before = [], None  # before: the probe of the layer before
+    for block in blocks:
+        probe = ActivationProbe.of(block, session)
+        layers.append(fold_maximum(block.layer, probe, before) if block.pooling == 'max' else
+                      fold_layer(session, block, probe, before))
+        before = probe
+    weights = session.run(classifier.layer.quantized) / np.float32(before.unit)
     scale, shift = np.ones(weights.shape[1], np.float32), np.zeros(weights.shape[1], np.float32)
-    if classifier_bn:
-        beta, gamma, mean, variance = session.run(classifier_bn.all_params[-4:])
+    if classifier.batch_norm:
+        beta, gamma, mean, variance = read_parameters(session, classifier.batch_norm)
         scale = gamma / np.sqrt(variance + np.float64(ternary_layers.EPSILON))
         shift = (beta - mean * scale).astype(np.float32)
         scale = scale.astype(np.float32)
@@ -67,24 +64,33 @@ def check_finite(net, session):
                             'export another checkpoint')
 
 
-def fold_stem(session, layer, batch_norm):
-    beta, gamma, mean, variance = (values.astype(np.float64) for values in session.run(batch_norm.all_params[-4:]))
+def read_parameters(session, batch_norm):
+    """Return beta, gamma, mean and variance of a batch normalisation, float32 [channels] each."""
+    return session.run([batch_norm.beta, batch_norm.gamma, batch_norm.moving_mean, batch_norm.moving_variance])
+
+
+def fold_stem(session, block):
+    beta, gamma, mean, variance = (values.astype(np.float64) for values in read_parameters(session, block.batch_norm))
     scale = gamma * (1 / np.sqrt(variance + ternary_layers.EPSILON))
-    return Stem(session.run(layer.quantized), scale, beta - mean * scale)
+    return Stem(session.run(block.layer.quantized), scale, beta - mean * scale)
 
 
-def sign_of_gamma(session, batch_norm):
-    return np.where(session.run(batch_norm.all_params[-3]) < 0, -1, 1).astype(np.int8)
-
-
-class Reader(NamedTuple):
-    """Reads off the graph what batch normalisation and activation of a layer do to its sums."""
+class ActivationProbe(NamedTuple):
+    """Runs batch normalisation and activation of a layer, in the graph, on any sums."""
     session: object
     sums: object  # the tensor [batch, ..., filters] that batch normalisation reads
     activations: object  # the tensor that the activation gives
     sign: np.ndarray  # int8 [filters], of gamma: sums are taken times it, so that activations rise with them
     steps: int  # thresholds of the activation above 0
     unit: int  # thresholds that an activation of 1.0 has reached
+
+    @classmethod
+    def of(cls, block, session):
+        """Return the probe of a block."""
+        steps = sum(level > 0 for level in block.levels)
+        sign = np.where(session.run(block.batch_norm.gamma) < 0, -1, 1).astype(np.int8)
+        return cls(session, block.batch_norm.inputs, block.activation.outputs, sign, steps,
+                   round(steps / block.levels[-1]))
 
     def __call__(self, values):
         """Activations as whole numbers [count, filters] of values float32 [count, filters], a column a filter."""
@@ -95,49 +101,53 @@ class Reader(NamedTuple):
         return np.rint(found[:len(values)] * self.unit).astype(np.int32)
 
 
-def fold_layer(session, layer, read, before):
-    """A convolution, dense layer or average-pooling as a Layer; before: the Reader of its inputs, None: the encoder."""
-    if pooling(layer):  # an average: each channel is a group of its own
+def fold_layer(session, block, probe, before):
+    """Return a convolution, dense layer or average-pooling as a Layer.
+
+    before    the probe of the layer that it reads; None: the layer is the encoder
+    """
+    layer, groups = block.layer, block.groups
+    if block.pooling:  # an average: each channel is a group of its own
         channels = int(layer.inputs.shape[-1])
         area = layer.filter_size ** 2
         weights, groups = np.ones((layer.filter_size, layer.filter_size, 1, channels), np.int8), channels
     else:
-        weights, groups, area = session.run(layer.quantized), getattr(layer, 'groups', 1), 1
+        weights, area = session.run(layer.quantized), 1
     if weights.ndim == 2:  # dense on a flattened map: a kernel as large as the map
-        flat = layer.prev_layer.inputs.shape[1:] if hasattr(layer.prev_layer, 'inputs') else ()
+        flat = getattr(layer.prev_layer, 'inputs', layer.inputs).shape[1:]  # FlattenLayer's, before it is flat
         shape = flat.as_list() if len(flat) == 3 else [1, 1, weights.shape[0]]
         weights = weights.reshape(*shape, -1)
     if before is None:
-        upper, lower = real_thresholds(read)
+        upper, lower = real_thresholds(probe)
     else:
         weights = weights.astype(np.int8)
-        upper, lower = integer_thresholds(read, before.steps * fan_in(weights), before.unit * area)
-    return Layer(layer.name, weights * read.sign, upper, lower, getattr(layer, 'stride', 1),
+        upper, lower = integer_thresholds(probe, before.steps * fan_in(weights), before.unit * area)
+    return Layer(layer.name, weights * probe.sign, upper, lower, getattr(layer, 'stride', 1),
                  getattr(layer, 'padding', 'VALID'), groups)
 
 
-def integer_thresholds(read, most, divisor):
+def integer_thresholds(probe, most, divisor):
     """For sums times sign from -most to most: the least that reaches each step, the greatest that gives -1.
 
     In the graph they are divided by the divisor. Returns upper [steps, filters], most + 1 where none does, and lower
     [filters], -most - 1 where none does.
     """
     values = np.arange(-most, most + 1)[:, np.newaxis]
-    response = read((values * read.sign / divisor).astype(np.float32))
-    reached = [response > step for step in range(read.steps)]
+    response = probe((values * probe.sign / divisor).astype(np.float32))
+    reached = [response > step for step in range(probe.steps)]
     upper = np.stack([np.where(any_of.any(0), any_of.argmax(0) - most, most + 1) for any_of in reached])
     lower = np.where((response < 0).any(0), most - (response < 0)[::-1].argmax(0), -most - 1)
     if not np.array_equal(response, sum((values >= step).astype(int) for step in upper) - (values <= lower)):
-        raise TwtaError(f'{read.sums.name}: the activation does not rise with the sum; this is a fault of the scripts')
+        raise TwtaError(f'{probe.sums.name}: the activation does not rise with the sum; this is a fault of the scripts')
     return upper.astype(np.int32), lower.astype(np.int32)
 
 
-def real_thresholds(read):
+def real_thresholds(probe):
     """For float32 sums times sign: the least that reaches each step (infinity: none), the greatest that gives -1."""
-    n_filters = len(read.sign)
-    upper = [bisect(lambda values, step=step: read(values * read.sign) > step, n_filters)
-             for step in range(read.steps)]
-    return np.stack(upper), -bisect(lambda values: read(-values * read.sign) < 0, n_filters)
+    n_filters = len(probe.sign)
+    upper = [bisect(lambda values, step=step: probe(values * probe.sign) > step, n_filters)
+             for step in range(probe.steps)]
+    return np.stack(upper), -bisect(lambda values: probe(-values * probe.sign) < 0, n_filters)
 
 
 def bisect(is_reached, n_filters):
@@ -158,9 +168,9 @@ def to_float(order):
     return np.copysign(np.abs(order).astype(np.int32).view(np.float32), order).astype(np.float32)
 
 
-def fold_maximum(layer, read, before):
-    if before.unit != 1 or read.steps != 1:
+def fold_maximum(layer, probe, before):
+    if before.unit != 1 or probe.steps != 1:
         raise TwtaError(f'{layer.name}: max-pooling is exported of ternary and of binary activations only; train with '
                         '--pooling conv or average')
-    values = np.repeat(np.float32([[-1], [0], [1]]), len(read.sign), axis=1)
-    return Maximum(layer.name, layer.filter_size, layer.stride, layer.padding, read(values).astype(np.int8))
+    values = np.repeat(np.float32([[-1], [0], [1]]), len(probe.sign), axis=1)
+    return Maximum(layer.name, layer.filter_size, layer.stride, layer.padding, probe(values).astype(np.int8))

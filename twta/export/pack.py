@@ -14,38 +14,51 @@ from twta.terminal import say
 from twta.training.evaluation import trained
 from twta.training.records import name_run
 
-
-def export(script, model, args, dataset, source, state):
-    """Writes the network of a checkpoint or of --weights as integers, once it has been seen to compute the same."""
-    with trained(script, model, args, dataset, source) as (network, session):
-        packed = pack(network, session, script, args.dataset, dataset, describe_run(args, state))
-        check_format(args.format, packed)
-        compare(packed, network, session, dataset)
-    write(packed, dataset, args)
-
-
 COMPARED = 200  # test images whose activations export compares with the graph's, as it does all predictions
 
 
-def pack(network, session, script, name, dataset, record, temporal=False):
-    """The network in the session, trained on the data set of that name, as Packed.
+def export(experiment, file, form):
+    """Write the network of a checkpoint, or of --weights, as integers, once these are seen to compute the same.
 
-    temporal: layers of several levels stay as `fold` gives them, for twta.spikes. TwtaError where its activations are
-    not quantised or a parameter is no number.
+    form    of the file, a key of options.SUFFIXES
     """
-    stem, layers, weights, scale, shift = fold(network.net, session, script)
+    with trained(experiment) as (network, session):
+        packed = pack(network.net, session, describe_run(experiment))
+        check_format(form, packed)
+        compare(packed, network, session, experiment.dataset)
+    write(packed, experiment.dataset, file, form)
+
+
+def pack(net, session, header, temporal=False):
+    """Return the network in the session as a packed network.
+
+    net         its last TensorLayer layer
+    header      the fields of Packed that the graph does not know, see make_header
+    temporal    layers of several levels stay as `fold` gives them, for twta.spikes
+
+    Raises TwtaError if an activation is not quantised, or a parameter is no number.
+    """
+    stem, layers, weights, scale, shift = fold(net, session, header['network'])
     if not temporal or max(len(layer.upper) for layer in layers if isinstance(layer, Layer)) == 1:
         layers, weights = spatial(layers, weights)
-    return Packed(script, name, dataset.test.images.shape[1:], dataset.crop, tuple(dataset.classes), tuple(layers),
-                  weights, scale, shift, record, stem)
+    return Packed(layers=tuple(layers), weights=weights, scale=scale, shift=shift, stem=stem, **header)
 
 
-def describe_run(args, state):
-    """What the file tells of the training that it comes from."""
-    files = [args.weights] if args.weights else [args.run_dir / name for name in ('config.json', 'log.csv')]
+def make_header(script, dataset_name, dataset, record):
+    """Return what a packed network tells of itself: its script, its data set, and in record its training."""
+    return {'network': script, 'dataset': dataset_name, 'image': dataset.test.images.shape[1:], 'crop': dataset.crop,
+            'classes': tuple(dataset.classes), 'record': record}
+
+
+def describe_run(experiment):
+    """Return the header of the network of an experiment; its record tells of the training that it comes from."""
+    files = [experiment.weights] if experiment.weights else [
+        experiment.run_dir / name for name in ('config.json', 'log.csv')]
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
-    run, epoch = (name_run(state), state['epoch']) if state else (None, None)
-    return {'run': run, 'epoch': epoch, 'choices': args.choices, 'sha256': hashes}
+    state = experiment.state
+    run, epoch = (name_run(state), state.epoch) if state else (None, None)
+    return make_header(experiment.script, experiment.dataset_name, experiment.dataset,
+                       {'run': run, 'epoch': epoch, 'choices': experiment.options, 'sha256': hashes})
 
 
 def compare(packed, network, session, dataset):
@@ -74,10 +87,10 @@ def predict(network, session, images):
                            for start in range(0, len(images), COMPARED)])
 
 
-def write(packed, dataset, args):
-    """Writes the file that --format and --file say, and tells its size."""
-    if args.format == 'twta':
-        size = file_format.write(args.file, packed)
+def write(packed, dataset, file, form):
+    """Write the file and print its size."""
+    if form == 'twta':
+        size = file_format.write(file, packed)
         ternary = packed.layers[1:]
         parameters = sum(layer.weights.size for layer in ternary)
         integers = sum(map(file_format.layer_bytes, ternary))
@@ -85,7 +98,7 @@ def write(packed, dataset, args):
             + ('as neurons of one or two thresholds each' if file_format.is_expanded(packed) else
                f'{4 * parameters / integers:.1f} times less than float32 weights'))
     else:
-        size = formats.write(args.format, args.file, packed, dataset.test.images[:formats.VECTORS])
-        beside = f', in {args.file.with_suffix(".vectors.npz")}' if args.format == 'onnx' else ''
+        size = formats.write(form, file, packed, dataset.test.images[:formats.VECTORS])
+        beside = f', in {file.with_suffix(".vectors.npz")}' if form == 'onnx' else ''
         say(f'test vectors: {formats.VECTORS} images{beside}')
-    say(f'{args.file}: {size:,} bytes')
+    say(f'{file}: {size:,} bytes')

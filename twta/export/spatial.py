@@ -7,7 +7,7 @@ import numpy as np
 
 from twta import TwtaError
 from twta.export.folding import Maximum
-from twta.graph.blocks import pooling, read_blocks
+from twta.graph.blocks import read_blocks
 from twta.packed.file_format import Layer, fan_in
 
 
@@ -94,17 +94,17 @@ def any_or_none(layer, maximum):
 def read_out(net):
     """Of each layer of the spatial network, the activations in the graph, and groups and worth of the lanes that they
     are the sum of; None where the lanes feed a maximum."""
-    blocks = [block for block in read_blocks(net)[:-1] if hasattr(block[2].activation, 'levels')]
-    kinds = [pooling(layer) for layer, _, _ in blocks]
-    for index, (layer, _, activation) in enumerate(blocks):
-        positive = [level for level in activation.activation.levels if level > 0]
-        worth, groups = np.full(len(positive), positive[0]), getattr(layer, 'groups', 1)
-        if kinds[index] == 'average':
-            groups = int(layer.inputs.shape[-1])
-        elif kinds[index] == 'max':
-            groups = getattr(blocks[index - 1][0], 'groups', 1)
-            worth = np.array([1, -1] if activation.activation.levels[0] < 0 else [1])
-        yield None if kinds[index + 1:index + 2] == ['max'] else (activation.outputs, groups, worth)
+    blocks = [block for block in read_blocks(net)[:-1] if block.levels]
+    for index, block in enumerate(blocks):
+        positive = [level for level in block.levels if level > 0]
+        worth, groups = np.full(len(positive), positive[0]), block.groups
+        if block.pooling == 'average':
+            groups = int(block.layer.inputs.shape[-1])
+        elif block.pooling == 'max':
+            groups = blocks[index - 1].groups
+            worth = np.array([1, -1] if block.levels[0] < 0 else [1])
+        feeds_maximum = index + 1 < len(blocks) and blocks[index + 1].pooling == 'max'
+        yield None if feeds_maximum else (block.activation.outputs, groups, worth)
 
 
 def add_lanes(spikes, groups, worth):

@@ -1,21 +1,38 @@
 """The graph of a network: as it is evaluated and, over the same variables, as it trains."""
-from types import SimpleNamespace
+from typing import NamedTuple
 
 from twta.graph import preprocessing
 from twta.graph.blocks import value_fractions
 from twta.graph.tf1 import tf
 
 
-def build_graph(model, image_shape, crop, seed, precision=None, augmentation='published'):
-    """Return the graph: placeholders, the network for evaluation and, if a precision is given, the one for training.
+class Measures(NamedTuple):
+    """Tensors of a network on a batch."""
+    loss: tf.Tensor  # the cross-entropy, summed over the batch
+    predicted: tf.Tensor  # classes, int32 [batch]
+    step: tf.Operation | None = None  # applies Adam to the mean cross-entropy
 
-    images         uint8 [batch, *image_shape]: height, width, channels; crop: the side that the network sees, or 0
-    labels         int32 [batch]
-    step           of the run: with the seed, it decides on the augmentation of training images
-    evaluation     .loss the summed cross-entropy over the batch and .predicted, the classes [batch]
-    training       the same, as it trains; .step applies Adam with learning_rate to the mean cross-entropy
-    shares         of negative and positive values, see value_fractions, where a precision is given
-    net            the network as a TensorLayer layer
+
+class Graph(NamedTuple):
+    """A built network."""
+    graph: tf.Graph
+    images: tf.Tensor  # placeholder, uint8 [batch, height, width, channels]
+    labels: tf.Tensor  # placeholder, int32 [batch]
+    learning_rate: tf.Tensor  # placeholder
+    step: tf.Tensor  # placeholder, the number of the step in the run; with the seed, it decides on the augmentation
+    net: object  # the last TensorLayer layer
+    evaluation: Measures
+    training: Measures | None
+    value_fractions: dict | None  # see blocks.value_fractions
+
+
+def build_graph(model, image_shape, crop, seed, precision=None, augmentation='published'):
+    """Return the Graph of a network; only with a precision it has training and value_fractions.
+
+    model          see twta.command_line.run
+    image_shape    height, width and channels of the images; crop: see twta.graph.preprocessing
+    seed           of initial weights and augmentation
+    precision      tf.float32 or tf.bfloat16, in which the network trains; None: it is only evaluated
     """
     graph = tf.Graph()
     with graph.as_default():
@@ -26,20 +43,20 @@ def build_graph(model, image_shape, crop, seed, precision=None, augmentation='pu
         step = tf.placeholder(tf.int32, [], 'step')
         net = model(preprocessing.for_evaluation(images, crop), False)
         evaluation = measure(net, labels)
-        training = shares = None
+        training = fractions = None
         if precision:
-            shares = value_fractions(net)
+            fractions = value_fractions(net)
             x = preprocessing.for_training(images, crop, seed, step, augmentation)
             with tf.variable_scope(tf.get_variable_scope(), reuse=True):
                 training = measure(model(tf.cast(x, precision), True), labels)
             with tf.control_dependencies(tf.get_collection(tf.GraphKeys.UPDATE_OPS)):
                 mean_loss = training.loss / tf.cast(tf.size(labels), tf.float32)
-                training.step = tf.train.AdamOptimizer(learning_rate).minimize(mean_loss)
-    return SimpleNamespace(graph=graph, images=images, labels=labels, learning_rate=learning_rate, step=step, net=net,
-                           evaluation=evaluation, training=training, shares=shares)
+                training = training._replace(step=tf.train.AdamOptimizer(learning_rate).minimize(mean_loss))
+    return Graph(graph, images, labels, learning_rate, step, net, evaluation, training, fractions)
 
 
 def measure(net, labels):
+    """Return the Measures of a network against labels."""
     logits = tf.cast(net.outputs, tf.float32)
     loss = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
-    return SimpleNamespace(loss=tf.reduce_sum(loss), predicted=tf.argmax(logits, 1, output_type=tf.int32))
+    return Measures(tf.reduce_sum(loss), tf.argmax(logits, 1, output_type=tf.int32))

@@ -28,8 +28,8 @@ def infer(script, args):
     values -= values.max(1, keepdims=True)
     loss = np.log(np.exp(values).sum(1)) - values[np.arange(len(labels)), labels]
     confusion = results.confuse(labels, values.argmax(1), len(packed.classes))
-    results.report(script, args, packed.record.get('choices'), dataset, 'packed', args.file, epoch, float(loss.mean()),
-                   confusion)
+    results.report(args.run_dir, dataset, float(loss.mean()), confusion, 'packed', {
+        'script': script, 'choices': packed.record.get('choices'), 'weights': str(args.file), 'epoch': epoch})
     if args.report:
         cost.report(engine, dataset, args.run_dir)
 

@@ -15,7 +15,7 @@ from twta.files import replacing
 from twta.packed import cost, engines, file_format
 from twta.results import accuracy, confuse, write_json
 from twta.terminal import say
-from twta.training.records import list_choices, name_stage
+from twta.training.records import list_options, name_schedule
 from twta.training.state import FIELDS, STAGE_KEYS, check_choices, check_keys, is_finite, is_natural
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +68,7 @@ def load_records():
 
 def schedule(stage):
     """Schedule, augmentation and learning rate as words."""
-    return f'{name_stage(stage)} {stage["learning_rate"]:.8f}'.rstrip('0')
+    return f'{name_schedule(stage["schedule"], stage["augmentation"])} {stage["learning_rate"]:.8f}'.rstrip('0')
 
 
 def protocol(record):
@@ -77,7 +77,7 @@ def protocol(record):
     for stage in record['stages']:
         words.append(schedule(stage))
         words += [] if stage['batch_size'] == BATCH_SIZE else [f'batches of {stage["batch_size"]}']
-    words += list_choices(record['choices'])
+    words += list_options(record['choices'])
     held_out = record['data']['validation_images']
     words += [] if held_out == HELD_OUT[record['dataset']] else [f'validation {held_out}']
     if record['data']['published'] != IS_PUBLISHED[record['dataset']]:

@@ -19,7 +19,7 @@ from twta.packed import cost, engines, file_format
 from twta.report.evidence import PRETRAINED, RECOMPRESSED, RESULTS, TITLES, by_protocol, protocol, schedule
 from twta.spikes import conversion
 from twta.terminal import say
-from twta.training.records import name_stage
+from twta.training.records import name_schedule
 
 FOLDER = RESULTS / 'pictures'
 FILTERS = 'TWTA_4_4_MNIST', 'TWTA_3_3_CIFAR10_Group_V2'
@@ -101,9 +101,10 @@ def draw_curves(title, records):
                 if record['script'].startswith(('FP', 'TWTA')) and record['curve'][key][-1] is not None]
     scripts = list(dict.fromkeys(record['script'] for record in networks))
     for first, *_ in by_protocol([record for record in networks if len(record['stages']) == 1]):
+        stage = first['stages'][0]
         axes.plot(first['curve']['epoch'], [100 * value for value in first['curve'][key]],
                   color=f'C{scripts.index(first["script"])}', linewidth=1,
-                  linestyle=LINES.get(name_stage(first['stages'][0]), ':'),
+                  linestyle=LINES.get(name_schedule(stage['schedule'], stage['augmentation']), ':'),
                   label=f'{first["script"]}, {protocol(first)}, {first["epochs"]} epochs')
     kind = 'validation accuracy' if held_out else 'training accuracy'
     axes.set(xlabel='epoch', ylabel=f'{kind} (%)', xscale='log')

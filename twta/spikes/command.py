@@ -79,4 +79,4 @@ def start(script, description, datasets, default, argv=None):
         str(flags.run_dir), '--checkpoint', flags.checkpoint or 'last'])
     from twta.training import experiment  # imports TensorFlow
 
-    experiment.run(name, module.model, args, defaults, lambda *arguments: convert(flags, *arguments))
+    experiment.run(name, module.model, args, defaults, partial(convert, flags=flags))

@@ -11,15 +11,15 @@ from twta.spikes.simulation import BATCH, FIELDS, Engine, deletion, simulate, st
 from twta.terminal import say
 
 
-def convert(flags, script, model, args, dataset, source, state):
+def convert(experiment, flags):
     """Converts the network of a checkpoint, simulates it and compares it with its graph."""
-    from twta.export.pack import describe_run, pack, predict
-    from twta.training import evaluation
+    from twta.export.pack import describe_run, pack, predict  # here: with --file nothing needs TensorFlow
+    from twta.training.evaluation import trained
 
+    dataset = experiment.dataset
     images = dataset.test.images[:flags.images]
-    with evaluation.trained(script, model, args, dataset, source) as (network, session):
-        packed = pack(network, session, script, args.dataset, dataset, describe_run(args, state),
-                              flags.conversion == 'temporal')
+    with trained(experiment) as (network, session):
+        packed = pack(network.net, session, describe_run(experiment), flags.conversion == 'temporal')
         predicted = predict(network, session, images)
     thresholds = packed.layers[0].upper
     steps = len(thresholds) if thresholds.ndim == 2 else 1

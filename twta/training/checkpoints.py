@@ -16,13 +16,7 @@ from pathlib import Path
 
 from twta import TwtaError
 from twta.graph.tf1 import tf
-from twta.training.state import (
-    FORMAT,
-    are_objects,
-    check_keys,
-    check_state,
-    is_natural,
-)
+from twta.training.state import FORMAT, State, check_keys, is_natural
 from twta.training.weights import check_shapes
 
 UNREADABLE = ValueError, KeyError, TypeError, IndexError, RuntimeError, OSError, tf.errors.OpError  # by TensorFlow
@@ -58,8 +52,8 @@ class Checkpoints:
             raise FileNotFoundError(errno.ENOENT, 'the directory has vanished', str(self.run_dir))
         if not session.run(self.finite):
             raise FloatingPointError('the weights are no longer finite numbers')
-        session.run(self.set_state, {self.text: json.dumps(state)})
-        name = f'{state["epoch"]}.{state["part"]["steps"]}' if state['part'] else state['epoch']
+        session.run(self.set_state, {self.text: json.dumps(state.to_json())})
+        name = f'{state.epoch}.{state.part.steps}' if state.part else state.epoch
         for which in ('best', 'last') if is_best else ('last',):  # after a kill in between, the epoch is run again
             self.savers[which].save(session, str(self.run_dir / f'{which}-{name}'), latest_filename=INDEX[which],
                                     write_meta_graph=False)
@@ -136,36 +130,21 @@ def read_state(path, script, dataset):
 
 
 def parse_state(path, text, script, dataset):
-    """The state in its JSON text; path names the checkpoint in errors, which are as those of read_state."""
+    """Return the State in a JSON text; path names the checkpoint in errors, which are those of read_state."""
     try:
-        state = json.loads(text)
-        check_keys('its state', state, {'format': is_natural, 'script': str, 'dataset': str, 'stages': are_objects})
-        if state['format'] > FORMAT:
-            raise TwtaError(f'{path}: written by a newer version of these scripts (format {state["format"]}, this one '
-                            f'reads up to {FORMAT}); update them')
-        found = state['script'], state['dataset']
+        entry = json.loads(text)
+        check_keys('its state', entry, {'format': is_natural, 'script': str, 'dataset': str})
+        if entry['format'] != FORMAT:
+            age, remedy = ('a newer', 'update them') if entry['format'] > FORMAT else ('an older', 'train again')
+            raise TwtaError(f'{path}: written by {age} version of these scripts (format {entry["format"]}, this one '
+                            f'reads {FORMAT}); {remedy}')
+        found = entry['script'], entry['dataset']
         if found != (script, dataset):
             raise TwtaError(f'{path}: a checkpoint of {found[0]} on {found[1]}, not of {script} on {dataset}; choose '
                             'another --run_dir')
-        return check_state(update(state))
+        return State.from_json(entry)
     except UNREADABLE as error:
         raise TwtaError(f'{path}: not a checkpoint of these scripts ({first_line(error)})') from None
-
-
-def update(state):
-    """A state of an older format as one of this."""
-    if state['format'] < 2:
-        state.update(part=None, validation={'mnist': 10000, 'digits': 297}[state['dataset']])
-        for stage in state['stages']:
-            stage['schedule'] = 'constant'
-    if state['format'] < 3:
-        state.update(choices={})
-    if state['format'] < 4:
-        for stage in state['stages']:
-            stage.update(augmentation='published', protocol='published')
-    if state['format'] < 5:
-        state.update(weights=None, precision=[])
-    return {**state, 'format': FORMAT}
 
 
 def restore(session, path, net, variables):

@@ -1,4 +1,4 @@
-"""Evaluation on the test images of the network in a session, and --mode inference."""
+"""Evaluation of the network in a session on the test images, and --mode inference."""
 import contextlib
 
 import numpy as np
@@ -10,11 +10,11 @@ from twta.terminal import say
 from twta.training import checkpoints
 from twta.training.weights import read_weights, set_weights
 
-EVALUATION_BATCH = 500  # images; it decides on memory and speed, not on the result
+EVALUATION_BATCH = 500  # images; the number changes memory and speed, not the result
 
 
 def evaluate(network, session, split):
-    """Mean cross-entropy and confusion matrix [true class, predicted class] over a split."""
+    """Return the mean cross-entropy and the confusion matrix [true class, predicted class] over a split."""
     loss, predicted = 0.0, []
     for start in range(0, len(split.labels), EVALUATION_BATCH):
         batch = slice(start, start + EVALUATION_BATCH)
@@ -27,36 +27,44 @@ def evaluate(network, session, split):
     return loss / len(split.labels), results.confuse(split.labels, np.concatenate(predicted), n_classes)
 
 
-def infer(script, model, args, dataset, source, state):
-    """Evaluates the network of a checkpoint, source, or of --weights on the test images."""
-    with trained(script, model, args, dataset, source) as (network, session):
-        report(script, network, session, dataset, args, state['epoch'] if state else None)
+def infer(experiment):
+    """Evaluate the network of a checkpoint, or of --weights, on the test images."""
+    with trained(experiment) as (network, session):
+        report(experiment, network, session, experiment.state.epoch if experiment.state else None)
 
 
 @contextlib.contextmanager
-def trained(script, model, args, dataset, source):
-    """The network for evaluation and a session in which it has the weights of a checkpoint, source, or of --weights."""
-    network = build_graph(model, dataset.test.images.shape[1:], dataset.crop, seed=0)
-    with network.graph.as_default(), open_session(network.graph, args.gpu) as session:
-        if args.weights:
-            set_weights(network.net, read_weights(args.weights, network.net), session)
+def trained(experiment):
+    """Build the network for evaluation; give it and a session that holds the weights of a checkpoint or --weights."""
+    dataset = experiment.dataset
+    network = build_graph(experiment.model, dataset.test.images.shape[1:], dataset.crop, seed=0)
+    with network.graph.as_default(), open_session(network.graph, experiment.gpu) as session:
+        if experiment.weights:
+            set_weights(network.net, read_weights(experiment.weights, network.net), session)
         else:
-            checkpoints.restore(session, source, network.net, network.net.all_params)
-        describe_network(script, network.net, args.choices, source or args.weights, args.verbose)
+            checkpoints.restore(session, experiment.source, network.net, network.net.all_params)
+        describe_network(experiment, network.net, experiment.source or experiment.weights)
         yield network, session
 
 
-def report(script, network, session, dataset, args, epoch):
-    """Evaluates the weights after an epoch, or, where that is None, of --weights, on the test images; returns that."""
-    loss, confusion = evaluate(network, session, dataset.test)
-    kind, weights = ('weights', args.weights.resolve()) if epoch is None else (args.checkpoint, args.checkpoint)
-    results.report(script, args, args.choices, dataset, kind, weights, epoch, loss, confusion)
+def report(experiment, network, session, epoch):
+    """Evaluate the network on the test images, report it, and return mean cross-entropy and confusion matrix.
+
+    epoch    after which the weights are; None: they are of --weights
+    """
+    loss, confusion = evaluate(network, session, experiment.dataset.test)
+    kind, weights = experiment.checkpoint, experiment.checkpoint
+    if epoch is None:
+        kind, weights = 'weights', str(experiment.weights.resolve())
+    results.report(experiment.run_dir, experiment.dataset, loss, confusion, kind, {
+        'script': experiment.script, 'choices': experiment.options, 'weights': weights, 'epoch': epoch})
     return loss, confusion
 
 
-def describe_network(script, net, choices, source, verbose):
-    if verbose:
+def describe_network(experiment, net, source):
+    """Print a line about the network; with --verbose its layers and parameters too."""
+    if experiment.is_verbose:
         net.print_layers()
         net.print_params(details=False)
-    chosen = ''.join(f', {name} {value}' for name, value in choices.items())
-    say(f'network: {script}{chosen}, {net.count_params():,} parameters, {source}')
+    options = ''.join(f', {name} {value}' for name, value in experiment.options.items())
+    say(f'network: {experiment.script}{options}, {net.count_params():,} parameters, {source}')

@@ -1,4 +1,4 @@
-"""An experiment: what a script does once its flags are known, from the run directory's state to the record.
+"""An experiment: what a script does once its flags are known, from the state of the run directory to the record.
 
 One graph holds the network twice over the same variables: as it trains (augmented images, moments of the batch,
 --precision) and as it is evaluated (moving moments, float32). The loop feeds batches of uint8 images.
@@ -6,9 +6,13 @@ One graph holds the network twice over the same variables: as it trains (augment
 import contextlib
 import functools
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 from twta import TwtaError, UsageError, describe_fault, results
 from twta.data import datasets
+from twta.data.datasets import Dataset
 from twta.graph import fast
 from twta.graph.build import build_graph
 from twta.graph.session import choose_precision, describe, find_gpu, make_deterministic, open_session, stop_signals
@@ -20,178 +24,228 @@ from twta.training import checkpoints, records, run_directory
 from twta.training.evaluation import describe_network, evaluate, infer, report
 from twta.training.loop import train_epochs
 from twta.training.schedule import describe_stage, next_stage
-from twta.training.state import FORMAT
+from twta.training.state import State
 from twta.training.weights import read_weights, set_weights
 
 
+class Experiment(NamedTuple):
+    """A network, its data and the directory of its run: what every mode works on."""
+    script: str  # its name
+    model: Callable  # of x and is_train, see twta.command_line.run; its options are set
+    options: dict  # of the network
+    dataset_name: str  # as --dataset has it
+    dataset: Dataset
+    run_dir: Path
+    gpu: int  # index
+    weights: Path | None  # of --weights
+    checkpoint: str  # which checkpoint is read: 'last' or 'best'
+    source: str | None  # path of that checkpoint
+    state: State | None  # of the run, as that checkpoint has it
+    is_verbose: bool
+
+
 def run(script, model, args, defaults, evaluate=infer):
-    """Trains or evaluates the network of a script, as the flags say, or as a function does that stands for infer."""
+    """Run the script's --mode: train, or call evaluate(experiment).
+
+    script      its name
+    model       see twta.command_line.run
+    args        the flags, from command_line.parse
+    defaults    the script's own protocol
+    """
     if args.deterministic:
         make_deterministic()
     gpu = find_gpu(args.gpu)
     is_continued = args.mode == 'training' and args.resume  # its state is read under the lock of its training
     try:
         with run_directory.locked(args.run_dir) if is_continued else contextlib.nullcontext():
-            source, state = open_run(script, args) if args.resume else (None, None)
-            args.choices = state['choices'] if state else complete(args.choices)
-            model = functools.partial(model, **args.choices)
-            if args.weights:
-                check_choices(args)
-            dataset = datasets.load(args.dataset, args.data_dir, state['validation'] if state else args.validation)
-            say(f'data: {dataset}')
+            experiment = open_experiment(script, model, args)
+            say(f'data: {experiment.dataset}')
             say(f'device: {describe(gpu)}')
             if args.mode == 'training':
                 precision = choose_precision(args.precision, gpu)
                 if precision == tf.bfloat16 and fast.BFLOAT16_IS_EMULATED:
                     say('WARNING: bfloat16 is emulated on this processor; --precision float32 is faster')
-                train(script, model, args, defaults, dataset, precision, source, state)
+                train(experiment, args, defaults, precision)
             else:
-                evaluate(script, model, args, dataset, source, state)
+                evaluate(experiment)
     except tf.errors.OpError as error:  # too little memory, a damaged checkpoint, ...
         raise TwtaError(find_cause(error)) from None
 
 
 def find_cause(error):
-    """The line that tells the cause in a message of TensorFlow: after the nodes, before the hints."""
+    """Return the line of TensorFlow's message that tells the cause: the line after the nodes, before the hints."""
     lines = [line for line in error.message.splitlines() if 'root error(s) found' not in line]
     nodes = [i for i, line in enumerate(lines[:-1]) if line.startswith('Node: ')]
     return lines[nodes[-1] + 1 if nodes else 0].strip()
 
 
-def train(script, model, args, defaults, dataset, precision, source, state):
-    """Trains for the epochs of a stage, from the checkpoint source and its state or, without, from the start.
+# ----------------------------------------------------------------------------------------------------------------------
+# Opening
 
-    Each epoch ends with a line, a checkpoint and a row of log.csv. A run that is continued is locked already.
+
+def open_experiment(script, model, args):
+    """Return the Experiment; raises UsageError if a flag contradicts the run or the weights, TwtaError if one of these
+    is damaged."""
+    checkpoint, source, state = open_run(script, args) if args.resume else (args.checkpoint, None, None)
+    options = state.choices if state else complete(args.choices)
+    if args.weights:
+        check_options_of_weights(args.weights, options)
+    dataset = datasets.load(args.dataset, args.data_dir, state.validation if state else args.validation)
+    return Experiment(script, functools.partial(model, **options), options, args.dataset, dataset, args.run_dir,
+                      args.gpu, args.weights, checkpoint, source, state, args.verbose)
+
+
+def open_run(script, args):
+    """Return the checkpoint to resume from or to evaluate: its kind, path and state.
+
+    Raises UsageError if a flag contradicts the state.
     """
-    if not state:
-        state = new_run(script, args, dataset)
-    elif dataset.sha256 != state['data_sha256']:
-        say('WARNING: these are not the images that the run was started on')
-    stage = next_stage(state, args, defaults, run_directory.is_judged(args.run_dir, state))
-    last = stage['first_epoch'] + stage['epochs'] - 1
-    epochs = range(state['epoch'] + 1, last + 1)
-    if args.resume and epochs:
-        run_directory.warn_of_changes(args.run_dir, precision.name, args.deterministic)
-    if stage['batch_size'] > len(dataset.train.labels):
-        raise UsageError(f'--batch_size {stage["batch_size"]}: more than the {len(dataset.train.labels):,} training '
-                         'images')
-    network = build_graph(model, dataset.test.images.shape[1:], dataset.crop, state['seed'], precision,
-                    stage['augmentation'])
-    weights = read_weights(args.weights, network.net) if args.weights else {}
-    args.run_dir.mkdir(parents=True, exist_ok=True)
-    with (contextlib.nullcontext() if args.resume else run_directory.locked(args.run_dir), network.graph.as_default(),
-          open_session(network.graph, args.gpu) as session):
-        earlier = None if args.resume else run_directory.move_aside(args.run_dir)
-        if earlier:
-            say(f'the earlier run in {args.run_dir} is now in {earlier}')
-        store = checkpoints.Checkpoints(args.run_dir)
-        if args.resume:
-            checkpoints.restore(session, source, network.net, tf.global_variables())
+    which = args.checkpoint
+    if which == 'best' and not checkpoints.listed(args.run_dir, 'best'):
+        last = checkpoints.read_state(checkpoints.find(args.run_dir, 'last'), script, args.dataset)
+        if not last.validation:
+            say('the run has no validation images to choose the best epoch by: this is the last')
+            which = 'last'
+    source = checkpoints.find(args.run_dir, which)
+    state = checkpoints.read_state(source, script, args.dataset)
+    for flag in ('seed', 'validation'):
+        if getattr(args, flag) not in (None, getattr(state, flag)):
+            raise UsageError(f'--{flag} {getattr(args, flag)}: the run in {args.run_dir} was started with --{flag} '
+                             f'{getattr(state, flag)}; leave --{flag} out, or start a new run with --resume False')
+    for name in state.choices.keys() - args.choices.keys():
+        raise TwtaError(f'{source}: not a checkpoint of this script, which has no --{name}')
+    state.choices = {**complete(dict.fromkeys(args.choices)), **state.choices}
+    for flag, value in args.choices.items():
+        if value not in (None, state.choices[flag]):
+            raise UsageError(f'--{flag} {value}: the network in {args.run_dir} has --{flag} {state.choices[flag]}; '
+                             f'leave --{flag} out, or train another with --resume False and its own --run_dir')
+    return which, source, state
+
+
+def check_options_of_weights(weights, options):
+    """Raise UsageError if the config.json beside the weights tells of other options; other weights have none there."""
+    trained_with = run_directory.read_config(weights.parent)['flags'].get('choices', {})
+    for flag, value in options.items():
+        if trained_with.get(flag, value) != value:
+            raise UsageError(f'--{flag} {value}: the weights in {weights} were trained with --{flag} '
+                             f'{trained_with[flag]}; give that')
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def train(experiment, args, defaults, precision):
+    """Train a stage, evaluate the network and write its record; a run that is continued is locked already.
+
+    args         the flags: those of the stage, --seed, --resume and --deterministic; config.json holds all of them
+    precision    tf.float32 or tf.bfloat16
+    """
+    script, dataset, run_dir = experiment.script, experiment.dataset, experiment.run_dir
+    state = experiment.state or State(
+        script, experiment.dataset_name, dataset.sha256, args.seed or 0, len(dataset.validation.labels),
+        experiment.options, str(experiment.weights) if experiment.weights else None)
+    stage = open_stage(state, experiment, args, defaults, precision)
+    network = build_graph(experiment.model, dataset.test.images.shape[1:], dataset.crop, state.seed, precision,
+                          stage.augmentation)
+    weights = read_weights(experiment.weights, network.net) if experiment.weights else {}
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (contextlib.nullcontext() if args.resume else run_directory.locked(run_dir), network.graph.as_default(),
+          open_session(network.graph, experiment.gpu) as session):
+        store = prepare(experiment, network, session, weights)
+        describe_network(experiment, network.net, experiment.weights or run_dir)
+        if state.epoch == stage.last_epoch:
+            say(f'the {state.epoch} epochs are done, but have no record: now the test images')
         else:
-            session.run(tf.global_variables_initializer())
-        set_weights(network.net, weights, session)
-        describe_network(script, network.net, args.choices, args.weights or args.run_dir, args.verbose)
-        if not epochs:
-            say(f'the {last} epochs are done, but have no record: now the test images')
-        else:
-            say(f'training: epochs {epochs[0]} to {last}, {describe_stage(stage)}, seed {state["seed"]}, '
-                f'{precision.name}')
-        if epochs and precision.name not in state['precision']:
-            state['precision'].append(precision.name)
-        config = {'script': script, 'command': sys.argv, 'flags': {**vars(args), 'weights': state['weights']},
-                  'stages': state['stages'], 'seed': state['seed'], 'precision': precision.name,
-                  'data': results.describe_data(dataset), **results.environment()}
+            say(f'training: epochs {state.epoch + 1} to {stage.last_epoch}, {describe_stage(stage)}, '
+                f'seed {state.seed}, {precision.name}')
+        flags = {**vars(args), 'choices': experiment.options, 'weights': state.weights}
+        config = {'script': script, 'command': sys.argv, 'flags': flags,
+                  'stages': [stage.to_json() for stage in state.stages], 'seed': state.seed,
+                  'precision': precision.name, 'data': results.describe_data(dataset), **results.environment()}
         try:
-            results.write_json(args.run_dir / 'config.json', config)
+            results.write_json(run_dir / 'config.json', config)
             with stop_signals() as stop:
-                if epochs:
-                    train_epochs(network, session, store, state, stage, epochs, dataset, args.run_dir, stop)
-                if stop and state['epoch'] < last:
+                if state.epoch < stage.last_epoch:
+                    train_epochs(network, session, store, state, dataset, run_dir, stop)
+                if stop and state.epoch < stage.last_epoch:
                     say(f'stopped after {describe_end(state)}')
-                    say('go on with --resume True and the same flags' + (', without --weights' if args.weights else ''))
+                    say('go on with --resume True and the same flags'
+                        + (', without --weights' if experiment.weights else ''))
                     sys.exit(128 + stop[0])
-            loss, confusion = report(script, network, session, dataset, args, state['epoch'])
-            best = test_best(network, session, dataset, args.run_dir, state)
-            records.write_record(args.run_dir, config, state, network.net.count_params(), loss, confusion, best)
+            loss, confusion = report(experiment, network, session, state.epoch)
+            best = evaluate_best(network, session, dataset, run_dir, state)
+            records.write_record(run_dir, config, state, network.net.count_params(), loss, confusion, best)
         except FloatingPointError as error:
-            raise TwtaError(f'{error}; {where_to_go_on(args.run_dir, state)} and a lower --learning_rate') from None
+            raise TwtaError(f'{error}; {where_to_go_on(run_dir, state)} and a lower --learning_rate') from None
         except (OSError, tf.errors.OpError) as error:
             cause = describe_fault(error) if isinstance(error, OSError) else find_cause(error)
-            raise TwtaError(f'{cause}; {where_to_go_on(args.run_dir, state)}') from None
+            raise TwtaError(f'{cause}; {where_to_go_on(run_dir, state)}') from None
         finally:
-            if state['history'] and args.run_dir.exists():
-                title = f'{script} on {dataset.title}'
-                results.save_picture(args.run_dir / 'curve.png', run_directory.draw_curve, title, state['history'])
+            if state.history and run_dir.exists():
+                results.save_picture(run_dir / 'curve.png', run_directory.draw_curve, f'{script} on {dataset.title}',
+                                     state.history)
+
+
+def open_stage(state, experiment, args, defaults, precision):
+    """Return the stage to train, the last of the state; warn of what changes, and raise UsageError if it cannot be."""
+    dataset = experiment.dataset
+    if dataset.sha256 != state.data_sha256:
+        say('WARNING: these are not the images that the run was started on')
+    flags = {flag: getattr(args, flag) for flag in defaults if getattr(args, flag) is not None}
+    stage = next_stage(state, flags, defaults, run_directory.has_record(experiment.run_dir, state))
+    is_done = state.epoch == stage.last_epoch
+    if args.resume and not is_done:
+        run_directory.warn_of_changes(experiment.run_dir, precision.name, args.deterministic)
+    if stage.batch_size > len(dataset.train.labels):
+        raise UsageError(f'--batch_size {stage.batch_size}: more than the {len(dataset.train.labels):,} training '
+                         'images')
+    if not is_done and precision.name not in state.precision:
+        state.precision.append(precision.name)
+    return stage
+
+
+def prepare(experiment, network, session, weights):
+    """Give the variables their values and return the Checkpoints of the run; an earlier run is moved aside."""
+    run_dir = experiment.run_dir
+    earlier = None if experiment.source else run_directory.move_aside(run_dir)
+    if earlier:
+        say(f'the earlier run in {run_dir} is now in {earlier}')
+    store = checkpoints.Checkpoints(run_dir)
+    if experiment.source:
+        checkpoints.restore(session, experiment.source, network.net, tf.global_variables())
+    else:
+        session.run(tf.global_variables_initializer())
+    set_weights(network.net, weights, session)
+    return store
 
 
 def where_to_go_on(run_dir, state):
-    """What a user can do after a fault, as words."""
-    if not (state['epoch'] or state['part']) or not checkpoints.listed(run_dir, 'last'):
+    """Return what a user can do after a fault, as words."""
+    if not (state.epoch or state.part) or not checkpoints.listed(run_dir, 'last'):
         return 'start again with --resume False'
     return f'go on from {describe_end(state)}, which is saved, with --resume True'
 
 
 def describe_end(state):
-    """The last step that a state has, as words."""
-    if state['part']:
-        return f'step {state["part"]["steps"]} of epoch {state["epoch"] + 1}'
-    return f'epoch {state["epoch"]}'
+    """Return the last step of a state as words."""
+    return f'step {state.part.steps} of epoch {state.epoch + 1}' if state.part else f'epoch {state.epoch}'
 
 
-def test_best(network, session, dataset, run_dir, state):
-    """Epoch, validation and test accuracy of the best on validation, whose weights the session has after it.
+def evaluate_best(network, session, dataset, run_dir, state):
+    """Return epoch, validation and test accuracy of the epoch that is best on validation; the session then holds it.
 
-    None where there is no such checkpoint, or a damaged one. The test images do not choose it: the run's result remains
-    that of its last epoch.
+    Return None if there is no such checkpoint, or if it is damaged. The result of a run remains that of its last epoch,
+    so that the test images choose nothing.
     """
     if not checkpoints.listed(run_dir, 'best'):
         return None
     try:
         source = checkpoints.find(run_dir, 'best')
-        best = checkpoints.read_state(source, state['script'], state['dataset'])
+        best = checkpoints.read_state(source, state.script, state.dataset)
         checkpoints.restore(session, source, network.net, network.net.all_params)
     except TwtaError as error:
         say(f'the record is without the best epoch on validation: {str(error).partition(";")[0]}')
         return None
-    return {'epoch': best['epoch'], 'validation_accuracy': best['best_validation_accuracy'],
+    return {'epoch': best.epoch, 'validation_accuracy': best.best_validation_accuracy,
             'test_accuracy': accuracy(evaluate(network, session, dataset.test)[1])}
-
-
-def new_run(script, args, dataset):
-    return {'format': FORMAT, 'script': script, 'dataset': args.dataset, 'data_sha256': dataset.sha256,
-            'seed': args.seed or 0, 'validation': len(dataset.validation.labels),
-            'choices': args.choices, 'weights': str(args.weights) if args.weights else None, 'precision': [],
-            'epoch': 0, 'part': None,
-            'stages': [], 'history': [], 'best_validation_accuracy': -1.0}
-
-
-def open_run(script, args):
-    """The checkpoint to resume from or to evaluate, and its state; UsageError where flags say otherwise than that."""
-    if args.checkpoint == 'best' and not checkpoints.listed(args.run_dir, 'best'):
-        last = checkpoints.read_state(checkpoints.find(args.run_dir, 'last'), script, args.dataset)
-        if not last['validation']:
-            say('the run has no validation images to choose the best epoch by: this is the last')
-            args.checkpoint = 'last'
-    source = checkpoints.find(args.run_dir, args.checkpoint)
-    state = checkpoints.read_state(source, script, args.dataset)
-    for flag in ('seed', 'validation'):
-        if getattr(args, flag) not in (None, state[flag]):
-            raise UsageError(f'--{flag} {getattr(args, flag)}: the run in {args.run_dir} was started with --{flag} '
-                             f'{state[flag]}; leave --{flag} out, or start a new run with --resume False')
-    for name in state['choices'].keys() - args.choices.keys():
-        raise TwtaError(f'{source}: not a checkpoint of this script, which has no --{name}')
-    state['choices'] = {**complete(dict.fromkeys(args.choices)), **state['choices']}
-    for flag, value in args.choices.items():
-        if value not in (None, state['choices'][flag]):
-            raise UsageError(f'--{flag} {value}: the network in {args.run_dir} has --{flag} {state["choices"][flag]}; '
-                             f'leave --{flag} out, or train another with --resume False and its own --run_dir')
-    return source, state
-
-
-def check_choices(args):
-    """UsageError where the config.json beside --weights tells of other choices than the flags."""
-    trained_with = run_directory.read_config(args.weights.parent)['flags'].get('choices', {})
-    for flag, value in args.choices.items():  # weights may lie anywhere, without a config.json
-        if trained_with.get(flag, value) != value:
-            raise UsageError(f'--{flag} {value}: the weights in {args.weights} were trained with --{flag} '
-                             f'{trained_with[flag]}; give that')

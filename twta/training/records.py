@@ -1,48 +1,63 @@
 """record.json: everything that a finished run is judged by, in one file; and the name of a run."""
+from pathlib import Path
+
 from twta.options import complete
 from twta.results import accuracy, write_json
 from twta.training.state import FIELDS
 
 SIGNS = 'negative', 'positive'
+PLACES = 'data_dir', 'run_dir', 'file'  # flags that name a place on the machine, which is nobody else's
 
 
 def write_record(run_dir, config, state, parameters, loss, confusion, best):
-    """record.json: all that a finished run is judged by, in one file; twta.report reads it.
+    """Write record.json, from which twta.report makes tables and pictures. It holds no path of the machine.
 
-    config, state    the run's config.json and checkpointed state
-    loss, confusion  on the test images after the last epoch
-    best             of the epoch that is best on validation: see experiment.test_best
+    config, state      config.json and state of the run
+    parameters         their number
+    loss, confusion    on the test images after the last epoch
+    best               of the epoch that is best on validation: see experiment.evaluate_best
     """
-    history = state['history']
-    columns = {field: [row[field] for row in history] for field in FIELDS}
-    shares = [row['shares'] for row in history if 'shares' in row]  # absent from epochs of older versions
-    shares = {kind: {layer: {sign: [row[kind][layer][i] for row in shares] for i, sign in enumerate(SIGNS)}
-                     for layer in layers} for kind, layers in (shares[0] if shares else {}).items()}
+    columns = {field: [row[field] for row in state.history] for field in FIELDS}
     write_json(run_dir / 'record.json', {
-        'name': name_run(state), 'dataset': state['dataset'], 'choices': state['choices'],
-        'parameters': parameters, 'epochs': state['epoch'], 'wall_seconds': sum(columns['seconds']),
-        'last': {'epoch': state['epoch'], 'validation_accuracy': columns['validation_accuracy'][-1],
+        'name': name_run(state), 'dataset': state.dataset, 'choices': state.choices,
+        'parameters': parameters, 'epochs': state.epoch, 'wall_seconds': sum(columns['seconds']),
+        'last': {'epoch': state.epoch, 'validation_accuracy': columns['validation_accuracy'][-1],
                  'test_accuracy': accuracy(confusion), 'test_loss': loss},
-        'best_validation': best, 'confusion': confusion.tolist(), **config,
-        'precision': ' and '.join(state['precision']) or config['precision'],
-        'curve': columns, 'shares': shares})
+        'best_validation': best, 'confusion': confusion.tolist(), **without_places(config),
+        'precision': ' and '.join(state.precision) or config['precision'],
+        'curve': columns, 'shares': by_sign(state.history)})
+
+
+def without_places(config):
+    """Return config.json without the command and without every path but the name of the weights."""
+    flags = {name: value for name, value in config['flags'].items() if name not in PLACES}
+    flags['weights'] = Path(flags['weights']).name if flags['weights'] else None
+    data = {name: value for name, value in config['data'].items() if name != 'folder'}
+    return {**{name: value for name, value in config.items() if name != 'command'}, 'flags': flags, 'data': data}
+
+
+def by_sign(history):
+    """Return the shares of the history as columns: by kind, layer and sign, a list with a number per epoch."""
+    rows = [row['shares'] for row in history if 'shares' in row]  # epochs of older versions have none
+    return {kind: {layer: {sign: [row[kind][layer][i] for row in rows] for i, sign in enumerate(SIGNS)}
+                   for layer in layers} for kind, layers in (rows[0] if rows else {}).items()}
 
 
 def name_run(state):
-    """SCRIPT-DATASET-SEED-PROTOCOL, e.g. TWTA_4_4_MNIST-mnist-0-constant150, and the choices that are not default."""
-    stages = '+'.join(f'{name_stage(stage)}{stage["epochs"]}' for stage in state['stages'])
-    choices = ''.join(f'-{choice.replace(" ", "_")}' for choice in list_choices(state['choices']))
-    return f'{state["script"]}-{state["dataset"]}-{state["seed"]}-{stages}{choices}'
+    """Return SCRIPT-DATASET-SEED-PROTOCOL and the options that are not default, e.g. TWTA_4_4_MNIST-mnist-0-short30."""
+    stages = '+'.join(f'{name_schedule(stage.schedule, stage.augmentation)}{stage.epochs}' for stage in state.stages)
+    options = ''.join(f'-{option.replace(" ", "_")}' for option in list_options(state.choices))
+    return f'{state.script}-{state.dataset}-{state.seed}-{stages}{options}'
 
 
-def name_stage(stage):
-    """constant, cosine, short for cosine with geometric augmentation, or constant-geometric."""
-    if stage['augmentation'] == 'published':
-        return stage['schedule']
-    return 'short' if stage['schedule'] == 'cosine' else f'{stage["schedule"]}-{stage["augmentation"]}'
+def name_schedule(schedule, augmentation):
+    """Return constant, cosine, short (cosine with geometric augmentation) or constant-geometric."""
+    if augmentation == 'published':
+        return schedule
+    return 'short' if schedule == 'cosine' else f'{schedule}-{augmentation}'
 
 
-def list_choices(choices):
-    """Those that are not the default, as words."""
-    usual = complete(dict.fromkeys(choices))
-    return [f'{name} {value}' for name, value in choices.items() if value != usual[name]]
+def list_options(options):
+    """Return the options of a network that are not the default, as words."""
+    usual = complete(dict.fromkeys(options))
+    return [f'{name} {value}' for name, value in options.items() if value != usual[name]]

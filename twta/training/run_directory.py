@@ -44,9 +44,9 @@ def move_aside(run_dir):
     return earlier
 
 
-def is_judged(run_dir, state):
-    """Whether record.json is of the run as it stands, and not of an earlier epoch of it, or absent."""
-    return read_object(run_dir / 'record.json').get('epochs') == state['epoch']
+def has_record(run_dir, state):
+    """Return whether record.json is of the last epoch of the state: it may be absent, or of an earlier epoch."""
+    return read_object(run_dir / 'record.json').get('epochs') == state.epoch
 
 
 def warn_of_changes(run_dir, precision, deterministic):

@@ -1,53 +1,61 @@
-"""What a step is trained with: the stage that its epoch belongs to, its learning rate, its batch.
-
-A stage is what one command trains: first_epoch, epochs, learning_rate, batch_size, schedule, augmentation, protocol.
-"""
+"""What a step is trained with: the stage that its epoch belongs to, its learning rate, its batch."""
 import math
 
 import numpy as np
 
 from twta.options import SHORT
 from twta.terminal import say
+from twta.training.state import Stage
 
 
-def next_stage(state, args, defaults, judged=True):
-    """The stage to train, the last in state['stages']: an interrupted one where the flags are its own, or a new one.
+def next_stage(state, flags, defaults, has_record=True):
+    """Return the stage to train, the last in state.stages: an interrupted stage if the flags are its own, or a new one.
 
-    judged: whether all that was trained has its record; a stage that ended without is its own continuation.
+    flags         those of a stage that the command line gives, by name; defaults: the values of all of them
+    has_record    whether all that was trained has its record; a stage that ended without one is continued
     """
-    flags = {flag: getattr(args, flag) for flag in defaults if getattr(args, flag) is not None}
-    defaults = {**defaults, **SHORT[args.dataset]} if args.protocol == 'short' else defaults
-    if state['stages']:
-        stage = state['stages'][-1]
-        done = state['epoch'] - stage['first_epoch'] + 1
-        if (done < stage['epochs'] or not judged) and flags.items() <= stage.items():
+    if flags.get('protocol') == 'short':
+        defaults = {**defaults, **SHORT[state.dataset]}
+    if state.stages:
+        stage = state.stages[-1]
+        done = state.epoch - stage.first_epoch + 1
+        if (done < stage.epochs or not has_record) and flags.items() <= stage._asdict().items():
             return stage
-        if done < stage['epochs']:
-            say(f'the training of epochs {stage["first_epoch"]} to {stage["first_epoch"] + stage["epochs"] - 1} was '
-                f'stopped after {state["epoch"]} and is given up: other flags begin a new one')
-            stage['epochs'] = done
-            if state['part']:  # the weights have taken these steps, so the record tells of them
-                stage['part_steps'], state['part'] = state['part']['steps'], None
-            elif not done:
-                state['stages'].pop()
-    stage = {'first_epoch': state['epoch'] + 1, **defaults, **flags}
-    state['stages'].append(stage)
+        if done < stage.epochs:
+            give_up(state, stage, done)
+    stage = Stage(**{'first_epoch': state.epoch + 1, **defaults, **flags})
+    state.stages.append(stage)
     return stage
 
 
+def give_up(state, stage, done):
+    """End the last stage after so many of its epochs."""
+    say(f'the training of epochs {stage.first_epoch} to {stage.last_epoch} was stopped after {state.epoch} and is '
+        'given up: other flags begin a new one')
+    if not done and not state.part:
+        state.stages.pop()
+        return
+    stage = stage._replace(epochs=done)
+    if state.part:  # the weights have taken these steps, so the record tells of them
+        stage = stage._replace(part_steps=state.part.steps)
+        state.part = None
+    state.stages[-1] = stage
+
+
 def describe_stage(stage):
-    cosine = ' (cosine)' if stage['schedule'] == 'cosine' else ''
-    return (f'learning rate {stage["learning_rate"]:g}{cosine}, {stage["augmentation"]} augmentation, batches of '
-            f'{stage["batch_size"]}')
+    cosine = ' (cosine)' if stage.schedule == 'cosine' else ''
+    return (f'learning rate {stage.learning_rate:g}{cosine}, {stage.augmentation} augmentation, batches of '
+            f'{stage.batch_size}')
 
 
 def scheduled_rate(stage, step, epoch_steps):
-    """The rate of a step, from 0 on, of a stage that has epoch_steps of them an epoch.
+    """Return the learning rate of a step of the stage, counted from 0; an epoch has epoch_steps of them.
 
-    cosine: up in a straight line for an epoch (a quarter of the stage where that is less), then half a cosine to 0.
+    cosine: the rate rises in a straight line for one epoch, or a quarter of the stage if that is less. Then it falls to
+    0 along half a cosine.
     """
-    peak, n_steps = stage['learning_rate'], stage['epochs'] * epoch_steps
-    if stage['schedule'] == 'constant':
+    peak, n_steps = stage.learning_rate, stage.epochs * epoch_steps
+    if stage.schedule == 'constant':
         return peak
     warm_up = min(epoch_steps, n_steps // 4)
     if step < warm_up:
@@ -56,6 +64,9 @@ def scheduled_rate(stage, step, epoch_steps):
 
 
 def shuffled_batches(n_images, batch_size, seed, epoch):
-    """The epoch's batches of indices, from seed and epoch alone; images that fill no batch sit the epoch out."""
+    """Return the batches of an epoch, indices [batches, batch_size]; only seed and epoch decide on their order.
+
+    The images left over, fewer than a batch, are not used in this epoch.
+    """
     order = np.random.default_rng([seed, epoch]).permutation(n_images)
     return order[:n_images // batch_size * batch_size].reshape(-1, batch_size)
