@@ -180,7 +180,7 @@ def test_a_record_tells_of_the_weights_and_of_every_precision_of_its_run(finishe
     for resume, precision in (('--weights', finished_run / 'model.npz'), 'float32'), (('--resume', True), 'bfloat16'):
         start(tmp_path, *QUICK[2:], *resume, '--epochs', 1, '--precision', precision)
     record = json.loads((tmp_path / 'record.json').read_text())
-    assert record['flags']['weights'] == str(finished_run / 'model.npz')
+    assert record['flags']['weights'] == 'model.npz'  # no path of the machine
     assert record['precision'] == 'float32 and bfloat16'
 
 
