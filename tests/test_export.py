@@ -1,7 +1,5 @@
 """From trained graphs to packed networks and other formats: on every reachable sum, on hostile parameters, on data."""
-import contextlib
 import errno
-import functools
 import shutil
 import subprocess
 import sys
@@ -9,14 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MNIST_SCRIPTS, ROOT, SCRIPTS, chosen, load_script, random_packed, run_script, start
+from conftest import ROOT, SCRIPTS, graph_of, hostile, random_packed, run_script, sample_of, start
 
 from twta import TwtaError, command_line
 from twta.data import datasets
 from twta.export import folding, formats, spatial
 from twta.export.pack import pack
-from twta.graph.build import build_graph
-from twta.graph.session import open_session
 from twta.graph.tf1 import tf
 from twta.packed import cost, engines, file_format, numpy_engine
 
@@ -38,23 +34,6 @@ OTHERS = [
 ]  # each choice and each kind of network; TERNARY has the usual ones
 TRAINED = ROOT / 'results' / 'TWTA_4_4_MNIST-mnist-0-constant150.npz'
 SHARED = ROOT.parent / 'shared' / 'datasets'
-
-
-def sample_of(name):
-    return datasets.load('digits' if name in MNIST_SCRIPTS else 'shapes', Path('/absent'), None)
-
-
-@contextlib.contextmanager
-def graph_of(name, dataset, parameters, **choices):
-    """The evaluation graph of a script, in a session where its parameters are parameters(name, initial value)."""
-    module = load_script(name)
-    network = build_graph(functools.partial(module.model, **chosen(module, **choices)),
-                               dataset.test.images.shape[1:], dataset.crop, seed=0)
-    with network.graph.as_default(), open_session(network.graph, 0) as session:
-        session.run(tf.global_variables_initializer())
-        for variable in network.net.all_params:
-            variable.load(parameters(variable.name, session.run(variable)), session)
-        yield network, session
 
 
 def packed_and_graph(name, dataset, parameters, n_images, **choices):
@@ -80,21 +59,6 @@ def assert_same_maps(packed, engine, images, maps):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Exactness
-
-
-def hostile(name, value):
-    """Batch normalisation with negative, zero and tiny gammas, constant channels, sums on break points, no variance."""
-    rng = np.random.default_rng(sum(name.encode()))
-    if 'gamma' in name:
-        return rng.choice(np.float32([1, -1, 0.5, -2, 0, -0.0, 1e-30, -1e-30, 1e-3, 30]), value.shape)
-    if 'beta' in name:
-        return rng.choice(np.float32([0, 0.5, -0.5, 0.6, -0.6, 0.1, 0.49999997]), value.shape)
-    if 'moving_mean' in name:
-        return np.where(rng.random(value.shape) < 0.5, rng.integers(-20, 20, value.shape),
-                        rng.normal(0, 5, value.shape)).astype(np.float32)
-    if 'moving_variance' in name:
-        return rng.choice(np.float32([0, 1, 4, 100, 400, 37.5, 1e6]), value.shape)
-    return value
 
 
 @pytest.mark.processor

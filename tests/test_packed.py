@@ -12,34 +12,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, random_packed
+from conftest import NETWORKS, ROOT, random_images, random_packed
 
 from twta import TwtaError
 from twta.packed import engines, file_format, inference, kernels, numba_engine, numpy_engine
 from twta.packed.file_format import Layer
 
 pytestmark = pytest.mark.processor
-NETWORKS = {  # image, crop, layers: filters, kernel (0: the whole map), stride, padding, groups
-    'dense': ((9, 8, 1), 0, [(5, 3, 1, 'SAME', 1), (33, 0, 1, 'VALID', 1), (7, 0, 1, 'VALID', 1)]),
-    'odd': ((13, 11, 2), 0, [(20, 3, 1, 'SAME', 1), (12, 2, 1, 'SAME', 4), (18, 3, 2, 'SAME', 3),
-                             (30, 2, 1, 'VALID', 6)]),
-    'strides': ((17, 17, 3), 16, [(24, 5, 2, 'SAME', 1), (64, 4, 2, 'SAME', 1), (40, 2, 2, 'VALID', 2)]),
-    'wide strides': ((20, 20, 1), 0, [(8, 3, 3, 'VALID', 1), (16, 1, 2, 'VALID', 1), (16, 2, 3, 'SAME', 1)]),
-    'pieces': ((12, 12, 3), 8, [(64, 1, 1, 'SAME', 1), (256, 4, 2, 'SAME', 4), (64, 3, 1, 'SAME', 16),
-                                (128, 2, 2, 'VALID', 8), (256, 1, 1, 'SAME', 32), (16, 2, 1, 'VALID', 1)]),
-    'one bit': ((6, 6, 1), 0, [(16, 1, 1, 'SAME', 1), (16, 3, 1, 'SAME', 16), (1, 1, 1, 'SAME', 1)]),
-    'stem': ((11, 10, 3), 8, [(16, 3, 1, 'SAME', 1), (12, 2, 2, 'SAME', 2), (9, 0, 1, 'VALID', 1)], 3, 5),
-    'many words': ((4, 4, 1), 0, [(512, 2, 1, 'SAME', 1), (520, 3, 1, 'SAME', 1)]),
-}
 
 
 @pytest.fixture(params=NETWORKS)
 def packed(request):
     return random_packed(*NETWORKS[request.param])
-
-
-def images(packed, count, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (count, *packed.image)).astype(np.uint8)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -52,7 +36,7 @@ def test_engines_have_the_same_activations_and_logits(packed, count, threads, mo
     if threads:
         monkeypatch.setattr(numba_engine, 'SHARED', 0)  # otherwise so small a network gets one thread
     fast, plain = engines.open_engine(packed, 'numba', threads), numpy_engine.NumpyEngine(packed)
-    x = images(packed, count)
+    x = random_images(packed, count)
     logits, maps = plain.run(x)
     for layer, found, expected in zip(packed.layers, fast.activations(x), maps, strict=True):
         np.testing.assert_array_equal(found, expected, err_msg=layer.name)
@@ -62,14 +46,14 @@ def test_engines_have_the_same_activations_and_logits(packed, count, threads, mo
 
 def test_an_engine_does_not_remember_earlier_images(packed):
     engine = engines.open_engine(packed, 'numba')
-    first = engine.logits(images(packed, 9, seed=1))
-    engine.logits(images(packed, 30, seed=2))
-    np.testing.assert_array_equal(engine.logits(images(packed, 9, seed=1)), first)
+    first = engine.logits(random_images(packed, 9, seed=1))
+    engine.logits(random_images(packed, 30, seed=2))
+    np.testing.assert_array_equal(engine.logits(random_images(packed, 9, seed=1)), first)
 
 
 def test_batches_of_any_length(packed):
     engine = engines.open_engine(packed, 'numba')
-    x = images(packed, engine.batch + 3)
+    x = random_images(packed, engine.batch + 3)
     together = engines.logits(engine, x)
     assert together.shape == (engine.batch + 3, len(packed.classes))
     np.testing.assert_array_equal(together[-3:], engine.logits(x[-3:]))
@@ -78,7 +62,7 @@ def test_batches_of_any_length(packed):
 def test_the_kernels_are_not_given_what_they_would_write_beyond(packed):
     engine = engines.open_engine(packed, 'numba')
     height, width, channels = packed.image
-    for wrong in (np.zeros((engine.batch + 1, *packed.image), np.uint8), images(packed, 2).astype(float),
+    for wrong in (np.zeros((engine.batch + 1, *packed.image), np.uint8), random_images(packed, 2).astype(float),
                   np.zeros((1, height + 1, width, channels), np.uint8), np.zeros((1, height, width), np.uint8)):
         with pytest.raises(ValueError, match='uint8, at most'):
             engine.logits(wrong)
@@ -91,7 +75,7 @@ def test_eight_filters_that_read_so_many_groups(sources):
                                           (64, 3, 1, 'SAME', 2 * sources)])
     engine = engines.open_engine(packed, 'numba')
     assert engine.table[1, kernels.COLUMNS.index('kind')] == sources
-    x = images(packed, 5)
+    x = random_images(packed, 5)
     for found, expected in zip(engine.activations(x), numpy_engine.NumpyEngine(packed).activations(x), strict=True):
         np.testing.assert_array_equal(found, expected)
 
@@ -99,7 +83,7 @@ def test_eight_filters_that_read_so_many_groups(sources):
 def test_sums_on_the_thresholds_fire():
     """upper and lower are inclusive: with thresholds at the sums themselves, everything fires."""
     base = random_packed((6, 6, 1), 0, [(16, 3, 1, 'SAME', 1), (8, 6, 1, 'VALID', 1)])
-    x = images(base, 1)
+    x = random_images(base, 1)
     before = numpy_engine.NumpyEngine(base).activations(x)[0].astype(np.float32)
     sums = numpy_engine.convolve(before, base.layers[1])[0, 0, 0].astype(np.int32)
     for shift, expected in ((0, 1), (1, 0)):
@@ -299,7 +283,7 @@ def test_noise_under_a_right_checksum_raises_nothing_but_bad(file):
         except file_format.Bad:
             refused += 1
             continue
-        x = images(packed, 1)  # what is accepted can be run
+        x = random_images(packed, 1)  # what is accepted can be run
         for found, expected in zip(engines.open_engine(packed, 'numba').activations(x),
                                    numpy_engine.NumpyEngine(packed).activations(x), strict=True):
             np.testing.assert_array_equal(found, expected)
@@ -322,7 +306,7 @@ def standalone(*arguments, cwd):
 def test_the_standalone_command(tmp_path, engine):
     packed = random_packed(*NETWORKS['dense'])
     file_format.write(tmp_path / 'network.twta', packed)
-    x = images(packed, 5)
+    x = random_images(packed, 5)
     np.save(tmp_path / 'images.npy', x[..., 0])
     finished = standalone('network.twta', 'images.npy', '--engine', engine, cwd=tmp_path)
     expected = numpy_engine.NumpyEngine(packed).logits(x).argmax(1)
@@ -334,7 +318,7 @@ def test_the_standalone_command(tmp_path, engine):
 
 def test_a_network_of_other_images_or_classes():
     packed = random_packed(*NETWORKS['dense'])
-    dataset = SimpleNamespace(test=SimpleNamespace(images=images(packed, 1)), classes=packed.classes)
+    dataset = SimpleNamespace(test=SimpleNamespace(images=random_images(packed, 1)), classes=packed.classes)
     args = SimpleNamespace(file='x.twta', dataset='digits')
     inference.check_images(packed, dataset, args)
     with pytest.raises(TwtaError, match=r'for images \[9, 9, 1\], but those of digits are \[9, 8, 1\]'):

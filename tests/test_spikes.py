@@ -5,9 +5,18 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import QUICK, ROOT, random_packed, run_script, start
-from test_export import graph_of, hostile, sample_of
-from test_packed import NETWORKS, images
+from conftest import (
+    NETWORKS,
+    QUICK,
+    ROOT,
+    graph_of,
+    hostile,
+    random_images,
+    random_packed,
+    run_script,
+    sample_of,
+    start,
+)
 
 from twta import TwtaError, UsageError
 from twta.export import folding, spatial
@@ -83,7 +92,7 @@ def test_noise_deletes_spikes_of_the_encoder_only_and_is_seeded():
     assert (np.abs(once) <= np.abs(x)).all() and (once * x >= 0).all()
     assert np.abs(once).sum() / np.abs(x).sum() == pytest.approx(0.75, abs=0.01)
     packed = random_packed(*NETWORKS['odd'])
-    few = images(packed, 4)
+    few = random_images(packed, 4)
     _, plain = numpy_engine.NumpyEngine(packed).run(few)
     _, noisy = numpy_engine.NumpyEngine(packed, between=simulation.deletion(0.5, 0)).run(few)
     assert (noisy[0] != plain[0]).any() and (np.abs(noisy[0]) <= np.abs(plain[0])).all()
@@ -133,7 +142,7 @@ SMALL = {
 def test_counts_against_a_slow_loop(name, simulator, monkeypatch):
     monkeypatch.setattr(simulation, 'BATCH', 3)
     packed = random_packed(*SMALL[name])
-    x = images(packed, 5)
+    x = random_images(packed, 5)
     logits, maps = numpy_engine.NumpyEngine(packed).run(x)
     predicted, spike_numbers, operations, rows = simulation.simulate(simulator(packed), x, steps=1)
     np.testing.assert_array_equal(predicted, logits.argmax(1))
