@@ -25,7 +25,8 @@ Columns:
     packed/x             speed of packed divided by the speed of this engine
     file bytes           size of the model file
     peak MiB             peak memory of a process that runs this engine only
-    predicts as packed   share of the images on which the engine predicts the same class as packed
+    predicts as packed   share of the images on which the engine predicts the same class as packed; TensorFlow fuses
+                         batch normalisation, which rounds differently and may change a single image
 """
 import argparse
 import importlib.util
