@@ -353,7 +353,7 @@ def profile(name, repetitions):
     last, sums = engine.planes[-1], np.empty((200, len(packed.classes)))
     print(f'{"classifier":33} '
           f'{microseconds(kernels.classify, last.data, last.image, engine.weights, 0, 200, sums):7.1f}')
-    print(f'{"total":33} {microseconds(engine.logits, images):7.1f}')
+    print(f'{"in all":33} {microseconds(engine.logits, images):7.1f}')
 
 
 def child(*arguments):

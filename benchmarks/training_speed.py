@@ -131,7 +131,7 @@ KINDS = {  # parts of the name of an operation; the first kind with a match coun
     "filters' gradient": ('BackpropFilter',), "input's gradient": ('BackpropInput',),
     'convolution forward': ('Conv2D',), 'products of matrices': ('MatMul',), 'batch normalisation': ('BatchNorm',),
     'quantisers (XLA)': ('PartitionedCall',), 'layout': ('Transpose', 'Gather', 'Pad', 'Concat'), 'Adam': ('Adam',),
-    'casts': ('Cast',), 'other': ('',)}
+    'casts': ('Cast',), 'the rest': ('',)}
 
 
 def profile(name, repetitions):
@@ -164,11 +164,11 @@ def profile(name, repetitions):
                 kind = next(kind for kind, words in KINDS.items() if any(word in operation for word in words))
                 spent[kind] += (node.op_end_rel_micros - node.op_start_rel_micros) / repetitions / 1000
     total = sum(spent.values())
-    print(f'{name}: traced milliseconds of a training step of {BATCH} images in {precision.name}')
+    print(f'{name}: milliseconds of a training step of {BATCH} images, {precision.name}, as traced')
     for kind, taken in sorted(spent.items(), key=lambda item: -item[1]):
         print(f'{kind:22} {taken:8.1f} {taken / total:6.0%}')
     multiplied = sum(taken for kind, taken in spent.items() if 'gradient' in kind or kind.startswith(('conv', 'prod')))
-    print(f'{"total":22} {total:8.1f}; {operations / 1e9:.1f} G operations in {multiplied:.1f} ms: '
+    print(f'{"in all":22} {total:8.1f}; {operations / 1e9:.1f} G operations in {multiplied:.1f} ms: '
           f'{operations / multiplied / 1e6:,.0f} G/s')
 
 
