@@ -1,4 +1,4 @@
-# The first Python that TensorFlow has wheels for; `make PYTHON=... demo` takes another.
+# The first Python found that TensorFlow supports; `make PYTHON=... demo` takes another.
 IS_FIT := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
     $$python -c '$(IS_FIT)' 2>/dev/null && echo $$python && break; done)
@@ -6,21 +6,21 @@ VENV := .venv/bin
 
 .PHONY: demo test slow processors soak lint report reproduce-table pdf
 
-# A few epochs on the embedded sample, then inference; needs no network once installed.
+# Trains 12 epochs on scikit-learn's digits, then runs inference; downloads nothing after the installation.
 demo: .venv/installed
 	$(VENV)/python MNIST/TWTA_4_4_MNIST.py --dataset digits --resume False --learning_rate 0.001 --batch_size 50 --epochs 12 --mode training
 	$(VENV)/python MNIST/TWTA_4_4_MNIST.py --dataset digits --resume True --mode inference
 
-# Two processes on two cores: with a thread each, TensorFlow does not wait for the other one's.
+# Two test processes with one TensorFlow thread each: with more they would wait for each other on two cores.
 PYTEST := TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1 $(VENV)/python -m pytest -n 2
 test: .venv/installed
 	$(PYTEST)
 
-# What takes half a minute and more by nature: VGG13 trained, the whole tutorial, a kill on one core.
+# Tests of half a minute and more: VGG13 trained, the whole tutorial, a killed training on one core.
 slow: .venv/installed
 	$(PYTEST) -m slow
 
-# What depends on the processor, under kinds that this one is not: without oneDNN, with SSE2 only, with AVX2 only.
+# Tests that depend on the processor, under simulated kinds: without oneDNN and with SSE2 only; with AVX2 only.
 processors: .venv/installed
 	TF_ENABLE_ONEDNN_OPTS=0 NUMBA_CPU_NAME=x86-64 NUMBA_CPU_FEATURES= $(PYTEST) -m 'processor and not slow'
 	ONEDNN_MAX_CPU_ISA=AVX2 XLA_FLAGS=--xla_cpu_max_isa=AVX2 NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES= $(PYTEST) -m 'processor and not slow'
@@ -32,7 +32,7 @@ lint: .venv/installed
 soak: .venv/installed
 	$(VENV)/python tests/soak.py --kills 50
 
-# Tables of README.md and benchmarks/README.md, figures in docstrings, pictures: from the records.
+# Writes the tables of the pages, the figures in docstrings and the pictures from the records.
 report: .venv/installed
 	$(VENV)/python -m twta.report
 
@@ -40,18 +40,18 @@ report: .venv/installed
 reproduce-table: .venv/installed
 	$(VENV)/python -m twta.report --reproduce
 
-# PDF/README.pdf; its tools are in no other use.
+# Writes PDF/README.pdf; installs the tools for it first.
 pdf: .venv/installed
 	$(VENV)/pip install --quiet --disable-pip-version-check -r PDF/requirements.txt
 	$(VENV)/python PDF/make.py
 
 .venv/installed: requirements.txt pyproject.toml
-	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.13 found; TensorFlow needs one: install it" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 to 3.13 found, which TensorFlow needs; install one" >&2; exit 1; }
 	@"$(PYTHON)" -c '$(IS_FIT)' 2>/dev/null || { echo "error: PYTHON=$(PYTHON) is not a Python 3.10 to 3.13, which \
 	TensorFlow needs; name another: make PYTHON=python3.12 ..." >&2; exit 1; }
 	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { echo "error: $(PYTHON) lacks the module venv; on Debian \
 	and Ubuntu: apt install $(notdir $(PYTHON))-venv" >&2; exit 1; }
-	@echo "installing into .venv: TensorFlow and what it needs, 2.5 GB on disk; a few minutes"
+	@echo "installing TensorFlow and its dependencies into .venv: 2.5 GB on disk, a few minutes"
 	@"$(PYTHON)" -m venv --clear .venv
 	$(VENV)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@

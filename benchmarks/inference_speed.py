@@ -1,25 +1,38 @@
 #!/usr/bin/env python3
-"""Images per second of the packed engine and of others, on the same networks, interleaved in one run.
+"""Time the inference of each network in the packed engine and in other engines.
 
     pip install -r requirements.txt ai-edge-litert
     python benchmarks/inference_speed.py
 
-    packed             twta.packed, the numba engine; from uint8 images, preprocessing included
-    TensorFlow         the float32 graph, frozen; from preprocessed float32 images, as all that follow
-    ONNX Runtime       the same network in float32: batch normalisation folded into the convolutions
-    ONNX Runtime int8  the same convolutions, weights and activations in int8 (QDQ, a scale a channel)
-    LiteRT int8        the same
+Engines:
 
-The int8 engines have no ternary activations: theirs are the 8-bit values of the clip to [-1, 1], so they do a little
-less than the network asks for (no ternarisation, no shuffling of channels between groups) and predict otherwise. An
-engine that is not installed is left out. Weights are the scripts' initial ones; the time does not depend on them.
+    packed             twta.packed with the numba engine. It starts from uint8 images and prepares them; the other
+                       engines get images that are prepared.
+    TensorFlow         The frozen graph in float32.
+    ONNX Runtime       The same network in float32, batch normalisation folded into the convolutions.
+    ONNX Runtime int8  The same convolutions with weights and activations in int8 (QDQ, one scale per channel).
+    LiteRT int8        The same in LiteRT.
+
+The int8 engines clip activations to [-1, 1] and keep 8 bits of them. They do not ternarise, and they do not shuffle
+channels between groups: this is slightly less work than the network asks for, and the predictions differ. Engines that
+are not installed are left out. Images are random and weights are the initial ones; neither changes the time. The
+engines take turns in one process, so that a slow minute slows all of them.
+
+Columns:
+
+    batch, threads       images per call, and threads of the engine
+    images/s             images per second, the median of the repetitions
+    packed/x             speed of packed divided by the speed of this engine
+    file bytes           size of the model file
+    peak MiB             peak memory of a process that runs this engine only
+    predicts as packed   share of the images on which the engine predicts the same class as packed; TensorFlow fuses
+                         batch normalisation, which rounds differently and may change a single image
 """
 import argparse
 import importlib.util
 import json
 import logging
 import os
-import runpy
 import statistics
 import subprocess
 import sys
@@ -30,18 +43,15 @@ from pathlib import Path
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import numpy as np
+from speed import add_flags, choose_networks, cropped, find_scripts, image_of, peak_memory, random_images, write_rows
 
 from twta import processor
 from twta.packed import engines, file_format, numpy_engine
 from twta.packed.file_format import after, fan_in, input_shape
-from twta.results import environment, installed
-from twta.terminal import output_file, positive_integer
+from twta.scripts import load_script
 
-ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 0.05  # that a timing lasts, at least
-SHORT = ('TWTA_4_4_MNIST', 'TWTA_3_3_CIFAR10_VGG13', 'TWTA_3_3_CIFAR10_Group_V2')
-SCRIPTS = {path.stem: path for folder in ('MNIST', 'CIFAR10') for path in sorted((ROOT / folder).glob('TWTA*.py'))}
-IMAGE = {'MNIST': ((28, 28, 1), 0), 'CIFAR10': ((32, 32, 3), 24)}
+SECONDS = 0.05  # least duration of a timing
+SCRIPTS = find_scripts('TWTA')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -49,45 +59,41 @@ IMAGE = {'MNIST': ((28, 28, 1), 0), 'CIFAR10': ((32, 32, 3), 24)}
 
 
 def build(name):
-    """The network of a script with its initial weights: Packed, and its frozen graph in TensorFlow as bytes."""
-    from twta import ternary_layers
+    """Return a script's network with its initial weights: packed, and its frozen graph in TensorFlow as bytes."""
     from twta.export.pack import pack
-    from twta.graph import preprocessing
     from twta.graph.blocks import read_blocks
     from twta.graph.session import open_session
     from twta.graph.tf1 import tf
 
-    class Conv2dLayer(ternary_layers.Conv2dLayer):
-        """Without the float64 sums of the encoder, which no other float32 engine has either."""
+    image, crop = image_of(SCRIPTS[name])
+    with tf.Graph().as_default() as graph:
+        tf.set_random_seed(0)
+        x = tf.placeholder(tf.float32, [None, *cropped(image, crop)], 'x')
+        net = load_script(SCRIPTS[name]).model(x, False)
+        tf.identity(net.outputs, 'logits')
+        with open_session(graph, 0) as session:
+            session.run(tf.global_variables_initializer())
+            settle(net, session, {x: numpy_engine.prepare(random_images(image, 100), crop)}, read_blocks(net))
+            packed = pack(net, session, {'network': name, 'dataset': 'benchmark', 'image': image, 'crop': crop,
+                                         'classes': tuple('0123456789'), 'record': {}})
+            frozen = tf.graph_util.extract_sub_graph(tf.graph_util.convert_variables_to_constants(
+                session, graph.as_graph_def(), ['logits']), ['logits'])
+    return packed, in_float32(frozen).SerializeToString()
 
-        def __init__(self, *arguments):
-            super().__init__(*arguments[:7], False, *arguments[8:])
 
-    image, crop = IMAGE[SCRIPTS[name].parent.name]
-    model = runpy.run_path(str(SCRIPTS[name]))['model']
-    usual = ternary_layers.Conv2dLayer
-    ternary_layers.Conv2dLayer = Conv2dLayer
-    try:
-        with tf.Graph().as_default() as graph:
-            tf.set_random_seed(0)
-            images = tf.placeholder(tf.uint8, [None, *image])
-            prepared = tf.identity(preprocessing.for_evaluation(images, crop), 'x')
-            net = model(prepared, False)
-            tf.identity(net.outputs, 'logits')
-            with open_session(graph, 0) as session:
-                session.run(tf.global_variables_initializer())
-                settle(net, session, {images: sample(image, 100)}, read_blocks(net))
-                packed = pack(net, session, {'network': name, 'dataset': 'benchmark', 'image': image, 'crop': crop,
-                                             'classes': tuple('0123456789'), 'record': {}})
-                frozen = tf.graph_util.extract_sub_graph(tf.graph_util.convert_variables_to_constants(
-                    session, graph.as_graph_def(), ['logits']), ['logits'])
-    finally:
-        ternary_layers.Conv2dLayer = usual
-    return packed, frozen.SerializeToString()
+def in_float32(frozen):
+    """Return the frozen graph with the encoder's float64 sums in float32: no other engine here has float64 sums."""
+    from twta.graph.tf1 import tf
+
+    for node in frozen.node:
+        for attribute in node.attr.values():
+            if attribute.type == tf.float64.as_datatype_enum:
+                attribute.type = tf.float32.as_datatype_enum
+    return frozen
 
 
 def settle(net, session, feed, blocks):
-    """Moving moments as after some training, so that activations are not all +1 or -1."""
+    """Set moving moments as a training would: with the initial ones, all activations are +1 or -1."""
     for _, batch_norm, _ in blocks:
         if batch_norm:
             sums = session.run(batch_norm.inputs, feed)
@@ -96,26 +102,25 @@ def settle(net, session, feed, blocks):
             batch_norm.moving_variance.load(sums.var(axes), session)
 
 
-def sample(image, count):
-    return np.random.default_rng(0).integers(0, 256, (count, *image)).astype(np.uint8)
-
-
 def affine(layer):
-    """Scale and shift of a layer's batch normalisation, that is of one with the same thresholds."""
+    """Return scale and shift of a batch normalisation that has the thresholds of the layer."""
     upper, lower = layer.upper.astype(np.float64), layer.lower.astype(np.float64)
-    width = upper - lower - (0 if layer.upper.dtype == np.float32 else 0.5)  # beside the whole numbers
+    width = upper - lower - (0 if layer.upper.dtype == np.float32 else 0.5)  # integer sums: no rounding tie on them
     return 1 / width, -(upper + lower) / 2 / width
 
 
 def folded(packed):
-    """Each layer with float32 weights [height, width, channels / groups, filters] and bias [filters]."""
+    """Yield each layer with its float32 weights [height, width, channels / groups, filters] and bias [filters]."""
     for layer in packed.layers:
         scale, shift = affine(layer)
         yield layer, (layer.weights * scale).astype(np.float32), shift.astype(np.float32)
 
 
 def onnx_model(packed, is_ternary):
-    """The network in float32, x NHWC to logits; is_ternary False: activations clipped, not ternarised, not shuffled."""
+    """Return the network as an ONNX model in float32, from x (NHWC) to logits.
+
+    is_ternary    False: activations are clipped but not ternarised, and channels are not shuffled
+    """
     from onnx import TensorProto, helper, numpy_helper
 
     nodes, constants = [], []
@@ -145,13 +150,14 @@ def onnx_model(packed, is_ternary):
 
 
 def write_int8_onnx(packed, path):
+    """Write the network as an ONNX model in int8, calibrated on random images."""
     import onnx
     from onnxruntime import quantization
 
-    logging.disable(logging.WARNING)  # advice on preprocessing, which the model does not need
+    logging.disable(logging.WARNING)  # onnxruntime advises a preprocessing that this model does not need
 
     class Reader(quantization.CalibrationDataReader):
-        batches = iter([{'x': numpy_engine.prepare(sample(packed.image, 64), packed.crop)}])
+        batches = iter([{'x': numpy_engine.prepare(random_images(packed.image, 64), packed.crop)}])
 
         def get_next(self):
             return next(self.batches, None)
@@ -163,7 +169,7 @@ def write_int8_onnx(packed, path):
 
 
 def write_tflite(packed, path):
-    """In a process of its own: the converter wants TensorFlow 2."""
+    """Write the network for LiteRT in int8. The converter needs TensorFlow 2, which twta.graph would switch off."""
     import tensorflow as tf
 
     @tf.function(input_signature=[tf.TensorSpec([1, *input_shape(packed)], tf.float32)])
@@ -176,7 +182,7 @@ def write_tflite(packed, path):
 
     converter = tf.lite.TFLiteConverter.from_concrete_functions([network.get_concrete_function()])
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    x = numpy_engine.prepare(sample(packed.image, 16), packed.crop)
+    x = numpy_engine.prepare(random_images(packed.image, 16), packed.crop)
     converter.representative_dataset = lambda: ([image[np.newaxis]] for image in x)
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
     converter.inference_input_type = converter.inference_output_type = tf.int8
@@ -184,7 +190,7 @@ def write_tflite(packed, path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Engines: each a function of (folder, packed, images, threads) that returns a function to time, which returns logits
+# Engines. Each is a function of (folder, packed, images, threads) that returns the function to time: it gives logits
 
 
 def run_packed(folder, packed, images, threads):
@@ -247,7 +253,7 @@ ENGINES = {'packed': (run_packed, 'network.twta'), 'TensorFlow': (run_tensorflow
 
 
 def write_models(name, folder):
-    """The files of every engine for a network; those of engines that are not installed are left out."""
+    """Write the model files of a network for every engine that is installed."""
     packed, frozen = build(name)
     file_format.write(folder / 'network.twta', packed)
     (folder / 'frozen.pb').write_bytes(frozen)
@@ -261,14 +267,14 @@ def write_models(name, folder):
 
 
 def measure(name, batches, threads, repetitions):
-    """Prints and returns a row for each engine, batch and number of threads."""
+    """Print and return one row per engine, batch and number of threads."""
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         write_models(name, folder)
         found = [engine for engine, (_, file) in ENGINES.items() if (folder / file).exists()]
         memory = {engine: int(child('--memory', engine, folder)) for engine in found}
-        for n_threads in threads:  # a process each: TensorFlow keeps the number of threads of its first session
+        for n_threads in threads:  # one process each: TensorFlow keeps the number of threads of its first session
             for row in json.loads(child('--rows', folder, n_threads, repetitions, *batches)):
                 row.update(network=name, processor=processor.kind(), threads=n_threads,
                            peak_memory=memory[row['engine']], bytes=(folder / ENGINES[row['engine']][1]).stat().st_size)
@@ -280,11 +286,11 @@ def measure(name, batches, threads, repetitions):
 
 
 def interleave(folder, threads, repetitions, batches):
-    """Rows of all engines, in turn, in this process."""
+    """Time all engines by turns in this process; return their rows."""
     packed = file_format.read(folder / 'network.twta')
     rows = []
     for batch in batches:
-        images = sample(packed.image, batch)
+        images = random_images(packed.image, batch)
         runs = {engine: start(folder, packed, images, threads) for engine, (start, file) in ENGINES.items()
                 if (folder / file).exists()}
         predicted = {engine: run().argmax(1) for engine, run in runs.items()}
@@ -292,7 +298,7 @@ def interleave(folder, threads, repetitions, batches):
         loops = {engine: 1 + int(SECONDS / seconds(run)) for engine, run in runs.items()}
         for _ in range(repetitions):
             for engine, run in runs.items():
-                time.sleep(0.1)  # until the threads of the one before have stopped spinning
+                time.sleep(0.1)  # the threads of the engine before may still spin
                 run()
                 start = time.perf_counter()
                 for _ in range(loops[engine]):
@@ -306,7 +312,7 @@ def interleave(folder, threads, repetitions, batches):
 
 
 def seconds(run):
-    """Of the second of two runs."""
+    """Return the seconds of a second run; the first one may compile."""
     run()
     start = time.perf_counter()
     run()
@@ -314,12 +320,12 @@ def seconds(run):
 
 
 def profile(name, repetitions):
-    """Prints where an image's time goes in the packed engine, batch 200, one thread: the best of the repetitions."""
+    """Print the time per image of each part of the packed engine: batch 200, one thread, best of the repetitions."""
     from twta.packed import kernels
     from twta.packed.numba_engine import NumbaEngine
 
     packed, _ = build(name)
-    engine, images = NumbaEngine(packed, threads=1), sample(packed.image, 200)
+    engine, images = NumbaEngine(packed, threads=1), random_images(packed.image, 200)
 
     def microseconds(function, *arguments):
         best = float('inf')
@@ -330,7 +336,7 @@ def profile(name, repetitions):
         return best / len(images) * 1e6
 
     engine.logits(images)
-    print(f'{name}: microseconds an image, batch 200, one thread\n'
+    print(f'{name}: microseconds per image, batch 200, one thread\n'
           'layer        sources words positions      us  ternary GMAC/s  bits of words used')
     print(f'{"preprocess":33} '
           f'{microseconds(kernels.prepare, images, 0, 200, packed.crop, engine.x, engine.before):7.1f}')
@@ -348,33 +354,21 @@ def profile(name, repetitions):
 
 
 def child(*arguments):
-    """The last line that this script prints with those arguments, in a process of its own."""
+    """Run this script with the arguments in a process of its own; return the last line that it prints."""
     done = subprocess.run([sys.executable, __file__, *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ['nothing said'])[-1]
-        sys.exit(f'inference_speed.py: error: {" ".join(map(str, arguments))} has ended with {done.returncode}: '
-                 f'{reason}')
+        reason = (done.stderr.strip().splitlines() or ['no message'])[-1]
+        sys.exit(f'inference_speed.py: error: {" ".join(map(str, arguments))}: exit code {done.returncode}: {reason}')
     return done.stdout.splitlines()[-1]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('networks', nargs='*', metavar='NETWORK',
-                        help=f'of {", ".join(SCRIPTS)}; default: {", ".join(SHORT)}')
-    parser.add_argument('--all', action='store_true', help='every network')
-    parser.add_argument('--repetitions', type=positive_integer, default=9, metavar='N',
-                        help='of which the median is taken; default: 9')
-    parser.add_argument('--json', type=output_file, metavar='FILE', help='write the rows there as well')
-    parser.add_argument('--profile', choices=SCRIPTS, metavar='NETWORK',
-                        help='only where the packed engine spends its time')
+    add_flags(parser, SCRIPTS, 9, 'time the parts of the packed engine on this network, and nothing else')
     for internal, count in (('--tflite', 1), ('--memory', 2), ('--rows', '+')):
         parser.add_argument(internal, nargs=count, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    unknown = set(args.networks) - SCRIPTS.keys()
-    if unknown:
-        parser.error(f'{min(unknown)}: unknown; valid are {", ".join(SCRIPTS)}')
-    if args.all and args.networks:
-        parser.error('--all: goes without names of networks')
+    networks = choose_networks(parser, args, SCRIPTS)
     if args.profile:
         return profile(args.profile, args.repetitions)
     if args.tflite:
@@ -383,22 +377,19 @@ def main():
     if args.memory:
         engine, folder = args.memory[0], Path(args.memory[1])
         packed = file_format.read(folder / 'network.twta')
-        run = ENGINES[engine][0](folder, packed, sample(packed.image, 200), processor.available_cores())
+        run = ENGINES[engine][0](folder, packed, random_images(packed.image, 200), processor.available_cores())
         for _ in range(3):
             run()
-        status = Path('/proc/self/status').read_text()  # getrusage would count the process that started this one
-        return print(1024 * int(status.split('VmHWM:')[1].split()[0]))
+        return print(peak_memory())
     if args.rows:
         threads, repetitions, *batches = map(int, args.rows[1:])
         return print(json.dumps(interleave(Path(args.rows[0]), threads, repetitions, batches)))
-    print(f'{"network":26} {"engine":18} batch threads  images/s packed/x  file bytes mem MiB predicts as packed')
+    print(f'{"network":26} {"engine":18} batch threads  images/s packed/x file bytes peak MiB predicts as packed')
     rows = []
-    for name in SCRIPTS if args.all else args.networks or SHORT:
+    for name in networks:
         rows += measure(name, (1, 200), sorted({1, processor.available_cores()}), args.repetitions)
         if args.json:
-            versions = dict(installed(('onnxruntime', 'ai-edge-litert')))
-            args.json.write_text(json.dumps({'environment': environment(), 'others': versions,
-                                             'repetitions': args.repetitions, 'rows': rows}, indent=1) + '\n')
+            write_rows(args.json, ('onnxruntime', 'ai-edge-litert'), args.repetitions, rows)
 
 
 if __name__ == '__main__':

@@ -1,31 +1,41 @@
 #!/usr/bin/env python3
-"""Images per second in training and inference: these scripts, the published way and PyTorch, interleaved in one run.
+"""Time training and inference of each network: as these scripts do it, the published way and, with --torch, in PyTorch.
 
     python benchmarks/training_speed.py            # three networks, about 5 minutes
     python benchmarks/training_speed.py --all      # all nine, 17 minutes
     pip install torch==2.13.0 && python benchmarks/training_speed.py --torch
 
-    project           what a script runs: the loop of twta.training with feeding and augmentation, in the type that
-                      --precision auto takes, and the end of an epoch (checkpoint, log, weights, summaries) shared out
-                      among its 50,000 images. Inference: as --mode inference evaluates, from uint8 images, float32,
-                      the encoder in float64, batches of 500
-    project float32   the same with --precision float32
-    published         the same network the published way, from stock parts: TensorLayer's unfused BatchNormLayer, signs
-                      under gradient_override_map, each group a slice with a convolution and a BatchNormLayer of its
-                      own, feed_dict on MNIST, queue runners that augment image by image on CIFAR-10; float32. On MNIST
-                      an epoch ends, as there, with another pass over the training images, and a checkpoint; its
-                      validation, and the project's, are in neither. Inference: images at hand, batches of 200
-    torch ...         the same in PyTorch, eager and compiled, float32 and bfloat16 (autocast), channels last, on one
-                      batch of 200 that is at hand: no feeding, no augmentation, no end of an epoch
+Ways:
 
-Each is a process that trains or infers when it is told to. Images are random, weights the initial ones: the time does
-not depend on them.
+    project          What a script runs: the loop of twta.training with feeding and augmentation, in the type that
+                     --precision auto takes. The time of the end of an epoch (checkpoint, log, weights, summaries) is
+                     spread over its 50,000 images. Inference is that of --mode inference: uint8 images in batches of
+                     500, float32, the encoder in float64.
+    project float32  The same with --precision float32.
+    published        The same network in float32 from stock parts, the published way: TensorLayer's unfused
+                     BatchNormLayer, signs under gradient_override_map, one slice, convolution and BatchNormLayer per
+                     group. feed_dict feeds MNIST; queue runners feed CIFAR-10 and augment image by image. On MNIST an
+                     epoch ends, as published, with a second pass over the training images and a checkpoint. Inference
+                     takes prepared images in batches of 200.
+    torch ...        The same network in PyTorch: eager or compiled, float32 or bfloat16 (autocast), channels last. It
+                     repeats one batch of 200 that lies in memory: no feeding, no augmentation, no end of an epoch.
+
+No way includes the validation after an epoch. Each way runs in a process of its own. The processes take turns, so that
+a slow minute slows all of them. Images are random and weights are the initial ones; neither changes the time.
+
+Columns:
+
+    training, inference   images per second, the median of the repetitions
+    x                     speed of project divided by the speed of this way, in the column before
+    steps                 the same for training without the ends of epochs
+    peak MiB              peak memory of the process
+    first step, import    seconds from the command to the end of the first step; seconds of them in which TensorFlow or
+                          PyTorch is imported
 """
 import argparse
 import importlib.util
 import json
 import os
-import runpy
 import shlex
 import statistics
 import subprocess
@@ -37,24 +47,24 @@ from types import SimpleNamespace
 
 import numpy as np
 import yardsticks
-from yardsticks import BATCH, INFERRED, SCRIPTS, random_images
+from speed import add_flags, choose_networks, peak_memory, write_rows
+from yardsticks import BATCH, INFERRED, SCRIPTS, random_examples
 
 from twta import processor
-from twta.results import environment, installed
-from twta.terminal import output_file, positive_integer
+from twta.scripts import load_script
 
 EPOCH_IMAGES = 50_000
-SECONDS = 0.5  # that a timing lasts, at least
-SHORT = ('TWTA_4_4_MNIST', 'TWTA_3_3_CIFAR10_VGG13', 'TWTA_3_3_CIFAR10_Group_V2')
+SECONDS = 0.5  # least duration of a timing
 TENSORFLOW = ('project', 'project float32', 'published')
 TORCH = ('torch eager float32', 'torch eager bfloat16', 'torch compiled float32', 'torch compiled bfloat16')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The ways. Each is a function that gives train(steps), infer() and, where it has one, epoch_end()
+# The ways. Each is a function that returns train(steps), infer() and epoch_end(), or None without an end of an epoch
 
 
 def project(name, precision):
+    """Return the way of these scripts."""
     from tqdm import tqdm
 
     from twta.graph.build import build_graph
@@ -64,9 +74,9 @@ def project(name, precision):
     from twta.training.state import FIELDS, PartialEpoch, Stage, State
     from twta.training.weights import save_weights
 
-    images, labels, crop = random_images(name)
+    images, labels, crop = random_examples(name)
     data = SimpleNamespace(images=images, labels=labels)
-    model = runpy.run_path(str(SCRIPTS[name]))['model']
+    model = load_script(SCRIPTS[name]).model
     network = build_graph(model, images.shape[1:], crop, 0, choose_precision(precision, None))
     with network.graph.as_default():
         session = open_session(network.graph, 0)
@@ -93,7 +103,10 @@ def project(name, precision):
 
 
 def ways(with_torch):
-    """Return the ways to time; PyTorch's in bfloat16 only if the processor multiplies it: emulated, they take hours."""
+    """Return the names of the ways to time.
+
+    PyTorch's ways in bfloat16 need a processor that multiplies it: they take hours if it is emulated.
+    """
     from twta.graph.session import multiplies_bfloat16
 
     torch = TORCH if multiplies_bfloat16(None) else [way for way in TORCH if way.endswith('float32')]
@@ -101,6 +114,7 @@ def ways(with_torch):
 
 
 def start(name, way, layers, is_ternary):
+    """Return train, infer and epoch_end of a way; layers and is_ternary come from layers_of, as JSON holds them."""
     layers = [yardsticks.Layer(*layer) for layer in layers]
     if way == 'published':
         return yardsticks.published(name, layers, is_ternary)
@@ -113,7 +127,7 @@ def start(name, way, layers, is_ternary):
 # ----------------------------------------------------------------------------------------------------------------------
 # Where the time goes
 
-KINDS = {  # what an operation's name has in it; the first that fits
+KINDS = {  # parts of the name of an operation; the first kind with a match counts
     "filters' gradient": ('BackpropFilter',), "input's gradient": ('BackpropInput',),
     'convolution forward': ('Conv2D',), 'products of matrices': ('MatMul',), 'batch normalisation': ('BatchNorm',),
     'quantisers (XLA)': ('PartitionedCall',), 'layout': ('Transpose', 'Gather', 'Pad', 'Concat'), 'Adam': ('Adam',),
@@ -121,18 +135,18 @@ KINDS = {  # what an operation's name has in it; the first that fits
 
 
 def profile(name, repetitions):
-    """Prints the share of each kind of operation in a training step, and the speed of the products."""
+    """Print the time of each kind of operation in a training step, and the speed of the products."""
     from twta.graph.blocks import read_blocks
     from twta.graph.build import build_graph
     from twta.graph.session import choose_precision, configuration
     from twta.graph.tf1 import native_chatter_hidden, tf
 
-    images, labels, crop = random_images(name)
+    images, labels, crop = random_examples(name)
     precision = choose_precision('auto', None)
-    network = build_graph(runpy.run_path(str(SCRIPTS[name]))['model'], images.shape[1:], crop, 0, precision)
+    network = build_graph(load_script(SCRIPTS[name]).model, images.shape[1:], crop, 0, precision)
     products = [np.prod(layer.all_params[-1].shape.as_list()) * np.prod(layer.outputs.shape[1:-1].as_list() or [1])
                 for layer, _, _ in read_blocks(network.net)]
-    operations = 2 * BATCH * (3 * sum(products) - products[0])  # nobody wants the images' gradient
+    operations = 2 * BATCH * (3 * sum(products) - products[0])  # the images need no gradient
     feed = {network.images: images[:BATCH], network.labels: labels[:BATCH], network.learning_rate: 1e-4,
             network.step: 0}
     config = configuration(inter_op_parallelism_threads=1)  # one operation at a time, each on all cores
@@ -143,7 +157,7 @@ def profile(name, repetitions):
         for index in range(repetitions + 3):
             trace = tf.RunMetadata()
             session.run(network.training.step, feed, options, trace)
-            if index < 3:  # XLA compiles, memory is taken
+            if index < 3:  # XLA still compiles, and TensorFlow allocates memory
                 continue
             for node in (node for device in trace.step_stats.dev_stats for node in device.node_stats):
                 operation = node.timeline_label.partition(' = ')[2].partition('(')[0] or node.node_name
@@ -163,12 +177,16 @@ def profile(name, repetitions):
 
 
 def work(name, way, began, network):
-    """Do a child's work: report its start-up, then do what each line of the input says, and answer with the seconds.
+    """Do the work of a child process: report its start-up, then read commands and answer each with its seconds.
 
-    network is what layers_of returns, as JSON.
+    name, way    of the network and of the way
+    began        time.time() when the command was given
+    network      what layers_of returns, as JSON
+
+    A command is a line of stdin: train, infer or epoch_end and a count. The answer to "memory 1" is a number of bytes.
     """
     answers = os.fdopen(os.dup(1), 'w', buffering=1)
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    os.dup2(2, 1)  # what a library prints must not look like an answer
     before = time.time()
     if way.startswith('torch'):
         import torch.nn  # noqa: F401
@@ -183,8 +201,7 @@ def work(name, way, began, network):
     for line in sys.stdin:
         what, count = line.split()
         if what == 'memory':
-            status = Path('/proc/self/status').read_text()  # getrusage would count the process that started this one
-            print(1024 * int(status.split('VmHWM:')[1].split()[0]), file=answers)
+            print(peak_memory(), file=answers)
             continue
         start_time = time.perf_counter()
         todo[what](int(count))
@@ -192,7 +209,7 @@ def work(name, way, began, network):
 
 
 class Worker:
-    """A child process that works as `work` says."""
+    """A child process that runs `work`, and the times that it has answered."""
 
     def __init__(self, name, way, network, folder):
         self.way = way
@@ -215,23 +232,27 @@ class Worker:
             self.passes = 0
 
     def answer(self):
+        """Return the next answer; end this process with a message if the child has ended."""
         line = self.process.stdout.readline()
         if not line:
-            sys.exit(f'{self.way}: failed; see why with: {shlex.join(self.process.args)} </dev/null')
+            sys.exit(f'training_speed.py: error: {self.way} has failed; see why with: '
+                     f'{shlex.join(self.process.args)} </dev/null')
         return json.loads(line)
 
     def ask(self, what, count=1):
+        """Send a command to the child and return its answer."""
         print(f'{what} {count}', file=self.process.stdin, flush=True)
         return self.answer()
 
     def repeat(self):
+        """Time training and inference once, each after an untimed call."""
         for what, calls in self.calls.items():
-            time.sleep(0.1)  # until the threads of the one before have stopped spinning
+            time.sleep(0.1)  # the threads of the worker before may still spin
             self.ask(what)
             self.times[what].append(self.ask(what, calls) / calls)
 
-    def seconds_an_image(self, what):
-        """Of each repetition: 'inference', 'step' or 'training', which is steps and ends of epochs."""
+    def seconds_per_image(self, what):
+        """Return the seconds of each repetition for 'inference', 'step' or 'training': steps and ends of epochs."""
         inference = [seconds / INFERRED for seconds in self.times['infer']]
         if what == 'inference':
             return inference
@@ -243,12 +264,12 @@ class Worker:
 
 
 def measure(name, ways, repetitions):
-    """Prints and returns a row for each way."""
+    """Print and return one row per way; the ways take turns."""
     network = json.dumps(yardsticks.layers_of(name))
     with tempfile.TemporaryDirectory() as folder:
         workers = []
         try:
-            for way in ways:  # one after another, so that each starts up alone
+            for way in ways:  # one after the other, so that each starts up alone
                 workers.append(Worker(name, way, network, folder))
             for _ in range(repetitions):
                 for worker in workers:
@@ -261,12 +282,12 @@ def measure(name, ways, repetitions):
 
 
 def summarize(name, worker, first):
-    """A row: images per second, and how many times as many the first of the workers did."""
+    """Print and return the row of a worker: images per second, and the speed of the first worker divided by its own."""
     row = {'network': name, 'way': worker.way, 'processor': processor.kind()}
     for what in ('training', 'step', 'inference'):
-        own, its = worker.seconds_an_image(what), first.seconds_an_image(what)
+        own, its = worker.seconds_per_image(what), first.seconds_per_image(what)
         row[f'{what}_images_per_second'] = 1 / statistics.median(own)
-        # of each repetition, so that a slow minute slows both sides
+        # the ratio of each repetition first, so that a slow minute slows both sides
         row[f'{what}_ratio'] = statistics.median(a / b for a, b in zip(own, its, strict=True))
     row.update(epoch_end_seconds=worker.epoch_end, peak_memory_bytes=worker.memory,
                **{f'{what}_seconds': value for what, value in worker.startup.items()})
@@ -279,40 +300,27 @@ def summarize(name, worker, first):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('networks', nargs='*', metavar='NETWORK',
-                        help=f'of {", ".join(SCRIPTS)}; default: {", ".join(SHORT)}')
-    parser.add_argument('--all', action='store_true', help='every network')
-    parser.add_argument('--torch', action='store_true', help='PyTorch as well; it must be installed')
-    parser.add_argument('--repetitions', type=positive_integer, default=5, metavar='N',
-                        help='of which the median is taken; default: 5')
-    parser.add_argument('--json', type=output_file, metavar='FILE', help='write the rows there as well')
-    parser.add_argument('--profile', choices=SCRIPTS, metavar='NETWORK',
-                        help='only where a training step spends its time')
+    add_flags(parser, SCRIPTS, 5, 'print where a training step of this network spends its time, and nothing else')
+    parser.add_argument('--torch', action='store_true', help='time the ways of PyTorch too; it must be installed')
     parser.add_argument('--work', nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         return work(*args.work[:2], float(args.work[2]), args.work[3])
-    unknown = set(args.networks) - SCRIPTS.keys()
-    if unknown:
-        parser.error(f'{min(unknown)}: unknown; valid are {", ".join(SCRIPTS)}')
+    networks = choose_networks(parser, args, SCRIPTS)
+    if args.profile and args.torch:
+        parser.error('--profile: goes with --repetitions only; leave out --torch')
     if args.profile:
-        if args.networks or args.all or args.torch or args.json:
-            parser.error('--profile: goes with --repetitions only; leave out the rest')
         return profile(args.profile, args.repetitions)
     if args.torch and not importlib.util.find_spec('torch'):
-        parser.error('--torch: PyTorch is not installed; pip install torch==2.13.0')
-    if args.all and args.networks:
-        parser.error('--all: goes without names of networks')
-    print('images/s; x: how many times as many the project does, steps: without the ends of epochs; seconds from the '
-          'command\nto the first step, and how many of them the import of TensorFlow or PyTorch takes')
+        parser.error('--torch: PyTorch is not installed; install it with: pip install torch==2.13.0')
+    print('images per second; x: speed of project divided by the speed of this way; steps: x without the ends of '
+          'epochs;\nfirst step and import in seconds')
     print(f'{"network":26} {"way":23}  training      x  steps  inference      x   peak MiB  first step  import')
     rows = []
-    for name in SCRIPTS if args.all else args.networks or SHORT:
+    for name in networks:
         rows += measure(name, ways(args.torch), args.repetitions)
         if args.json:
-            record = {'environment': environment(), 'others': dict(installed(('torch',))),
-                      'repetitions': args.repetitions, 'rows': rows}
-            args.json.write_text(json.dumps(record, indent=1) + '\n')
+            write_rows(args.json, ('torch',), args.repetitions, rows)
 
 
 if __name__ == '__main__':

@@ -1,42 +1,38 @@
-"""What training_speed.py compares with: the same networks the published way, and in PyTorch.
+"""The networks that training_speed.py compares with: the same ones the published way, and in PyTorch.
 
-Each is a function of a network's name, its layers (see layers_of) and whether it is ternary. It gives train(steps),
-infer() for INFERRED images, and epoch_end() or None.
+Each way is a function of a network's name, its layers and whether it is ternary (see layers_of). It returns
+train(steps), infer() for INFERRED images, and epoch_end() or None.
 """
 import os
-import runpy
 import tempfile
 from collections import namedtuple
-from pathlib import Path
 
 import numpy as np
+from speed import cropped, find_scripts, image_of, random_images
 
 from twta.processor import available_cores
+from twta.scripts import load_script
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {path.stem: path for folder in ('MNIST', 'CIFAR10') for path in sorted((ROOT / folder).glob('*_*.py'))
-           if path.stem.startswith(('FP', 'TWTA'))}
+SCRIPTS = find_scripts('FP', 'TWTA')
 BATCH = 200
-INFERRED = 1000  # images that a call of infer does
+INFERRED = 1000  # images per call of infer
 Layer = namedtuple('Layer', 'kind filters size stride padding groups is_quantized is_normalized')
 
 
-def random_images(name):
-    """Images uint8 as the files have them, labels, and the side of the crop that the network sees, or 0."""
-    random = np.random.default_rng(0)
-    shape, crop = ((28, 28, 1), 0) if SCRIPTS[name].parent.name == 'MNIST' else ((32, 32, 3), 24)
-    return random.integers(0, 256, (INFERRED, *shape)).astype(np.uint8), random.integers(0, 10, INFERRED), crop
+def random_examples(name):
+    """Return INFERRED random images as the files have them, their labels, and the side of their crop, or 0."""
+    shape, crop = image_of(SCRIPTS[name])
+    return random_images(shape, INFERRED), np.random.default_rng(1).integers(0, 10, INFERRED), crop
 
 
 def layers_of(name):
-    """Return the layers of a script's network, read off the network that it builds, and whether it is ternary."""
+    """Return the layers of the network that a script builds, and whether the network is ternary."""
     from twta.graph.blocks import read_blocks
     from twta.graph.tf1 import tf
 
-    images, _, crop = random_images(name)
     with tf.Graph().as_default():
-        shape = (crop, crop) if crop else images.shape[1:3]
-        net = runpy.run_path(str(SCRIPTS[name]))['model'](tf.zeros([BATCH, *shape, images.shape[3]]), True)
+        images = tf.zeros([BATCH, *cropped(*image_of(SCRIPTS[name]))])
+        net = load_script(SCRIPTS[name]).model(images, True)
         blocks = read_blocks(net)
     is_ternary = bool(blocks[0].levels)
     layers = []
@@ -50,17 +46,18 @@ def layers_of(name):
 
 
 def published(name, layers, is_ternary):
+    """Return the published way: the same network from stock parts of TensorFlow 1 and TensorLayer."""
     from twta.graph.tf1 import tf, tl
 
     tf.RegisterGradient('Through')(lambda operation, gradient: gradient)
-    images, labels, crop = random_images(name)
+    images, labels, crop = random_examples(name)
 
     def ternary(x, threshold):
         with tf.get_default_graph().gradient_override_map({'Sign': 'Through'}):
             return tf.sign(tf.sign(x + threshold) + tf.sign(x - threshold))
 
     class Products(tl.layers.Layer):
-        """A convolution, or a dense layer where it has no size, without a bias."""
+        """A convolution without a bias, or a dense layer if the layer has no size."""
 
         def __init__(self, prev_layer, layer, name):
             super().__init__(prev_layer=prev_layer, name=name)
@@ -77,7 +74,7 @@ def published(name, layers, is_ternary):
         return ternary(tf.clip_by_value(x, -1, 1), 0.5) if is_ternary else tf.nn.relu(x)
 
     def network(x, y, is_train):
-        """Loss and accuracy; a group is a slice of the channels with a convolution and a normalisation of its own."""
+        """Return loss and accuracy; each group is a slice of channels with its own convolution and normalisation."""
         with tf.variable_scope('net', reuse=not is_train):
             net = tl.layers.InputLayer(x, name='input')
             for index, layer in enumerate(layers):
@@ -142,13 +139,14 @@ def published(name, layers, is_ternary):
 
 
 def pytorch(name, precision, is_compiled, layers, is_ternary):
+    """Return a way in PyTorch: precision is 'float32' or 'bfloat16'."""
     import torch
     from torch import nn
     from torch.nn import functional
 
     torch.manual_seed(0)
     torch.set_num_threads(available_cores())
-    images, labels, crop = random_images(name)
+    images, labels, crop = random_examples(name)
     x = torch.randn(BATCH, images.shape[-1], *[crop or 28] * 2).to(memory_format=torch.channels_last)
     y = torch.tensor(labels[:BATCH])
 

@@ -1,10 +1,11 @@
-"""Feeds the readers of files from strangers with damaged ones: no exception but TwtaError, a line long, may come out.
+"""Feed damaged files to every reader of files from strangers: only a TwtaError with a message of one line may come out.
 
     pip install atheris
-    python tests/fuzz.py --minutes 60        # all readers in turn; or name some: python tests/fuzz.py npy state
+    python tests/fuzz.py --minutes 60          # all readers in turn
+    python tests/fuzz.py --minutes 60 npy state
 
-Atheris (libFuzzer) mutates towards code not yet reached, from the seeds below; test_fuzz.py does the same for seconds
-with hypothesis, and keeps what was found. The last line a reader prints has the number of inputs.
+Atheris (libFuzzer) mutates the seeds below towards code that no input has reached. One line per reader gives the number
+of inputs. test_fuzz.py does the same with hypothesis for a few seconds, and keeps what was found.
 """
 import argparse
 import ast
@@ -31,7 +32,7 @@ from twta.report import evidence
 from twta.training import records, state, weights
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDER = Path(tempfile.mkdtemp())  # for the readers that want a file
+FOLDER = Path(tempfile.mkdtemp())  # for readers that take a path
 WEIGHTS = {'conv1/W:0': np.ones((2, 2, 1, 3), np.float32), 'bn1/beta:0': np.zeros(3, np.float32)}
 NET = SimpleNamespace(all_params=[SimpleNamespace(name=name, shape=SimpleNamespace(as_list=lambda array=array: list(
     array.shape))) for name, array in WEIGHTS.items()])
@@ -68,7 +69,7 @@ def read_cifar(data):
 
 
 def read_state(data):
-    """A state that is read can also be gone on from."""
+    """Read a state, then use it as resuming does."""
     from twta.training import checkpoints, schedule  # here: they import TensorFlow
 
     read = checkpoints.parse_state('last-1', data, 'S', 'digits')
@@ -84,23 +85,23 @@ def read_npz(data):
 
 
 def read_npy(data):
-    """Images for twta.packed."""
+    """Read images as twta.packed does."""
     __main__.read_images(write('images.npy', data), (2, 2, 1))
 
 
 def read_member(data):
-    """As one of the arrays in an archive that is whole."""
+    """Read the data as one array of an archive whose other arrays are whole."""
     weights.read_weights(write('model.npz', archive({'conv1/W:0': data})), NET)
 
 
 def read_twta(data):
-    """With a checksum that is right: only what the header and the arrays say is wrong."""
+    """Read the data with the checksum that belongs to it, so that only header and arrays can be wrong."""
     file_format.read(write('network.twta', data + hashlib.sha256(data).digest()))
 
 
 def read_record(data):
     record = evidence.read_record(write('record.json', data))
-    if record['dataset'] in evidence.TITLES:  # others are refused before that
+    if record['dataset'] in evidence.TITLES:  # evidence.add refuses records of other data sets before this
         evidence.protocol(record)
 
 
@@ -115,7 +116,7 @@ def npy(array):
 
 
 def archive(changed):
-    """WEIGHTS as an npz, some of the members replaced by other bytes."""
+    """Return WEIGHTS as an npz file; `changed` replaces members by other bytes."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, 'w') as members:
         for name, array in WEIGHTS.items():
@@ -124,7 +125,7 @@ def archive(changed):
 
 
 def seeds(reader):
-    """Whole files, as bytes, to be damaged."""
+    """Return whole files for a reader, as bytes."""
     if reader == 'images':
         return [struct.pack('>4I', 0x803, 3, 4, 5) + bytes(60)]
     if reader == 'labels':
@@ -150,7 +151,7 @@ def seeds(reader):
 
 
 def small_records():
-    """Records in results/, cut down to two epochs."""
+    """Yield records of results/, cut down to two epochs."""
     for path in sorted((ROOT / 'results').glob('*mnist-0*.json'))[:3]:
         record = json.loads(path.read_text())
         curve = {field: column[:2] for field, column in record['curve'].items()}
@@ -158,7 +159,7 @@ def small_records():
 
 
 def check(reader, data):
-    """Raises what the reader should not."""
+    """Raise what the reader may not raise."""
     try:
         READERS[reader](data)
     except TwtaError as error:
@@ -166,12 +167,12 @@ def check(reader, data):
 
 
 def fuzz(reader, seconds):
-    """Runs Atheris on a reader; ends the process."""
+    """Run Atheris on a reader; it ends the process."""
     import atheris
 
     from twta.training import checkpoints
 
-    check(reader, seeds(reader)[0])  # what is imported late is there now
+    check(reader, seeds(reader)[0])  # so that late imports are done
     for module in (files, checkpoints, datasets, evidence, file_format, state, weights, gzip, json.decoder, zipfile,
                    ast, np.lib._format_impl):
         instrument(module, atheris.instrument_func)
@@ -186,7 +187,7 @@ def fuzz(reader, seconds):
 
 
 def instrument(module, instrument_function):
-    """Has the functions and methods of a module tell Atheris where they get to."""
+    """Make the functions and methods of a module report to Atheris the code that they reach."""
     for owner in (module, *(item for item in vars(module).values() if inspect.isclass(item))):
         if owner is module or owner.__module__ == module.__name__:
             for item in vars(owner).values():
@@ -195,15 +196,15 @@ def instrument(module, instrument_function):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('readers', nargs='*', metavar='READER', help=f'of {", ".join(READERS)}; default: all')
-    parser.add_argument('--minutes', type=float, default=60, help='for all of them together; default: 60')
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('readers', nargs='*', metavar='READER', help=f'{", ".join(READERS)} (default: all)')
+    parser.add_argument('--minutes', type=float, default=60, help='time for all readers together (default: 60)')
     args = parser.parse_args()
     readers = args.readers or list(READERS)
     seconds = round(args.minutes * 60 / len(readers))
     if len(readers) == 1:
         fuzz(*readers, seconds)
-    for reader in readers:  # each in a process of its own, which Atheris ends
+    for reader in readers:  # one process each, because Atheris ends it
         finished = subprocess.run([sys.executable, __file__, reader, '--minutes', str(seconds / 60)],
                                   capture_output=True, text=True)
         statistics = dict(re.findall(r'^stat::(\w+): +(\d+)', finished.stderr, re.M))

@@ -1,9 +1,9 @@
-"""Kills a training again and again, at random moments and in the middle of checkpoint writes, and resumes it.
+"""Kill a training again and again, at random moments and in the middle of writes, and resume it each time.
 
     python tests/soak.py --kills 50
 
-It must end with the same weights, bit for bit, as one that was never killed, which is trained on one core; log.csv must
-have every epoch once, and nothing half-written may be left. What it did is printed and ends in a line for README.md.
+A second training, on one core, is never killed. Both must end with the same weights, bit for bit. log.csv must have
+each epoch once, and no half-written file may be left. The last line is a summary for tests/README.md.
 """
 import argparse
 import os
@@ -18,42 +18,47 @@ from pathlib import Path
 from conftest import QUICK, ROOT, assert_same, log, variables
 
 SCRIPT = ROOT / 'MNIST' / 'TWTA_4_4_MNIST.py'
-LONGEST = 12  # seconds from the start of a training to a kill at random: TensorFlow's start, then some epochs
+LONGEST = 12  # seconds from start to random kill, at most: enough for TensorFlow's start and some epochs
 
 
 def train(run_dir, epochs, resume=False, before=None):
+    """Return a process that trains; it calls `before` first."""
     return subprocess.Popen([sys.executable, SCRIPT, *QUICK, '--deterministic', '--epochs', str(epochs), '--run_dir',
                              run_dir, '--resume', str(resume)], stdout=subprocess.DEVNULL, preexec_fn=before)
 
 
 def one_core():
-    """Has this process, and those it starts, run on one of its cores; where the system can (Linux)."""
+    """Keep this process and its children on one core; only Linux can do so."""
     if hasattr(os, 'sched_setaffinity'):
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
 
 def being_written(run_dir):
-    """The names of what a save, or a replacement of a file, has not yet put into place."""
+    """Return the names of files in the run directory that are written but not yet in place."""
     names = os.listdir(run_dir) if run_dir.exists() else []
     return {name for name in names if 'temp' in name or '.tmp' in name or name.startswith('.part')}
 
 
 def kept(run_dir):
-    """The names in a run's directory, without those that a kill may leave: events, and runs without a checkpoint."""
+    """Return the names in a run directory, except what kills add: files of events, and runs without a checkpoint."""
     return {path.name for path in run_dir.iterdir() if not path.name.startswith(('events.', 'earlier-'))}
 
 
 def epochs_of(run_dir):
+    """Return the number of epochs in a run's log."""
     return len(log(run_dir)) if (run_dir / 'log.csv').exists() else 0
 
 
 def kill(process, run_dir, rng, moment):
-    """Kills the process at a moment: 'start' or later, in an 'epoch', in a 'write'; returns what it was writing."""
+    """Kill the process and return the names of the files that it was writing.
+
+    moment    'start': at random within LONGEST; 'epoch': at random after the next epoch; 'write': while it writes
+    """
     old, begun = being_written(run_dir), epochs_of(run_dir)
     deadline = time.monotonic() + (rng.uniform(0, LONGEST) if moment == 'start' else 300)
     while process.poll() is None and time.monotonic() < deadline:
         if moment == 'write' and being_written(run_dir) - old:
-            process.send_signal(signal.SIGSTOP)  # or the write may end before the kill
+            process.send_signal(signal.SIGSTOP)  # else the write may end before the kill
             os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
             if being_written(run_dir) - old:
                 break
@@ -68,9 +73,9 @@ def kill(process, run_dir, rng, moment):
 
 
 def soak(folder, kills, epochs, seed, say=print):
-    """Trains twice in a folder, with that many kills and without; AssertionError where the results differ.
+    """Train twice in a folder, with that many kills and without any; raise AssertionError if the results differ.
 
-    Returns how many kills hit a training, how many of these a checkpoint or another file half-written.
+    Return the number of kills that hit a training, and the number of these that hit it in the middle of a write.
     """
     rng, run_dir, hits, in_writes = random.Random(seed), folder / 'killed', 0, 0
     for number in range(kills):
@@ -82,7 +87,7 @@ def soak(folder, kills, epochs, seed, say=print):
         say(f'kill {number + 1}: after {epochs_of(run_dir)} epochs'
             + (f', writing {", ".join(written)}' if written else ''))
         if not process.returncode:
-            break  # it was faster than the kills
+            break  # the training ended before the kills did
     assert train(run_dir, epochs, resume=(run_dir / 'checkpoint').exists()).wait() == 0
     assert train(folder / 'whole', epochs, before=one_core).wait() == 0
     assert_same(variables(run_dir), variables(folder / 'whole'))
@@ -93,9 +98,9 @@ def soak(folder, kills, epochs, seed, say=print):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-    parser.add_argument('--kills', type=int, default=50)
-    parser.add_argument('--seed', type=int, default=0)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--kills', type=int, default=50, help='number of kills (default: 50)')
+    parser.add_argument('--seed', type=int, default=0, help='random seed for the moments (default: 0)')
     args = parser.parse_args()
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

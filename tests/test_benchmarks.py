@@ -1,27 +1,33 @@
-"""Each benchmark on one small network: they run, and say of which kind of processor a row is."""
+"""Each benchmark on one small network: it runs, and its rows name the kind of processor."""
 import json
-import runpy
 import subprocess
 import sys
 
-from conftest import ROOT
+import pytest
+from conftest import ROOT, load_script
 
 from twta import processor
 
 BENCHMARKS = ROOT / 'benchmarks'
 
 
-def run(tmp_path, benchmark, *flags):
-    """Return the rows that the benchmark writes."""
-    file = tmp_path / 'rows.json'
-    command = [sys.executable, BENCHMARKS / f'{benchmark}.py', *flags, '--json', file]
+def run(benchmark, *flags):
+    """Run a benchmark as a user does; return what it prints."""
+    command = [sys.executable, BENCHMARKS / f'{benchmark}.py', *flags]
     finished = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
+    return finished.stdout
+
+
+def rows_of(tmp_path, benchmark, *flags):
+    """Return the rows that a benchmark writes."""
+    file = tmp_path / 'rows.json'
+    run(benchmark, *flags, '--json', file)
     return json.loads(file.read_text())['rows']
 
 
 def test_training_speed(tmp_path):
-    rows = run(tmp_path, 'training_speed', 'FP_5_5_MNIST', '--repetitions', 1)
+    rows = rows_of(tmp_path, 'training_speed', 'FP_5_5_MNIST', '--repetitions', 1)
     assert [row['way'] for row in rows] == ['project', 'project float32', 'published']
     for row in rows:
         assert row['network'] == 'FP_5_5_MNIST' and row['processor'] == processor.kind()
@@ -29,7 +35,7 @@ def test_training_speed(tmp_path):
 
 
 def test_inference_speed(tmp_path):
-    rows = run(tmp_path, 'inference_speed', 'TWTA_5_5_MNIST', '--repetitions', 1)
+    rows = rows_of(tmp_path, 'inference_speed', 'TWTA_5_5_MNIST', '--repetitions', 1)
     assert {'packed', 'TensorFlow'} <= {row['engine'] for row in rows}
     assert {row['batch'] for row in rows} == {1, 200}
     for row in rows:
@@ -37,16 +43,30 @@ def test_inference_speed(tmp_path):
         assert row['agrees'] == 1 or 'int8' in row['engine']
 
 
-def test_choices(tmp_path, monkeypatch, capfd):
-    choices = runpy.run_path(str(BENCHMARKS / 'choices.py'))
-    variants = {'average': ('--pooling', 'average')}
-    study = {'tiny': ('MNIST/TWTA_5_5_MNIST.py', ('--dataset', 'digits'), 1, (0,), variants)}
-    main = choices['main']
-    monkeypatch.setitem(main.__globals__, 'STUDIES', study)
-    monkeypatch.setattr(sys, 'argv', ['choices.py', '--runs', str(tmp_path), '--json', str(tmp_path / 'rows.json')])
-    main()
+@pytest.mark.parametrize('benchmark, network, part', [('training_speed', 'FP_5_5_MNIST', 'convolution forward'),
+                                                      ('inference_speed', 'TWTA_5_5_MNIST', 'classifier')])
+def test_profile(benchmark, network, part):
+    lines = run(benchmark, '--profile', network, '--repetitions', 1).splitlines()
+    assert lines[0].startswith(f'{network}: ') and any(line.startswith(part) for line in lines)
+    assert lines[-1].startswith('in all ')
+
+
+@pytest.mark.parametrize('benchmark', ['training_speed', 'inference_speed'])
+@pytest.mark.parametrize('flags, words', [(['LeNet'], 'LeNet: unknown network; valid are '),
+                                          (['--all', 'TWTA_5_5_MNIST'], '--all with TWTA_5_5_MNIST'),
+                                          (['--all', '--profile', 'TWTA_5_5_MNIST'], '--profile: goes with')])
+def test_flags_that_contradict_each_other(benchmark, flags, words):
+    finished = subprocess.run([sys.executable, BENCHMARKS / f'{benchmark}.py', *flags], capture_output=True, text=True)
+    assert finished.returncode == 2 and words in finished.stderr
+
+
+def test_choices(tmp_path, capfd):
+    choices = load_script(BENCHMARKS / 'choices.py')
+    tiny = choices.Study('MNIST/TWTA_5_5_MNIST.py', ('--dataset', 'digits'), epochs=1, seeds=(0,),
+                         variants={'average': ('--pooling', 'average')})
+    choices.main(['--runs', str(tmp_path), '--json', str(tmp_path / 'rows.json')], {'tiny': tiny})
     row, = json.loads((tmp_path / 'rows.json').read_text())
-    assert (row['script'], row['variant'], row['epochs']) == ('TWTA_5_5_MNIST', 'average', 1)
+    assert (row['study'], row['script'], row['variant'], row['epochs']) == ('tiny', 'TWTA_5_5_MNIST', 'average', 1)
     assert row['machine']['kind'] == processor.kind()
     assert 'average' in capfd.readouterr().out
 

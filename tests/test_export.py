@@ -1,7 +1,5 @@
-"""From trained graphs to packed networks and other formats: on every reachable sum, on hostile parameters, on data."""
-import contextlib
+"""Export: the packed network and the other formats compute what the graph computes, on every sum a filter can reach."""
 import errno
-import functools
 import shutil
 import subprocess
 import sys
@@ -9,14 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import MNIST_SCRIPTS, ROOT, SCRIPTS, chosen, load_script, random_packed, run_script, start
+from conftest import ROOT, SCRIPTS, graph_of, hostile, random_packed, run_script, sample_of, start
 
 from twta import TwtaError, command_line
 from twta.data import datasets
 from twta.export import folding, formats, spatial
 from twta.export.pack import make_header, pack
-from twta.graph.build import build_graph
-from twta.graph.session import open_session
 from twta.graph.tf1 import tf
 from twta.packed import cost, engines, file_format, numpy_engine
 
@@ -35,33 +31,16 @@ OTHERS = [
     ('Quant_MNIST', {'k': 1, 'B': 2}),
     ('Quant_MNIST', {'k': 0, 'B': 1}),
     ('Quant_CIFAR10', {'k': 0, 'B': 2}),
-]  # each choice and each kind of network; TERNARY has the usual ones
+]  # each option and each kind of network; TERNARY has the default options
 TRAINED = ROOT / 'results' / 'TWTA_4_4_MNIST-mnist-0-constant150.npz'
 SHARED = ROOT.parent / 'shared' / 'datasets'
 
 
-def sample_of(name):
-    return datasets.load('digits' if name in MNIST_SCRIPTS else 'shapes', Path('/absent'), None)
-
-
-@contextlib.contextmanager
-def graph_of(name, dataset, parameters, **choices):
-    """The evaluation graph of a script, in a session where its parameters are parameters(name, initial value)."""
-    module = load_script(name)
-    network = build_graph(functools.partial(module.model, **chosen(module, **choices)),
-                               dataset.test.images.shape[1:], dataset.crop, seed=0)
-    with network.graph.as_default(), open_session(network.graph, 0) as session:
-        session.run(tf.global_variables_initializer())
-        for variable in network.net.all_params:
-            variable.load(parameters(variable.name, session.run(variable)), session)
-        yield network, session
-
-
 def packed_and_graph(name, dataset, parameters, n_images, **choices):
-    """The packed network of a script with those parameters, and what the graph makes of test images of a data set.
+    """Return the packed network of a script with these parameters, and what the graph computes from test images.
 
-    That is the logits, and for each layer its activations, and groups and worth of the lanes that they are the sum of,
-    or None.
+    The graph gives the logits, and for each layer its activations, with groups and worth of the lanes that add up to
+    them. A layer that a maximum follows has None instead.
     """
     with graph_of(name, dataset, parameters, **choices) as (network, session):
         packed = pack(network.net, session, make_header(name, 'data', dataset, {}))
@@ -71,6 +50,7 @@ def packed_and_graph(name, dataset, parameters, n_images, **choices):
 
 
 def assert_same_maps(packed, engine, images, maps):
+    """Check that an engine computes the activations that packed_and_graph returned."""
     for layer, found, lanes in zip(packed.layers, engine.activations(images), maps, strict=True):
         if lanes:
             expected = lanes[0][:len(images)]
@@ -82,25 +62,10 @@ def assert_same_maps(packed, engine, images, maps):
 # Exactness
 
 
-def hostile(name, value):
-    """Batch normalisation with negative, zero and tiny gammas, constant channels, sums on break points, no variance."""
-    rng = np.random.default_rng(sum(name.encode()))
-    if 'gamma' in name:
-        return rng.choice(np.float32([1, -1, 0.5, -2, 0, -0.0, 1e-30, -1e-30, 1e-3, 30]), value.shape)
-    if 'beta' in name:
-        return rng.choice(np.float32([0, 0.5, -0.5, 0.6, -0.6, 0.1, 0.49999997]), value.shape)
-    if 'moving_mean' in name:
-        return np.where(rng.random(value.shape) < 0.5, rng.integers(-20, 20, value.shape),
-                        rng.normal(0, 5, value.shape)).astype(np.float32)
-    if 'moving_variance' in name:
-        return rng.choice(np.float32([0, 1, 4, 100, 400, 37.5, 1e6]), value.shape)
-    return value
-
-
 @pytest.mark.processor
 @pytest.mark.parametrize('name, choices', [(name, {}) for name in TERNARY] + OTHERS)
 def test_hostile_parameters_on_200_images(name, choices):
-    """Each hidden activation of each script, in both engines, and the predictions."""
+    """Compare each hidden activation of each script, in both engines, and the predictions."""
     dataset = sample_of(name)
     images = dataset.test.images[:200 if name in TERNARY else 50]
     packed, maps, logits = packed_and_graph(name, dataset, hostile, len(images), **choices)
@@ -122,10 +87,10 @@ def trained(name, value):
 
 
 def test_a_trained_network_on_every_reachable_sum():
-    """The thresholds against batch normalisation written out, for every channel and every sum that it can reach.
+    """Compare the thresholds with batch normalisation written out, for every channel and every sum it can reach.
 
-    numpy rounds (u - mean) * (gamma / sigma) + beta otherwise than TensorFlow, so sums within a rounding of a break
-    point may differ; there are none in this network.
+    numpy and TensorFlow round (u - mean) * (gamma / sigma) + beta differently. Sums that near a break point may
+    differ; this network has none.
     """
     dataset = sample_of('TWTA_4_4_MNIST')
     packed, _, _ = packed_and_graph('TWTA_4_4_MNIST', dataset, trained, 1)
@@ -160,7 +125,7 @@ def test_the_worked_example(session, gamma, upper, lower, sign):
 
 
 def test_thresholds_of_the_encoder_are_the_very_floats(session):
-    """Just below the threshold the graph does not fire, on it it does."""
+    """Check that the graph fires at the threshold, and does not fire one float below it."""
     sums = tf.placeholder(tf.float32, [None, 1, 1, 4])
     scale, shift = np.float32([3, 0.1, 0, 1e-3]), np.float32([0.2, -0.3, 0.7, 0])
     from twta.ternary_layers import ternarize_activations
@@ -168,7 +133,7 @@ def test_thresholds_of_the_encoder_are_the_very_floats(session):
     activations = ternarize_activations(sums * scale + shift)
     read = folding.Reader(session, sums, activations, np.ones(4, np.int8), 1, 1)
     (upper,), lower = folding.real_thresholds(read)
-    assert upper.dtype == np.float32 and upper[2] == -np.inf and lower[2] == -np.inf  # a constant +1
+    assert upper.dtype == np.float32 and upper[2] == -np.inf and lower[2] == -np.inf  # this channel is always +1
     for thresholds, value, inwards in ((upper, 1, -np.inf), (lower, -1, np.inf)):
         on = read(thresholds[np.newaxis])[0]
         within = np.nextafter(thresholds, np.float32(inwards))
@@ -193,7 +158,7 @@ def test_standardised_images_are_the_same_bits():
 
 @pytest.mark.skipif(not (SHARED / 'mnist').exists(), reason=f'needs the real MNIST in {SHARED}')
 def test_the_whole_test_set_of_mnist(tmp_path):
-    """The network of results/, 10,000 images: every prediction is the graph's, and the accuracy the recorded one."""
+    """Compare every prediction on 10,000 images with the graph, and the accuracy with the record in results/."""
     subprocess.run([sys.executable, SHARED / 'prepare.py', tmp_path], check=True, capture_output=True)
     dataset = datasets.load('mnist', tmp_path, None)
     with graph_of('TWTA_4_4_MNIST', dataset, trained) as (network, session):
@@ -206,19 +171,19 @@ def test_the_whole_test_set_of_mnist(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The mode
+# --mode export
 
 
 @pytest.fixture(scope='module')
 def exported(finished_run, tmp_path_factory):
-    """The file of the finished run of TWTA_5_5_MNIST on the digits."""
+    """The packed file of the finished run of TWTA_5_5_MNIST on the digits."""
     path = tmp_path_factory.mktemp('exported') / 'TWTA_5_5_MNIST.twta'
     start(finished_run, '--mode', 'export', '--file', path)
     return path
 
 
 def test_export_then_inference_without_tensorflow(exported, finished_run, tmp_path, capsys):
-    """Loss and accuracy are those of --engine tensorflow, which the packed engine does not import."""
+    """Compare loss and accuracy with --engine tensorflow; the packed engine does not import TensorFlow."""
     start(tmp_path / 'run', '--mode', 'inference', '--weights', finished_run / 'model.npz')
     expected = [line for line in capsys.readouterr().out.splitlines() if line.startswith('test ')]
     for package in ('tensorflow', 'tensorlayer'):
@@ -279,7 +244,7 @@ def test_a_file_of_another_network_is_refused(exported):
 
 
 def test_a_full_precision_network_has_nothing_to_pack(tmp_path):
-    """Its script says so before anyone trains for it; one that has another name, once its graph is built."""
+    """Check the refusal by the name of the script, before a training, and by the graph if the name does not tell."""
     for flags in (['--mode', 'export'], ['--mode', 'inference', '--engine', 'packed']):
         finished = run_script(SCRIPTS['FP_5_5_MNIST'], *flags, '--file', tmp_path / 'x.twta')
         assert finished.returncode == 2 and finished.stderr.count('\n') == 1 and 'nothing to pack' in finished.stderr
@@ -298,7 +263,7 @@ def test_parameters_that_are_no_numbers(name, value):
 
 
 def test_an_engine_that_differs_from_the_graph_is_noticed(finished_run, tmp_path, monkeypatch):
-    """export compares before it writes: with thresholds one too high there is no file."""
+    """Check that export writes no file if the thresholds are one too high."""
     right = folding.integer_thresholds
     monkeypatch.setattr(folding, 'integer_thresholds', lambda *arguments: [t + 1 for t in right(*arguments)])
     with pytest.raises(TwtaError, match='other activations than the graph; nothing was written'):
@@ -312,13 +277,13 @@ def test_an_engine_that_differs_from_the_graph_is_noticed(finished_run, tmp_path
 
 @pytest.fixture(params=['TWTA_4_4_MNIST', 'TWTA_3_3_CIFAR10_Group_V2'])
 def deployed(request):
-    """A network with hostile parameters, and images."""
+    """A packed network with hostile parameters, and images."""
     dataset = sample_of(request.param)
     return packed_and_graph(request.param, dataset, hostile, 1)[0], dataset.test.images[:40]
 
 
 def test_npz_holds_what_a_loop_needs(deployed, tmp_path):
-    """A network read from the arrays alone computes the vectors in the file."""
+    """Compute the test vectors of the file from its arrays alone."""
     packed, images = deployed
     assert formats.write('npz', tmp_path / 'n.npz', packed, images[:2]) == (tmp_path / 'n.npz').stat().st_size
     with np.load(tmp_path / 'n.npz', allow_pickle=False) as file:
@@ -349,7 +314,7 @@ def test_npz_holds_what_a_loop_needs(deployed, tmp_path):
 
 @pytest.mark.skipif(not shutil.which('cc'), reason='needs a C compiler')
 def test_c_header(deployed, tmp_path):
-    """The reference program computes every vector, without a warning; with one threshold changed it says so."""
+    """Check that docs/reference.c compiles without warnings, computes every vector, and notices a changed threshold."""
     packed, images = deployed
     formats.write('c', tmp_path / 'network.h', packed, images[:3])
     assert run_c(tmp_path).returncode == 0
@@ -363,6 +328,7 @@ def test_c_header(deployed, tmp_path):
 
 
 def run_c(folder):
+    """Compile docs/reference.c with the header in the folder and run it; return the finished process."""
     subprocess.run(['cc', '-std=c99', '-Wall', '-Wextra', '-Werror', '-O2', '-DHEADER="network.h"', f'-I{folder}',
                     ROOT / 'docs' / 'reference.c', '-lm', '-o', folder / 'reference'], check=True)
     return subprocess.run([folder / 'reference'], capture_output=True)
@@ -419,13 +385,13 @@ def test_the_cost_of_a_stem():
     assert total['weights'] == 3252064
 
 
-def test_names_that_a_header_could_not_bear():
+def test_names_that_a_c_header_cannot_hold():
     assert formats.c_string('cat "*/\\') == '"cat _*/_"' and formats.c_text('a\n') == 'a_'
     assert formats.c_float(-np.inf) == '-INFINITY' and float.fromhex(formats.c_float(0.1)[:-1]) == 0.1
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The cost
+# Cost
 
 
 def test_additions_are_counted_as_a_slow_loop_does():

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed or refused; checkpoints, weights and losses that are not as they should be."""
+"""Runs that are stopped, killed or refused; checkpoints, weights and losses that are damaged or do not fit."""
 import os
 import re
 import shutil
@@ -19,11 +19,11 @@ from twta.training import checkpoints, experiment, loop, run_directory
 from twta.training import state as state_module
 
 SCRIPT = ROOT / 'MNIST' / 'TWTA_4_4_MNIST.py'
-SCRIPT_5_5 = ROOT / 'MNIST' / 'TWTA_5_5_MNIST.py'  # of finished_run
+SCRIPT_5_5 = ROOT / 'MNIST' / 'TWTA_5_5_MNIST.py'  # finished_run is a run of this script
 
 
 def in_epoch(monkeypatch, number, act):
-    """Has act() called in that epoch, half-way through its batches."""
+    """Make the training call act() in that epoch, after five batches."""
     whole = loop.shuffled_batches
 
     def batches(n_images, batch_size, seed, epoch):
@@ -37,17 +37,17 @@ def in_epoch(monkeypatch, number, act):
 
 @pytest.mark.parametrize('epoch, number', [(1, signal.SIGTERM), (3, signal.SIGINT)])
 def test_stopped_and_resumed_equals_never_stopped(finished_run, tmp_path, monkeypatch, capsys, epoch, number):
-    """The signal lets the step end; the part of the epoch is saved, and the rest follows, bit for bit."""
-    before = signal.signal(number, signal.default_int_handler)  # a suite in the background has SIGINT ignored
+    """Check that the step ends, that the partial epoch is saved, and that resuming gives the same bits."""
+    before = signal.signal(number, signal.default_int_handler)  # SIGINT is ignored if the suite runs in the background
     with monkeypatch.context() as context, pytest.raises(SystemExit) as stopped:
         in_epoch(context, epoch, lambda: signal.raise_signal(number))
         start(tmp_path, *QUICK[2:], '--epochs', 4)
-    assert signal.signal(number, before) is signal.default_int_handler  # put back as it was
+    assert signal.signal(number, before) is signal.default_int_handler  # the handler is restored
     assert stopped.value.code == 128 + number
     said = capsys.readouterr().out.splitlines()
     assert said[-2:] == [f'stopped after step 6 of epoch {epoch}', 'go on with --resume True and the same flags']
     assert len(log(tmp_path)) == epoch - 1
-    start(tmp_path, '--resume', 'True')  # no other flags: the stage's own
+    start(tmp_path, '--resume', 'True')  # without flags, the stage keeps its own
     assert_same(variables(tmp_path), variables(finished_run))
     assert [row['epoch'] for row in log(tmp_path)] == ['1', '2', '3', '4']
     assert (tmp_path / 'model.npz').read_bytes() == (finished_run / 'model.npz').read_bytes()
@@ -106,7 +106,7 @@ def test_checkpoints_that_do_not_fit_are_refused(finished_run, tmp_path, monkeyp
             session.run(tf.global_variables_initializer())
             store.save(session, state, is_best=False)
 
-    save(state)  # the right script, but without its weights: as if model() had been edited
+    save(state)  # the right script without its weights, as if model() had been edited
     with pytest.raises(TwtaError, match='of another network: classify/W:0 is absent there'):
         start(tmp_path, '--resume', 'True')
     for number, age in ((99, 'a newer'), (4, 'an older')):
@@ -144,7 +144,7 @@ DAMAGES = [lambda path: path.write_bytes(path.read_bytes()[:1000]), lambda path:
 @pytest.mark.parametrize('kind', ['data-00000-of-00001', 'index'])
 @pytest.mark.parametrize('damage', DAMAGES)
 def test_the_newest_whole_checkpoint_is_used(finished_run, tmp_path, capsys, damage, kind):
-    """Of the last two; where neither is whole, one line says so, for training and inference."""
+    """Damage the last checkpoint, then the one before it: training and inference say so in one line."""
     run_dir = tmp_path / 'run'
     shutil.copytree(finished_run, run_dir)
     assert checkpoints.find(run_dir, 'last').endswith('last-4')
@@ -163,7 +163,7 @@ def test_the_newest_whole_checkpoint_is_used(finished_run, tmp_path, capsys, dam
                                     lambda path: path.write_text('model_checkpoint_path: "elsewhere"'),
                                     lambda path: path.write_text(path.read_text().replace('last-4', 'last-6')),
                                     Path.unlink, replace_by_a_folder])
-def test_a_damaged_list_of_checkpoints_costs_nothing(finished_run, tmp_path, damage):
+def test_a_damaged_list_of_checkpoints_loses_nothing(finished_run, tmp_path, damage):
     shutil.copytree(finished_run, tmp_path / 'run')
     damage(tmp_path / 'run' / 'checkpoint')
     checkpoints.remove_leftovers(tmp_path / 'run')
@@ -171,7 +171,7 @@ def test_a_damaged_list_of_checkpoints_costs_nothing(finished_run, tmp_path, dam
     assert checkpoints.find(tmp_path / 'run', 'last').endswith('last-4')
 
 
-def test_leftovers_of_kills_go_and_files_of_others_stay(finished_run, tmp_path):
+def test_leftovers_of_kills_are_removed_and_other_files_stay(finished_run, tmp_path):
     shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
     before = set(os.listdir(tmp_path))
     for name in ('last-1.index', 'last-1.data-00000-of-00001', 'last-5.data-00000-of-00001.tempstate123',
@@ -185,7 +185,7 @@ def test_leftovers_of_kills_go_and_files_of_others_stay(finished_run, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Numbers, clocks, directories, disks
+# Losses, clocks, directories, disks
 
 
 @pytest.mark.parametrize('saved, message', [
@@ -209,7 +209,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(tmp_
 
 
 def test_weights_that_are_not_finite_are_never_saved(finished_run, tmp_path, monkeypatch):
-    """The loss does not show them where they are ternary, or where the step was the last one."""
+    """Check the weights themselves: the loss hides them if they are ternary, or if the step was the last one."""
     shutil.copytree(finished_run, tmp_path / 'run')
     before = variables(finished_run)
     monkeypatch.setattr(experiment, 'set_weights',
@@ -238,7 +238,7 @@ def test_a_directory_that_vanishes(tmp_path, monkeypatch):
 
 
 def has_namespaces():
-    """Whether a disk of a few megabytes can be mounted, seen by nobody else."""
+    """Return whether this process may mount a small disk in a namespace of its own."""
     return bool(shutil.which('unshare')) and not subprocess.run(
         ['unshare', '-rm', 'mount', '-t', 'tmpfs', 'none', '/mnt'], capture_output=True).returncode
 
@@ -247,13 +247,13 @@ on_a_disk = pytest.mark.skipif(not has_namespaces(), reason='needs Linux and the
 
 
 def mounted(folder, commands):
-    """Runs the shell commands with a file system of their own in a folder; returns the finished process."""
+    """Run shell commands that may mount a disk on the folder; return the finished process."""
     return subprocess.run(['unshare', '-rm', 'bash', '-c', commands], capture_output=True, text=True, timeout=300,
                           env={**os.environ, 'DISK': str(folder), 'TRAIN': f'{sys.executable} {SCRIPT_5_5}'})
 
 
 @on_a_disk
-@pytest.mark.parametrize('megabytes, epoch', [(20, 1), (25, 2)])  # the second checkpoint, what is after it
+@pytest.mark.parametrize('megabytes, epoch', [(20, 1), (25, 2)])  # full at the second checkpoint, or just after it
 def test_a_full_disk_stops_and_costs_no_more_than_the_epoch(finished_run, tmp_path, megabytes, epoch):
     (tmp_path / 'disk').mkdir()
     finished = mounted(tmp_path / 'disk', f'''
@@ -273,7 +273,7 @@ def test_a_full_disk_stops_and_costs_no_more_than_the_epoch(finished_run, tmp_pa
 
 @on_a_disk
 def test_a_stop_on_a_full_disk_says_what_is_saved(tmp_path):
-    """Another program takes the last byte, then comes a SIGTERM: not a step of epoch 2 is saved, and no picture."""
+    """Fill the disk, then send SIGTERM: the message names the last epoch of which a checkpoint is on the disk."""
     (tmp_path / 'disk').mkdir()
     finished = mounted(tmp_path / 'disk', f'''
         mount -t tmpfs -o size=40m none $DISK
@@ -310,7 +310,7 @@ def test_two_trainings_on_one_run_dir_are_refused(finished_run, tmp_path):
 
 
 def test_a_run_is_read_only_once_it_is_locked(finished_run, monkeypatch):
-    """Or another training could end in between, and its epochs be lost."""
+    """Check the order: otherwise another training could end in between, and its epochs would be lost."""
     monkeypatch.setattr(checkpoints, 'read_state', lambda *_: pytest.fail('read without the lock'))
     with run_directory.locked(finished_run), pytest.raises(UsageError, match='another training is writing there'):
         start(finished_run, '--resume', 'True')
@@ -326,7 +326,7 @@ def fail(*arguments):
     raise RuntimeError('latex was not able to\nprocess')
 
 
-def test_a_picture_that_cannot_be_made_costs_no_result(tmp_path, monkeypatch, capsys):
+def test_a_picture_that_cannot_be_drawn_costs_no_result(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_directory, 'draw_curve', fail)
     monkeypatch.setattr(results, 'draw_confusion', fail)
     start(tmp_path / 'run', *QUICK, '--epochs', 1)
@@ -341,7 +341,7 @@ def test_a_picture_that_cannot_be_made_costs_no_result(tmp_path, monkeypatch, ca
     {'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}, {'MPLBACKEND': 'of this name there is none'},
     {'MATPLOTLIBRC': 'text.usetex: True\n'}])
 def test_settings_of_matplotlib_do_not_matter(finished_run, tmp_path, settings):
-    """As of a notebook's shell, a broken profile, a user who writes papers; and a name that mathtext would read."""
+    """Try the settings of a notebook, of a broken profile and of LaTeX, and a name that mathtext would parse."""
     run_dir = tmp_path / 'net_$SEED_$LR'
     shutil.copytree(finished_run, run_dir)
     for path in run_dir.glob('*.png'):
@@ -359,7 +359,7 @@ def test_settings_of_matplotlib_do_not_matter(finished_run, tmp_path, settings):
 
 @pytest.mark.slow
 def test_killed_and_resumed_equals_never_killed_on_one_core(tmp_path):
-    """SIGKILL at a random moment and in the middle of a write, with --deterministic; soak.py does it 50 times."""
+    """Send SIGKILL at a random moment and in the middle of a write, with --deterministic; soak.py does it 50 times."""
     hits, in_writes = soak.soak(tmp_path, kills=2, epochs=12, seed=5)
     assert hits == 2 and in_writes
 
@@ -367,7 +367,7 @@ def test_killed_and_resumed_equals_never_killed_on_one_core(tmp_path):
 def test_ctrl_c_ends_cleanly(tmp_path):
     process = subprocess.Popen([sys.executable, str(SCRIPT), '--run_dir', str(tmp_path), *QUICK],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               # a shell starts background jobs, this suite perhaps, with SIGINT ignored
+                               # a shell starts background jobs with SIGINT ignored; this suite may be one
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     for line in process.stdout:
         if line.startswith('epoch 2/'):

@@ -1,4 +1,4 @@
-"""The readers of files from strangers on damaged ones, made by hypothesis; what it and fuzz.py have found is kept."""
+"""Readers of files from strangers, on files damaged by hypothesis; inputs that found a fault are kept as tests."""
 import gzip
 import json
 import tracemalloc
@@ -17,12 +17,12 @@ JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st
                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
                     max_leaves=5)
 SEEDS = {reader: fuzz.seeds(reader) for reader in fuzz.READERS}
-LARGEST = 1 << 20  # bytes that a reader may take; the seeds are a few kilobytes
+LARGEST = 1 << 20  # bytes of memory that a reader may take; the seeds have a few kilobytes
 
 
 @st.composite
 def damaged(draw, reader):
-    """A whole file with up to four places where bytes were changed, lost or put in."""
+    """Draw a file with up to four places in which bytes are changed, removed or inserted."""
     data = bytearray(draw(st.sampled_from(SEEDS[reader])))
     for _ in range(draw(st.integers(0, 4))):
         start = draw(st.integers(0, len(data)))
@@ -32,7 +32,7 @@ def damaged(draw, reader):
 
 @st.composite
 def with_another_value(draw, reader):
-    """A JSON file in which a value, anywhere, is another one or gone."""
+    """Draw a JSON file in which one value, at any depth, is replaced or removed."""
     tree = json.loads(draw(st.sampled_from(SEEDS[reader])))
     node = tree
     while True:
@@ -48,7 +48,7 @@ def with_another_value(draw, reader):
 
 
 def memory(reader, data):
-    """The bytes that a reader takes at its peak."""
+    """Return the peak memory of a reader, in bytes."""
     tracemalloc.start()
     try:
         fuzz.check(reader, data)
@@ -66,7 +66,7 @@ def test_no_exception_but_ours_and_no_memory_beyond_the_input(reader):
     @settings(max_examples=150, deadline=None, derandomize=True, database=None)
     @given(inputs)
     def run(data):
-        assert memory(reader, data) < LARGEST or memory(reader, data) < LARGEST  # the first time may import
+        assert memory(reader, data) < LARGEST or memory(reader, data) < LARGEST  # the first call may import
 
     fuzz.check(reader, SEEDS[reader][0])  # imports most of what it needs
     run()
@@ -79,7 +79,7 @@ def test_whole_files_are_read(reader):
 
 
 def header(text):
-    """An npy file with that text as its header."""
+    """Return an npy file with the text as its header."""
     return b'\x93NUMPY\x01\x00' + len(text).to_bytes(2, 'little') + text.encode() + bytes(48)
 
 
@@ -97,12 +97,12 @@ STATE = json.dumps(fuzz.STATE)
     ('state', b'{"format": 2, "script": "S", "dataset": "digits", "stages": {"a": "b"}}'),  # AttributeError
     ('state', ('[' * 100_000).encode()),  # RecursionError
     ('state', STATE.replace('0.001', '1e999').encode()),
-    ('state', STATE.replace('"epoch": 1', '"epoch": 1000000000').encode()),  # as many numbers in memory
+    ('state', STATE.replace('"epoch": 1', '"epoch": 1000000000').encode()),  # would take that many numbers in memory
     ('state', STATE.replace('0.001', f'1{400 * "0"}').encode()),  # OverflowError: no float is as large
     ('state', STATE.replace('"shares": {}', '"shares": 5').encode()),  # AttributeError when the run ended
-    ('state', STATE.replace('"S"', '"S\\nT"').encode()),  # a message of two lines
-    ('state', STATE.replace('"cosine"', '"linear"').encode()),  # taken for cosine
-    ('state', STATE.replace('"first_epoch": 1, "epochs": 4', '"first_epoch": 21, "epochs": 0').encode()),  # by fuzz.py
+    ('state', STATE.replace('"S"', '"S\\nT"').encode()),  # gave a message of two lines
+    ('state', STATE.replace('"cosine"', '"linear"').encode()),  # was taken for cosine
+    ('state', STATE.replace('"first_epoch": 1, "epochs": 4', '"first_epoch": 21, "epochs": 0').encode()),  # fuzz.py
     ('record', b'[]'), ('record', b'\xff')])
 def test_what_was_found(reader, data):
     with pytest.raises(TwtaError) as error:
@@ -116,7 +116,7 @@ def test_a_state_without_one_of_its_choices_is_read():
 
 @pytest.mark.parametrize('packing', [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_a_bomb_is_not_unpacked(tmp_path, packing):
-    """50 MB of zeros in 50 kB or less: of a member that says so, and of one that does not."""
+    """Read 50 MB of zeros in 50 kB or less: in a member whose header tells its size, and in one that hides it."""
     whole = fuzz.npy(np.zeros((2, 2, 1, 3), np.float32))
     for content in (fuzz.npy(np.zeros(12_500_000, np.float32)), whole + bytes(50_000_000)):
         with zipfile.ZipFile(tmp_path / 'bomb.npz', 'w', packing) as archive:

@@ -1,4 +1,4 @@
-"""Packed networks without TensorFlow: the file, the engines, the stand-alone command."""
+"""Packed networks without TensorFlow: the engines, the file format, the stand-alone command."""
 import hashlib
 import json
 import os
@@ -12,34 +12,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import ROOT, random_packed
+from conftest import NETWORKS, ROOT, random_images, random_packed
 
 from twta import TwtaError
 from twta.packed import engines, file_format, inference, kernels, numba_engine, numpy_engine
 from twta.packed.file_format import Layer
 
 pytestmark = pytest.mark.processor
-NETWORKS = {  # image, crop, layers: filters, kernel (0: the whole map), stride, padding, groups
-    'dense': ((9, 8, 1), 0, [(5, 3, 1, 'SAME', 1), (33, 0, 1, 'VALID', 1), (7, 0, 1, 'VALID', 1)]),
-    'odd': ((13, 11, 2), 0, [(20, 3, 1, 'SAME', 1), (12, 2, 1, 'SAME', 4), (18, 3, 2, 'SAME', 3),
-                             (30, 2, 1, 'VALID', 6)]),
-    'strides': ((17, 17, 3), 16, [(24, 5, 2, 'SAME', 1), (64, 4, 2, 'SAME', 1), (40, 2, 2, 'VALID', 2)]),
-    'wide strides': ((20, 20, 1), 0, [(8, 3, 3, 'VALID', 1), (16, 1, 2, 'VALID', 1), (16, 2, 3, 'SAME', 1)]),
-    'pieces': ((12, 12, 3), 8, [(64, 1, 1, 'SAME', 1), (256, 4, 2, 'SAME', 4), (64, 3, 1, 'SAME', 16),
-                                (128, 2, 2, 'VALID', 8), (256, 1, 1, 'SAME', 32), (16, 2, 1, 'VALID', 1)]),
-    'one bit': ((6, 6, 1), 0, [(16, 1, 1, 'SAME', 1), (16, 3, 1, 'SAME', 16), (1, 1, 1, 'SAME', 1)]),
-    'stem': ((11, 10, 3), 8, [(16, 3, 1, 'SAME', 1), (12, 2, 2, 'SAME', 2), (9, 0, 1, 'VALID', 1)], 3, 5),
-    'many words': ((4, 4, 1), 0, [(512, 2, 1, 'SAME', 1), (520, 3, 1, 'SAME', 1)]),
-}
 
 
 @pytest.fixture(params=NETWORKS)
 def packed(request):
     return random_packed(*NETWORKS[request.param])
-
-
-def images(packed, count, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (count, *packed.image)).astype(np.uint8)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -50,9 +34,9 @@ def images(packed, count, seed=0):
 @pytest.mark.parametrize('threads', [1, 2, None])
 def test_engines_have_the_same_activations_and_logits(packed, count, threads, monkeypatch):
     if threads:
-        monkeypatch.setattr(numba_engine, 'SHARED', 0)  # otherwise so small a network gets one thread
+        monkeypatch.setattr(numba_engine, 'SHARED', 0)  # else a network as small as this gets one thread
     fast, plain = engines.open_engine(packed, 'numba', threads), numpy_engine.NumpyEngine(packed)
-    x = images(packed, count)
+    x = random_images(packed, count)
     logits, maps = plain.run(x)
     for layer, found, expected in zip(packed.layers, fast.activations(x), maps, strict=True):
         np.testing.assert_array_equal(found, expected, err_msg=layer.name)
@@ -62,44 +46,44 @@ def test_engines_have_the_same_activations_and_logits(packed, count, threads, mo
 
 def test_an_engine_does_not_remember_earlier_images(packed):
     engine = engines.open_engine(packed, 'numba')
-    first = engine.logits(images(packed, 9, seed=1))
-    engine.logits(images(packed, 30, seed=2))
-    np.testing.assert_array_equal(engine.logits(images(packed, 9, seed=1)), first)
+    first = engine.logits(random_images(packed, 9, seed=1))
+    engine.logits(random_images(packed, 30, seed=2))
+    np.testing.assert_array_equal(engine.logits(random_images(packed, 9, seed=1)), first)
 
 
 def test_batches_of_any_length(packed):
     engine = engines.open_engine(packed, 'numba')
-    x = images(packed, engine.batch + 3)
+    x = random_images(packed, engine.batch + 3)
     together = engines.logits(engine, x)
     assert together.shape == (engine.batch + 3, len(packed.classes))
     np.testing.assert_array_equal(together[-3:], engine.logits(x[-3:]))
 
 
-def test_the_kernels_are_not_given_what_they_would_write_beyond(packed):
+def test_kernels_refuse_images_that_would_overrun_their_buffers(packed):
     engine = engines.open_engine(packed, 'numba')
     height, width, channels = packed.image
-    for wrong in (np.zeros((engine.batch + 1, *packed.image), np.uint8), images(packed, 2).astype(float),
+    for wrong in (np.zeros((engine.batch + 1, *packed.image), np.uint8), random_images(packed, 2).astype(float),
                   np.zeros((1, height + 1, width, channels), np.uint8), np.zeros((1, height, width), np.uint8)):
         with pytest.raises(ValueError, match='uint8, at most'):
             engine.logits(wrong)
 
 
 @pytest.mark.parametrize('sources', [1, 2, 4, 8])
-def test_eight_filters_that_read_so_many_groups(sources):
-    """Every variant of the kernel is used: a reader in G groups takes its bytes from filters of so many groups."""
+def test_eight_filters_that_read_several_groups(sources):
+    """Use every variant of the kernel: eight filters take their inputs from `sources` groups of the layer before."""
     packed = random_packed((6, 6, 3), 0, [(64, 3, 1, 'SAME', 1), (128, 2, 1, 'SAME', 8),
                                           (64, 3, 1, 'SAME', 2 * sources)])
     engine = engines.open_engine(packed, 'numba')
     assert engine.table[1, kernels.COLUMNS.index('kind')] == sources
-    x = images(packed, 5)
+    x = random_images(packed, 5)
     for found, expected in zip(engine.activations(x), numpy_engine.NumpyEngine(packed).activations(x), strict=True):
         np.testing.assert_array_equal(found, expected)
 
 
 def test_sums_on_the_thresholds_fire():
-    """upper and lower are inclusive: with thresholds at the sums themselves, everything fires."""
+    """Check that upper and lower are inclusive: with thresholds equal to the sums, every filter fires."""
     base = random_packed((6, 6, 1), 0, [(16, 3, 1, 'SAME', 1), (8, 6, 1, 'VALID', 1)])
-    x = images(base, 1)
+    x = random_images(base, 1)
     before = numpy_engine.NumpyEngine(base).activations(x)[0].astype(np.float32)
     sums = numpy_engine.convolve(before, base.layers[1])[0, 0, 0].astype(np.int32)
     for shift, expected in ((0, 1), (1, 0)):
@@ -112,7 +96,7 @@ def test_sums_on_the_thresholds_fire():
         assert (found == -expected).all()
 
 
-def test_the_fallback_where_numba_is_not_installed(monkeypatch):
+def test_the_fallback_if_numba_is_not_installed(monkeypatch):
     packed = random_packed(*NETWORKS['odd'])
     monkeypatch.setitem(sys.modules, 'twta.packed.numba_engine', None)
     assert engines.open_engine(packed).name == 'numpy'
@@ -120,7 +104,7 @@ def test_the_fallback_where_numba_is_not_installed(monkeypatch):
         engines.open_engine(packed, 'numba')
 
 
-def test_a_word_of_weights_is_where_its_bits_say():
+def test_a_weight_sets_its_bit_in_the_words():
     layer = Layer('l', np.zeros((1, 2, 3, 9), np.int8), None, None, 1, 'SAME', 1)
     layer.weights[0, 1, 2, 8] = -1
     words = numba_engine.ternary_words(layer, np.array([[0] * 7 + [8], [-1] * 8]), cell=1, words=1)
@@ -129,7 +113,7 @@ def test_a_word_of_weights_is_where_its_bits_say():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The file
+# File format
 
 
 @pytest.fixture
@@ -140,6 +124,7 @@ def file(tmp_path):
 
 
 def assert_equal(found, expected):
+    """Check that two packed networks are equal, field by field."""
     for name, value in expected._asdict().items():
         if name == 'layers':
             for a, b in zip(found.layers, value, strict=True):
@@ -169,7 +154,7 @@ def test_five_trits_to_a_byte():
 
 
 def broken(data):
-    """The line that some bytes are refused with."""
+    """Return the message with which a reader refuses the bytes."""
     with pytest.raises(file_format.Bad) as error:
         file_format.parse(bytes(data))
     assert '\n' not in str(error.value)
@@ -177,11 +162,12 @@ def broken(data):
 
 
 def sealed(body):
+    """Return a file: the body and its checksum."""
     return body + hashlib.sha256(body).digest()
 
 
 def with_header(data, change):
-    """A file whose header was changed by a function, its checksum right."""
+    """Return the file after `change` has altered its header; the checksum is right."""
     length = struct.unpack('<I', data[8:12])[0]
     header = json.loads(data[12:12 + length])
     change(header)
@@ -205,7 +191,7 @@ def test_a_refusal_names_the_file_and_what_to_do(tmp_path, file):
         (tmp_path / 'bad.twta').write_bytes(content)
         with pytest.raises(TwtaError, match=f'bad.twta: .*{word}.*--mode export'):
             file_format.read(tmp_path / 'bad.twta')
-    with pytest.raises(TwtaError, match=r'/dev/zero: not a \.twta file'):  # without an end
+    with pytest.raises(TwtaError, match=r'/dev/zero: not a \.twta file'):  # a file that never ends
         file_format.read(Path('/dev/zero'))
     (tmp_path / 'large.twta').write_bytes(file_format.MAGIC)
     os.truncate(tmp_path / 'large.twta', 1 << 30)
@@ -273,13 +259,14 @@ def test_arrays_out_of_range_are_refused():
 
 
 def rewritten(packed):
+    """Return the bytes of the file of a packed network."""
     with tempfile.TemporaryDirectory() as folder:
         file_format.write(Path(folder) / 'x', packed)
         return (Path(folder) / 'x').read_bytes()
 
 
 def test_noise_under_a_right_checksum_raises_nothing_but_bad(file):
-    """Fuzz: 3,000 files with bytes changed, cut or repeated, each with the checksum that belongs to it."""
+    """Read 3,000 files in which bytes are changed, cut or repeated, each with a right checksum."""
     body, rng = file.read_bytes()[:-32], np.random.default_rng(0)
     header = 12 + struct.unpack('<I', body[8:12])[0]
     refused = 0
@@ -299,7 +286,7 @@ def test_noise_under_a_right_checksum_raises_nothing_but_bad(file):
         except file_format.Bad:
             refused += 1
             continue
-        x = images(packed, 1)  # what is accepted can be run
+        x = random_images(packed, 1)  # what is accepted can be run
         for found, expected in zip(engines.open_engine(packed, 'numba').activations(x),
                                    numpy_engine.NumpyEngine(packed).activations(x), strict=True):
             np.testing.assert_array_equal(found, expected)
@@ -307,11 +294,11 @@ def test_noise_under_a_right_checksum_raises_nothing_but_bad(file):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# From the shell
+# The stand-alone command
 
 
 def standalone(*arguments, cwd):
-    """Run python -m twta.packed; it can import numpy and, of what else is installed, numba only."""
+    """Run python -m twta.packed where only numpy and numba can be imported; return the finished process."""
     for package in ('tensorflow', 'tensorlayer', 'tqdm', 'matplotlib', 'sklearn'):
         (cwd / f'{package}.py').write_text(f'raise SystemExit("{package} was imported")')
     return subprocess.run([sys.executable, '-m', 'twta.packed', *map(str, arguments)], cwd=cwd, capture_output=True,
@@ -322,7 +309,7 @@ def standalone(*arguments, cwd):
 def test_the_standalone_command(tmp_path, engine):
     packed = random_packed(*NETWORKS['dense'])
     file_format.write(tmp_path / 'network.twta', packed)
-    x = images(packed, 5)
+    x = random_images(packed, 5)
     np.save(tmp_path / 'images.npy', x[..., 0])
     finished = standalone('network.twta', 'images.npy', '--engine', engine, cwd=tmp_path)
     expected = numpy_engine.NumpyEngine(packed).logits(x).argmax(1)
@@ -334,7 +321,7 @@ def test_the_standalone_command(tmp_path, engine):
 
 def test_a_network_of_other_images_or_classes():
     packed = random_packed(*NETWORKS['dense'])
-    dataset = SimpleNamespace(test=SimpleNamespace(images=images(packed, 1)), classes=packed.classes)
+    dataset = SimpleNamespace(test=SimpleNamespace(images=random_images(packed, 1)), classes=packed.classes)
     args = SimpleNamespace(file='x.twta', dataset='digits')
     inference.check_images(packed, dataset, args)
     with pytest.raises(TwtaError, match=r'for images \[9, 9, 1\], but those of digits are \[9, 8, 1\]'):

@@ -1,13 +1,22 @@
-"""The conversion to spikes: neurons against the network, counts against a slow loop, the command and its files."""
+"""Conversion to spikes: neurons against the network, counts against a slow loop, the command and its files."""
 import csv
 import json
 import shutil
 
 import numpy as np
 import pytest
-from conftest import QUICK, ROOT, random_packed, run_script, start
-from test_export import graph_of, hostile, sample_of
-from test_packed import NETWORKS, images
+from conftest import (
+    NETWORKS,
+    QUICK,
+    ROOT,
+    graph_of,
+    hostile,
+    random_images,
+    random_packed,
+    run_script,
+    sample_of,
+    start,
+)
 
 from twta import TwtaError, UsageError
 from twta.export import folding, spatial
@@ -40,7 +49,7 @@ def test_store_and_release_fires_once_for_each_threshold(levels, kind):
 
 
 def saturated(name, value):
-    """Sums far beyond the fan-in: weights all alike, activations at B, thresholds there."""
+    """Return parameters with sums far beyond the fan-in: equal weights, activations at B, thresholds in that range."""
     if '/W' in name:
         return np.full_like(value, 0.02) + np.sign(value) * (0.01 if name.startswith('conv1/') else 0)
     if 'beta' in name:
@@ -57,7 +66,7 @@ def saturated(name, value):
                                            ('Quant_MNIST', {'k': 0, 'B': 8}), ('TWBA_5_5_MNIST', {'levels': 3}),
                                            ('BWBA_CIFAR10_Model2', {'levels': 3})])
 def test_temporal_and_spatial_conversion_of_hostile_networks(name, choices, parameters):
-    """The activations of every layer and the predictions are the graph's, in both."""
+    """Compare the activations of every layer and the logits with the graph."""
     dataset = sample_of(name)
     few = dataset.test.images[:6]
     with graph_of(name, dataset, parameters, **choices) as (network, session):
@@ -83,7 +92,7 @@ def test_noise_deletes_spikes_of_the_encoder_only_and_is_seeded():
     assert (np.abs(once) <= np.abs(x)).all() and (once * x >= 0).all()
     assert np.abs(once).sum() / np.abs(x).sum() == pytest.approx(0.75, abs=0.01)
     packed = random_packed(*NETWORKS['odd'])
-    few = images(packed, 4)
+    few = random_images(packed, 4)
     _, plain = numpy_engine.NumpyEngine(packed).run(few)
     _, noisy = numpy_engine.NumpyEngine(packed, between=simulation.deletion(0.5, 0)).run(few)
     assert (noisy[0] != plain[0]).any() and (np.abs(noisy[0]) <= np.abs(plain[0])).all()
@@ -94,10 +103,10 @@ def test_noise_deletes_spikes_of_the_encoder_only_and_is_seeded():
 
 
 def slow_counts(packed, maps):
-    """Spikes, synaptic operations and those over weights that are not 0, of each layer, one connection after another.
+    """Return the counts of each layer: spikes, negative spikes, synaptic operations, operations over nonzero weights.
 
-    Written for its own sake: a spike at (y, x, c) reaches the neuron (r, q, f) if the kernel of filter f, at its place,
-    covers (y, x), and f's group reads the channel c.
+    The loop visits one connection at a time. A spike at (y, x, c) reaches the neuron (r, q, f) if the kernel of filter
+    f, placed at (r, q), covers (y, x), and the group of f reads channel c.
     """
     counts = []
     for index, (layer, shape, (top, left), (rows, columns, filters)) in enumerate(file_format.shapes(packed)):
@@ -133,7 +142,7 @@ SMALL = {
 def test_counts_against_a_slow_loop(name, simulator, monkeypatch):
     monkeypatch.setattr(simulation, 'BATCH', 3)
     packed = random_packed(*SMALL[name])
-    x = images(packed, 5)
+    x = random_images(packed, 5)
     logits, maps = numpy_engine.NumpyEngine(packed).run(x)
     predicted, spike_numbers, operations, rows = simulation.simulate(simulator(packed), x, steps=1)
     np.testing.assert_array_equal(predicted, logits.argmax(1))
@@ -153,6 +162,7 @@ def test_counts_against_a_slow_loop(name, simulator, monkeypatch):
 
 
 def convert(output, *flags):
+    """Run Spiking_MNIST.py on the digits in this process."""
     command.start(SCRIPT, '', ('mnist', 'digits'), 'TWTA_5_5_MNIST', ['--dataset', 'digits', '--output', str(output),
                                                                      *map(str, flags)])
 
@@ -203,7 +213,7 @@ def test_several_levels_spatially_and_temporally(several_levels, tmp_path):
                          for which in ('spatial', 'temporal'))
     assert (spatial['steps'], temporal['steps']) == (1, 4)
     assert spatial['accuracy'] == temporal['accuracy']
-    for place, time in zip(spatial['layers'], temporal['layers'], strict=True):  # the same spikes to 4 times as many
+    for place, time in zip(spatial['layers'], temporal['layers'], strict=True):  # 4 times the neurons, the same spikes
         assert place['spikes'] == time['spikes'] and place['neurons'] == 4 * time['neurons']
         assert place['operations'] == pytest.approx(4 * time['operations'])
         assert place['rate'] == pytest.approx(time['rate'])
@@ -268,6 +278,6 @@ def test_outputs_do_not_overwrite_each_other(finished_run, tmp_path, monkeypatch
         command.start(SCRIPT, '', ('mnist', 'digits'), 'TWTA_5_5_MNIST', common + flags)
     folders = ['spikes-spatial', 'spikes-spatial-noise-0.25', 'spikes-temporal']
     assert sorted(path.name for path in run_dir.glob('spikes*')) == folders
-    start(run_dir, *QUICK[2:], '--resume', 'False', '--epochs', 1)  # another network: they go with the old one
+    start(run_dir, *QUICK[2:], '--resume', 'False', '--epochs', 1)  # another network: the old one's files move with it
     assert sorted(path.name for path in run_dir.glob('earlier-1/spikes*')) == folders
     assert not list(run_dir.glob('spikes*'))

@@ -1,4 +1,4 @@
-"""Runs on the embedded sample: training, stopping, resuming, checkpoints, weights, the records a run leaves."""
+"""Runs on the sample: training, resuming, checkpoints, weights, the files that a run writes."""
 import json
 import shutil
 
@@ -31,7 +31,7 @@ def test_resuming_a_finished_run_counts_on_with_the_new_learning_rate(finished_r
     assert (old['conv1/W'] != new['conv1/W']).any() and (old['conv1/W/Adam'] != new['conv1/W/Adam']).any()
 
 
-def test_a_run_that_goes_on_otherwise_says_so(finished_run, tmp_path, capsys):
+def test_a_run_resumed_with_other_numerics_warns(finished_run, tmp_path, capsys):
     shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / 'config.json').read_text())
     config['flags']['deterministic'] = True
@@ -90,13 +90,13 @@ def test_short_is_one_name_for_four_flags(tmp_path):
     found, same, other = (variables(tmp_path / name) for name in ('short', 'geometric', 'published'))
     np.testing.assert_array_equal(found['conv1/W'], same['conv1/W'])
     assert found['run_state']['history'] == same['run_state']['history']
-    assert (found['conv1/W'] != other['conv1/W']).any()  # the images it was trained on were others
+    assert (found['conv1/W'] != other['conv1/W']).any()  # it was trained on other images
 
 
 def test_a_run_that_ended_without_its_record_gets_it_on_resuming(finished_run, tmp_path, capsys):
     shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
     expected = json.loads((tmp_path / 'record.json').read_text())
-    for name in ('record.json', 'result.json'):  # as if it had been killed while it was evaluated
+    for name in ('record.json', 'result.json'):  # as if a kill had hit the evaluation
         (tmp_path / name).unlink()
     start(tmp_path, '--resume', 'True')
     assert 'the 4 epochs are done, but have no record' in capsys.readouterr().out
@@ -106,7 +106,7 @@ def test_a_run_that_ended_without_its_record_gets_it_on_resuming(finished_run, t
     assert len(log(tmp_path)) == 4 and (tmp_path / 'result.json').exists()
     for path in (*tmp_path.glob('best-*.data*'), tmp_path / 'record.json'):
         path.write_bytes(path.read_bytes()[:-99])
-    start(tmp_path, '--resume', 'True')  # a damaged best checkpoint costs the best epoch, not the record
+    start(tmp_path, '--resume', 'True')  # a damaged best checkpoint costs the best epoch only
     assert 'without the best epoch' in capsys.readouterr().out
     assert json.loads((tmp_path / 'record.json').read_text())['best_validation'] is None
 
@@ -119,7 +119,7 @@ def test_batches_depend_on_seed_and_epoch_and_hold_each_image_at_most_once():
     assert (batches != schedule.shuffled_batches(1001, 100, 1, 1)).any()
 
 
-def test_a_run_leaves_its_records(finished_run):
+def test_a_run_writes_its_files(finished_run):
     names = {path.name for path in finished_run.iterdir() if 'tfevents' not in path.name}
     assert {'checkpoint', 'checkpoint_best', 'config.json', 'log.csv', 'curve.png', 'result.json', 'model.npz',
             'last-3.index', 'last-4.index'} <= names
@@ -143,7 +143,7 @@ def test_a_run_leaves_its_records(finished_run):
 
 
 def test_the_best_checkpoint_is_the_best_on_validation(finished_run):
-    best = max(log(finished_run), key=lambda row: float(row['validation_accuracy']))['epoch']  # the first of equals
+    best = max(log(finished_run), key=lambda row: float(row['validation_accuracy']))['epoch']  # the first one of a tie
     assert checkpoints.find(finished_run, 'best').endswith(f'best-{best}')
 
 
@@ -157,7 +157,7 @@ def test_starting_again_moves_the_earlier_run_aside(tmp_path, capsys):
     assert (tmp_path / 'mine.txt').exists() and not (tmp_path / 'earlier-1' / 'mine.txt').exists()
 
 
-def test_weights_hand_a_network_on(finished_run, tmp_path, capsys):
+def test_weights_evaluate_and_start_another_run(finished_run, tmp_path, capsys):
     with np.load(finished_run / 'model.npz', allow_pickle=False) as file:
         weights = dict(file)
     assert weights['conv1/W:0'].shape == (5, 5, 1, 32) and 'classify/bn/moving_variance:0' in weights
@@ -167,7 +167,7 @@ def test_weights_hand_a_network_on(finished_run, tmp_path, capsys):
     expected = capsys.readouterr().out.splitlines()[-3:-1]
     start(tmp_path / 'new', '--mode', 'inference', '--weights', finished_run / 'model.npz')
     assert capsys.readouterr().out.splitlines()[-3:-1] == expected
-    with tf.Graph().as_default(), tf.Session() as session:  # TensorLayer reads it too
+    with tf.Graph().as_default(), tf.Session() as session:  # TensorLayer reads the file too
         net = load_script('TWTA_5_5_MNIST').model(tf.zeros([1, 28, 28, 1]), False)
         session.run(tf.global_variables_initializer())
         tl.files.load_and_assign_npz_dict(str(finished_run / 'model.npz'), session)
@@ -176,7 +176,7 @@ def test_weights_hand_a_network_on(finished_run, tmp_path, capsys):
     assert float(log(tmp_path / 'tuned')[0]['training_accuracy']) > 0.9
 
 
-def test_a_record_tells_of_the_weights_and_of_every_precision_of_its_run(finished_run, tmp_path):
+def test_a_record_names_the_weights_and_every_precision_of_its_run(finished_run, tmp_path):
     for resume, precision in (('--weights', finished_run / 'model.npz'), 'float32'), (('--resume', True), 'bfloat16'):
         start(tmp_path, *QUICK[2:], *resume, '--epochs', 1, '--precision', precision)
     record = json.loads((tmp_path / 'record.json').read_text())
@@ -207,7 +207,7 @@ def test_inference_of_the_best_does_not_replace_the_result_of_the_last(finished_
 # Accuracy and precision
 
 
-# emulated, bfloat16 is slow: one script then stands for all
+# emulated bfloat16 is slow, so one script must do
 BFLOAT16 = ['TWTA_4_4_MNIST'] if fast.BFLOAT16_IS_EMULATED else MNIST_SCRIPTS
 
 
@@ -215,17 +215,17 @@ BFLOAT16 = ['TWTA_4_4_MNIST'] if fast.BFLOAT16_IS_EMULATED else MNIST_SCRIPTS
 @pytest.mark.parametrize('precision, name', [*(('float32', name) for name in MNIST_SCRIPTS),
                                              *(('bfloat16', name) for name in BFLOAT16)])
 def test_accuracy_on_the_sample(tmp_path, precision, name):
-    """At least 95 % after 8 epochs of 24 steps; measured: 98.7 to 99.0 % in float32, 97.7 to 99.0 % in bfloat16."""
+    """Require 95 % after 8 epochs of 24 steps; measured: 98.7 to 99.0 % in float32, 97.7 to 99.0 % in bfloat16."""
     start(tmp_path, '--learning_rate', 0.001, '--batch_size', 50, '--epochs', 8, '--precision', precision, script=name)
     assert json.loads((tmp_path / 'result.json').read_text())['test_accuracy'] >= 0.95
 
 
 @pytest.mark.processor
 def test_bfloat16_agrees_with_float32():
-    """From equal weights: the loss within 1 %, each gradient within 11 degrees (measured: 0.2 %, 10 degrees).
+    """Compare a training step from equal weights: loss within 1 %, gradients within 11 degrees.
 
-    That is the full-precision network. In a ternary one a rounded sum beside a threshold becomes another activation,
-    so only the layer below and the accuracy above can be compared.
+    Measured: 0.2 % and 10 degrees. This is the full-precision network. In a ternary network a rounded sum can cross a
+    threshold, so the tests compare only a single layer (below) and the accuracy (above).
     """
     train = datasets.load('digits', '').train
     (weights, loss, gradients), (weights16, loss16, gradients16) = (
@@ -241,7 +241,7 @@ def test_bfloat16_agrees_with_float32():
 
 @pytest.mark.processor
 def test_ternary_sums_are_exact_in_bfloat16_up_to_256(session):
-    """bfloat16 has 8 significant bits: every sum of at most 256 terms of -1, 0, +1 comes out as in float32."""
+    """Compare with float32: bfloat16 has 8 significant bits, so sums of at most 256 terms of -1, 0, +1 are exact."""
     x = np.random.default_rng(4).integers(-1, 2, (2, 6, 6, 28)).astype(np.float32)
     layers = []
     for reuse, dtype in ((False, tf.float32), (True, tf.bfloat16)):
@@ -253,11 +253,11 @@ def test_ternary_sums_are_exact_in_bfloat16_up_to_256(session):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# As a user runs it
+# As a user runs the scripts
 
 
 def test_three_commands_from_three_folders(tmp_path):
-    """Training from the root, resuming from MNIST/, inference by absolute path; our lines only."""
+    """Train from the root, resume from MNIST/, evaluate by absolute path; only our own lines may be printed."""
     flags = ('--run_dir', tmp_path / 'run', *QUICK, '--epochs', '2')
     first = run_script('MNIST/TWTA_4_4_MNIST.py', '--resume', 'False', '--mode', 'training', *flags)
     second = run_script('TWTA_4_4_MNIST.py', '--resume', 'True', '--mode', 'training', *flags, cwd=ROOT / 'MNIST')
