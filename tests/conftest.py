@@ -29,7 +29,7 @@ def chosen(module, **choices):
     """The arguments of a script's model() beside x and is_train, the defaults where not given."""
     from twta import options
 
-    return options.complete({**dict.fromkeys(module.CHOICES), **choices})
+    return options.with_defaults({**dict.fromkeys(module.CHOICES), **choices})
 
 
 def image_shape(name):

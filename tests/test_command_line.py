@@ -13,7 +13,7 @@ DEFAULTS = command_line.protocol(1e-4, 150, 200)
 
 
 def parse(*flags):
-    return command_line.parse(SCRIPT, 'description', ('mnist', 'digits'), DEFAULTS, tuple(options.CHOICES),
+    return command_line.parse(SCRIPT, 'description', ('mnist', 'digits'), DEFAULTS, tuple(options.OPTIONS),
                               list(flags))
 
 

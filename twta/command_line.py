@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from twta import UsageError
-from twta.options import CHOICES, NOTHING_TO_PACK, SHORT, SUFFIXES, WAYS, complete
+from twta.options import NOTHING_TO_PACK, OPTIONS, SHORT, SUFFIXES, WAYS, with_defaults
 from twta.terminal import Parser, errors_in_a_line, natural, path, positive_integer, positive_number, truth
 
 
@@ -19,7 +19,7 @@ def run(script, description, model, datasets, learning_rate, epochs, batch_size,
                    the logits
     datasets       names in twta.data.datasets.DATASETS, the default first
     learning_rate, epochs, batch_size    the script's own protocol, the defaults of the flags
-    choices        names in CHOICES: each is a flag, and what it says an argument of model
+    choices        names in OPTIONS: each is a flag, and what it says an argument of model
     """
     script = Path(script).resolve()
     defaults = protocol(learning_rate, epochs, batch_size)
@@ -85,7 +85,7 @@ def parse(script, description, datasets, defaults, choices=(), argv=None):
              f'{short["learning_rate"]:g} --epochs {short["epochs"]} --schedule {short["schedule"]} --augmentation '
              f'{short["augmentation"]}')
     for name in choices:
-        add(f'--{name}', **CHOICES[name][1])
+        add(f'--{name}', **OPTIONS[name][1])
     add('--batch_size', type=positive_integer, metavar='N', help=f'default: {defaults["batch_size"]}')
     add('--seed', type=natural, metavar='N',
         help='of weights, shuffling and augmentation, default: 0; a resumed run keeps its own')
@@ -139,7 +139,7 @@ def parse(script, description, datasets, defaults, choices=(), argv=None):
 
 def check(args, script, trained_on):
     """Raises UsageError where the flags contradict each other or ask for a file that is not there."""
-    chosen = complete(args.choices)
+    chosen = with_defaults(args.choices)
     if chosen.get('levels') == 3 and chosen.get('pooling') == 'max':
         raise UsageError('--levels 3 with --pooling max: such a network cannot be exported; use --pooling average or '
                          'conv')

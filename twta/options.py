@@ -16,7 +16,7 @@ SHORT = {dataset: {'protocol': 'short', 'learning_rate': learning_rate, 'epochs'
          for dataset, learning_rate, epochs in (('mnist', 2e-3, 30), ('digits', 2e-3, 30),
                                                 ('cifar10', 5e-3, 40), ('shapes', 5e-3, 40))}
 
-CHOICES = {  # flags that choose between networks of one architecture; a script says which it has
+OPTIONS = {  # flags that choose between networks of one architecture; a script says which it has
     'threshold': ('fixed', {'choices': ('fixed', 'trainable', 'runtime'), 'help':
                   'd of the activations, +1 where x >= d, -1 where x <= -d: fixed, the published 0.5; trainable, one a '
                   'layer, trained with the weights; runtime, from the mean of |x|, of the batch in training, of a '
@@ -36,19 +36,19 @@ CHOICES = {  # flags that choose between networks of one architecture; a script 
 }
 
 
-def complete(choices):
+def with_defaults(choices):
     """The choices with the defaults where they are None."""
-    chosen = {name: CHOICES[name][0] if value is None else value for name, value in choices.items()}
+    chosen = {name: OPTIONS[name][0] if value is None else value for name, value in choices.items()}
     if 'threshold_value' in chosen and chosen['threshold_value'] is None:
         chosen['threshold_value'] = 0.7 if chosen.get('threshold') == 'runtime' else 0.5
     return chosen
 
 
-def is_choice(name, value):
-    """Whether it is a value of a flag of that name in CHOICES."""
-    if name not in CHOICES:
+def is_option_value(name, value):
+    """Whether it is a value of a flag of that name in OPTIONS."""
+    if name not in OPTIONS:
         return False
-    flag = CHOICES[name][1]
+    flag = OPTIONS[name][1]
     try:
         return value in flag['choices'] if 'choices' in flag else flag['type'](str(value)) == value
     except argparse.ArgumentTypeError:

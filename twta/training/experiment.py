@@ -13,7 +13,7 @@ from twta.graph import fast
 from twta.graph.build import build_graph
 from twta.graph.session import choose_precision, describe, find_gpu, make_deterministic, open_session, stop_signals
 from twta.graph.tf1 import tf
-from twta.options import complete
+from twta.options import with_defaults
 from twta.results import accuracy
 from twta.terminal import say
 from twta.training import checkpoints, records, run_directory
@@ -33,7 +33,7 @@ def run(script, model, args, defaults, evaluate=infer):
     try:
         with run_directory.locked(args.run_dir) if is_continued else contextlib.nullcontext():
             source, state = open_run(script, args) if args.resume else (None, None)
-            args.choices = state['choices'] if state else complete(args.choices)
+            args.choices = state['choices'] if state else with_defaults(args.choices)
             model = functools.partial(model, **args.choices)
             if args.weights:
                 check_choices(args)
@@ -180,7 +180,7 @@ def open_run(script, args):
                              f'{state[flag]}; leave --{flag} out, or start a new run with --resume False')
     for name in state['choices'].keys() - args.choices.keys():
         raise TwtaError(f'{source}: not a checkpoint of this script, which has no --{name}')
-    state['choices'] = {**complete(dict.fromkeys(args.choices)), **state['choices']}
+    state['choices'] = {**with_defaults(dict.fromkeys(args.choices)), **state['choices']}
     for flag, value in args.choices.items():
         if value not in (None, state['choices'][flag]):
             raise UsageError(f'--{flag} {value}: the network in {args.run_dir} has --{flag} {state["choices"][flag]}; '

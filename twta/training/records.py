@@ -1,5 +1,5 @@
 """record.json: everything that a finished run is judged by, in one file; and the name of a run."""
-from twta.options import complete
+from twta.options import with_defaults
 from twta.results import accuracy, write_json
 from twta.training.state import FIELDS
 
@@ -44,5 +44,5 @@ def name_stage(stage):
 
 def list_choices(choices):
     """Those that are not the default, as words."""
-    usual = complete(dict.fromkeys(choices))
+    usual = with_defaults(dict.fromkeys(choices))
     return [f'{name} {value}' for name, value in choices.items() if value != usual[name]]

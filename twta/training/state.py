@@ -2,7 +2,7 @@
 import sys
 from types import NoneType
 
-from twta.options import WAYS, is_choice
+from twta.options import WAYS, is_option_value
 
 FIELDS = ('epoch', 'learning_rate', 'loss', 'training_accuracy', 'validation_accuracy', 'images_per_second', 'seconds')
 
@@ -23,7 +23,7 @@ def check_keys(what, entry, keys):
 def check_choices(choices):
     """Raises ValueError where one is not a value of a flag that chooses between networks."""
     for name, value in choices.items():
-        if not is_choice(name, value):
+        if not is_option_value(name, value):
             raise ValueError(f'--{name} {value}'[:80])
 
 
