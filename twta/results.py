@@ -47,7 +47,7 @@ def describe_data(dataset):
             'validation_images': len(dataset.validation.labels)}
 
 
-def confuse(labels, predicted, n_classes):
+def confusion_matrix(labels, predicted, n_classes):
     """The confusion matrix [true class, predicted class]."""
     pairs = labels.astype(np.int64) * n_classes + predicted
     return np.bincount(pairs, minlength=n_classes ** 2).reshape(n_classes, n_classes)
