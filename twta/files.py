@@ -35,7 +35,7 @@ def replacing(path):
 
 
 def read_npy(path):
-    """Return the array of a .npy file. Raises one of UNREADABLE if the file is damaged, or longer than its array."""
+    """Return the array of a .npy file. Raises one of UNREADABLE if the file is damaged or has a wrong length."""
     with open(path, 'rb') as file:
         shape, kind = read_header(file)
         if file.tell() + math.prod(shape) * kind.itemsize != os.fstat(file.fileno()).st_size:

@@ -4,7 +4,7 @@ from functools import partial
 
 from twta.terminal import natural, number
 
-NOTHING_TO_PACK = ('has full-precision activations and can be neither packed nor converted; choose a network with '
+NOTHING_TO_PACK = ('has full-precision activations: there is nothing to pack or to convert; choose a network with '
                    'quantised activations')
 SUFFIXES = {'twta': '.twta', 'npz': '.npz', 'c': '.h', 'onnx': '.onnx'}  # file name suffix for each --format
 
