@@ -19,12 +19,12 @@ def read_blocks(layer):
 
 
 def pooling(layer):
-    """'max' or 'average', '' where a layer has weights."""
+    """Return 'max' or 'average'; '' if the layer has weights."""
     return layer.kind if isinstance(layer, ternary_layers.PoolLayer) else ''
 
 
 def value_fractions(net):
-    """Shares [negative, positive] of the quantised weights and of the activations of each layer, by its name."""
+    """Return the fractions [negative, positive] of each layer's quantised weights and activations, by layer name."""
     blocks = [block for block in read_blocks(net) if block[2] and hasattr(block[2].activation, 'levels')]
     found = {'weights': {layer.name: layer.quantized for layer, *_ in blocks[1:] if not pooling(layer)},
              'activations': {layer.name: activation.outputs for layer, _, activation in blocks}}
