@@ -69,7 +69,7 @@ def test_validation_images_are_the_last_of_the_training_set(small):
     np.testing.assert_array_equal(cifar.train.labels, labels[:5].ravel()[:70])
     assert len(cifar.test.labels) == N
     for count in (100, 101):
-        with pytest.raises(UsageError, match=f'--validation {count}: .* 100 training images .* 0 to 99'):
+        with pytest.raises(UsageError, match=f'--validation {count}: .* 100 training images; hold out 0 to 99 of'):
             datasets.load('cifar10', data_dir, count)
 
 
@@ -137,7 +137,7 @@ def test_only_the_published_archive_is_opened(small, monkeypatch):
     pack(archive, monkeypatch, [(f'{FOLDER}/{name}', content) for name, content in files.items()])
     damaged = archive.read_bytes()[:-9]
     archive.write_bytes(damaged)
-    with pytest.raises(TwtaError, match='remove it to have it downloaded again') as error:
+    with pytest.raises(TwtaError, match='remove it to download it again') as error:
         datasets.load('cifar10', data_dir)
     assert str(archive) in str(error.value) and archive.read_bytes() == damaged
     assert not (data_dir / 'cifar10' / FOLDER / 'test_batch.bin').exists()
