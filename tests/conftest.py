@@ -28,7 +28,7 @@ def chosen(module, **choices):
     """Return the arguments of a script's model() after x and is_train: these choices, and defaults for the others."""
     from twta import options
 
-    return options.complete({**dict.fromkeys(module.CHOICES), **choices})
+    return options.with_defaults({**dict.fromkeys(module.CHOICES), **choices})
 
 
 def image_shape(name):

@@ -1,4 +1,4 @@
-"""CIFAR-10: the binary reader on hand-made files, the archive, the generated sample, training on it."""
+"""CIFAR-10: the reader on hand-made files, the archive, the generated images, training on them."""
 import hashlib
 import io
 import json
@@ -23,7 +23,7 @@ FOLDER = datasets.CIFAR10_FOLDER
 
 
 def binary(images, labels):
-    """The binary version of images [n, 32, 32, 3]: by hand, a byte at a time."""
+    """Return images [n, 32, 32, 3] and labels in the binary version of CIFAR-10, written byte by byte."""
     content = bytearray()
     for image, label in zip(images, labels, strict=True):
         content.append(label)
@@ -35,7 +35,7 @@ def binary(images, labels):
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """A data directory with six files of 20 images, and what is in them."""
+    """Return a data directory with six files of 20 images, the files' contents, images and labels."""
     files, images, labels = {}, [], []
     for name in datasets.CIFAR10_FILES:
         images.append(RNG.integers(0, 256, (N, 32, 32, 3), np.uint8))
@@ -70,7 +70,7 @@ def test_validation_images_are_the_last_of_the_training_set(small):
     np.testing.assert_array_equal(cifar.train.labels, labels[:5].ravel()[:70])
     assert len(cifar.test.labels) == N
     for count in (100, 101):
-        with pytest.raises(UsageError, match=f'--validation {count}: .* 100 training images .* 0 to 99'):
+        with pytest.raises(UsageError, match=f'--validation {count}: .* 100 training images; hold out 0 to 99 of'):
             datasets.load('cifar10', data_dir, count)
 
 
@@ -99,7 +99,7 @@ def test_damaged_files_are_refused_by_name(small):
 
 
 def pack(path, monkeypatch, members):
-    """An archive of (name, content or link) with its checksum as the published one."""
+    """Write an archive of (name, content or link target) and patch the expected checksum to match it."""
     with tarfile.open(path, 'w:gz') as archive:
         for name, content in members:
             member = tarfile.TarInfo(name)
@@ -138,7 +138,7 @@ def test_only_the_published_archive_is_opened(small, monkeypatch):
     pack(archive, monkeypatch, [(f'{FOLDER}/{name}', content) for name, content in files.items()])
     damaged = archive.read_bytes()[:-9]
     archive.write_bytes(damaged)
-    with pytest.raises(TwtaError, match='remove it to have it downloaded again') as error:
+    with pytest.raises(TwtaError, match='remove it to download it again') as error:
         datasets.load('cifar10', data_dir)
     assert str(archive) in str(error.value) and archive.read_bytes() == damaged
     assert not (data_dir / 'cifar10' / FOLDER / 'test_batch.bin').exists()
@@ -158,7 +158,7 @@ def test_the_archive_comes_over_tls():
 
 @pytest.mark.skipif(not SHARED_CIFAR10.exists(), reason=f'needs {SHARED_CIFAR10}')
 def test_the_images_at_hand_are_not_the_published_ones(tmp_path):
-    """../shared has JPEG-recompressed images in the published split: they are read, and named for what they are."""
+    """../shared has JPEG-recompressed images in the published split; they are read, and reported as not published."""
     prepare = SHARED_CIFAR10.parent / 'prepare.py'
     assert run_script(prepare, tmp_path).returncode == 0
     cifar = datasets.load('cifar10', tmp_path)
@@ -185,7 +185,7 @@ def test_shapes_are_drawn_from_a_fixed_seed():
 
 
 def test_a_linear_classifier_stays_below_70_percent(tmp_path):
-    """Measured: ridge regression 58 %, where 10 % is chance; a tuned logistic regression 66 %."""
+    """Measured: ridge regression 58 %, tuned logistic regression 66 %; chance is 10 %."""
     sample = datasets.load('shapes', tmp_path / 'absent')
     assert [len(split.labels) for split in (sample.train, sample.validation, sample.test)] == [2500, 500, 1000]
     flat = [split.images.reshape(len(split.labels), -1) / 255 for split in (sample.train, sample.test)]
@@ -226,7 +226,7 @@ TINY = ('--batch_size', 50, '--precision', 'float32')
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """The sample cut down: 150 images for training, the last 50 held out, two steps an epoch; 100 for test."""
+    """Replace the data set shapes by 250 images: 100 for training (two steps per epoch), 50 held out, 100 for test."""
     images, labels = shapes.draw(250, seed=0)
 
     def load_tiny(data_dir, validation=50):
@@ -237,7 +237,7 @@ def tiny(monkeypatch):
 
 
 def test_a_resumed_run_continues_the_cosine_and_the_augmentation(tiny, tmp_path, monkeypatch):
-    """As if never stopped, bit for bit; then a stage of another learning rate counts on."""
+    """The result equals an uninterrupted run bit for bit; a stage with another learning rate can follow."""
     flags = (*TINY, '--schedule', 'cosine', '--learning_rate', 0.005, '--epochs', 4)
     start(tmp_path / 'whole', *flags, script=GROUPED)
     whole = loop.shuffled_batches
@@ -306,7 +306,7 @@ def test_inference_draws_the_confusion_matrix(tmp_path):
 
 
 def test_the_confusion_matrix_names_classes_and_their_accuracy():
-    confusion = np.array([[8, 2, 0], [1, 3, 0], [0, 0, 0]])  # of the third class there is no image
+    confusion = np.array([[8, 2, 0], [1, 3, 0], [0, 0, 0]])  # the third class has no image
     axes, = results.draw_confusion('title', ('cat', 'dog', 'frog'), confusion).axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ['cat', 'dog', 'frog']
     assert [label.get_text() for label in axes.get_yticklabels()] == ['cat  80.0%', 'dog  75.0%', 'frog  0.0%']
@@ -346,7 +346,7 @@ def test_every_family_trains_in_both_precisions(tiny, tmp_path, name, precision)
     (GROUPED, 'auto', 5, 0.6), pytest.param('TWTA_3_3_CIFAR10_VGG13', 'auto', 6, 0.5, marks=pytest.mark.slow),
     pytest.param('FP_3_3_CIFAR10_VGG13', 'float32', 3, 0.8, marks=pytest.mark.slow)])
 def test_accuracy_on_the_sample(tmp_path, name, precision, epochs, accuracy):
-    """Of each family, in epochs of 50 steps; measured: 73, 63 (in float32) and 91 %."""
+    """The accuracy after epochs of 50 steps; measured: 73 %, 63 % (in float32) and 91 %."""
     start(tmp_path, '--schedule', 'cosine', '--learning_rate', 0.003, '--batch_size', 50, '--epochs', epochs,
           '--precision', precision, script=name)
     assert json.loads((tmp_path / 'result.json').read_text())['test_accuracy'] >= accuracy

@@ -1,4 +1,4 @@
-"""The command line: --help and mistakes answer without TensorFlow, in one line, with exit code 2, nothing on disk."""
+"""The command line: --help needs no TensorFlow; a mistake gives one line, exit code 2 and no file."""
 import math
 import os
 import sys
@@ -13,7 +13,7 @@ DEFAULTS = command_line.protocol(1e-4, 150, 200)
 
 
 def parse(*flags):
-    return command_line.parse(SCRIPT, 'description', ('mnist', 'digits'), DEFAULTS, tuple(options.CHOICES),
+    return command_line.parse(SCRIPT, 'description', ('mnist', 'digits'), DEFAULTS, tuple(options.OPTIONS),
                               list(flags))
 
 
@@ -70,7 +70,7 @@ VALID = {
 
 
 def mistake(*flags):
-    """The one line that these flags are answered with."""
+    """Return the error message for these flags: one line."""
     with pytest.raises(UsageError) as error:
         parse(*flags)
     assert '\n' not in str(error.value)
@@ -123,8 +123,14 @@ def test_flags_that_are_unknown_or_contradict_each_other(flags, words):
 
 @pytest.mark.parametrize('flag', ['--run_dir', '--data_dir', '--weights', '--file'])
 def test_a_path_that_is_not_utf8(flag):
-    line = mistake(f'{flag}=/tmp/x\udcff')  # as Python has such bytes of a command line
+    line = mistake(f'{flag}=/tmp/x\udcff')  # as Python decodes an invalid byte in the command line
     assert flag in line and '/tmp/x' in line and 'not UTF-8' in line and line.isprintable()
+
+
+def test_help_lines_of_options_give_the_defaults():
+    for name, (default, arguments) in options.OPTIONS.items():
+        defaults = ('0.5', '0.7') if name == 'threshold_value' else (default,)
+        assert all(f'(default: {value}' in arguments['help'] for value in defaults), name
 
 
 def test_debug_shows_the_traceback():

@@ -1,4 +1,4 @@
-"""The IDX reader on hand-made files, the embedded sample, the real files where they are, downloads from a server."""
+"""The IDX reader on hand-made files, the digits, the published files if present, downloads from a faulty server."""
 import contextlib
 import errno
 import gzip
@@ -30,7 +30,7 @@ def idx(array):
 
 @pytest.fixture
 def small_mnist(tmp_path, monkeypatch):
-    """A data directory with 60 + 10 images in the four files, and what the loader expects of them."""
+    """Return a data directory with 60 + 10 images in the four files, and their arrays; patch the expected checksums."""
     rng = np.random.default_rng(2)
     arrays = {name: rng.integers(0, 10 if len(shape) == 1 else 256, shape) for name, shape in SHAPES.items()}
     folder = tmp_path / 'mnist'
@@ -132,7 +132,7 @@ MOVED = {'/moved': '/good', '/loop': '/loop', '/nowhere': 'http://a..b/x', '/no_
 
 
 class Handler(BaseHTTPRequestHandler):
-    """/good serves ranges, /whole ignores them, /wrong serves something else, the others what their names say."""
+    """A server: /good serves ranges, /whole ignores them, /wrong serves other bytes, others do what their names say."""
 
     def do_GET(self):
         self.server.requests.append((self.path, self.headers['Range']))
@@ -165,7 +165,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.wfile.write(content[i:i + 1])
                 time.sleep(0.3)
         elif self.path == '/endless':
-            with contextlib.suppress(OSError):  # until the other side has enough
+            with contextlib.suppress(OSError):  # until the client closes the connection
                 while True:
                     self.wfile.write(content)
         else:
@@ -184,7 +184,7 @@ def waits(monkeypatch):
 def server():
     server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
     server.requests = []
-    server.handle_error = lambda *_: None  # a client that hangs up is none
+    server.handle_error = lambda *_: None  # a client that hangs up is not an error
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -225,7 +225,7 @@ def test_mirrors_are_asked_again_but_not_for_what_they_do_not_have(server, tmp_p
 @pytest.mark.parametrize('name, requests', [('busy', 3), ('too_many', 3), ('stalls', 2), ('drips', 2), ('moved', 2),
                                             ('says_more', 1)])
 def test_from_a_server_with_a_fault(server, tmp_path, monkeypatch, name, requests):
-    """Asked again, it goes on from the bytes that are there."""
+    """The next request resumes after the bytes that have arrived."""
     if name in ('stalls', 'drips'):
         monkeypatch.setattr(download, 'TIMEOUT', 1)
     fetch(server, tmp_path / 'file', name)
@@ -234,7 +234,7 @@ def test_from_a_server_with_a_fault(server, tmp_path, monkeypatch, name, request
 
 
 def test_says_less(server, tmp_path):
-    """Half of what is left each time: not whole after three rounds, but in the next call it is resumed."""
+    """Each answer brings half of the rest: the file is incomplete after three rounds, and the next call resumes."""
     with pytest.raises(TwtaError, match='ended after 262,500 of 300,000 bytes'):
         fetch(server, tmp_path / 'file', 'says_less')
     fetch(server, tmp_path / 'file', 'good')

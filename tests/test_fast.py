@@ -1,4 +1,4 @@
-"""The fast forms of the arithmetic against the plain ones: forward, gradients, whole networks."""
+"""The fast arithmetic against plain TensorFlow: sums, gradients, whole networks."""
 import numpy as np
 import pytest
 from conftest import chosen, image_shape, load_script, loss_and_gradients
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.processor
 
 
 def plain(x, w, stride, padding, groups=1):
-    """The convolution as the published scripts have it: a loop over groups, TensorFlow's gradients."""
+    """Return the convolution as the published scripts compute it: a loop over groups, TensorFlow's gradients."""
     filters = tf.split(w, groups, axis=-1)
     return tf.concat([tf.nn.conv2d(x[..., g::groups], filters[g], [1, stride, stride, 1], padding)
                       for g in range(groups)], axis=-1)
@@ -37,25 +37,25 @@ def on_cpu(monkeypatch):
 
 
 def sums_and_gradients(session, function, geometry, dtype, x, w, upstream):
-    """Sums, their gradients by x and by w, as float32, and the names of the operations that gave them."""
+    """Return the sums and their gradients by x and by w, as float32, and the types of the operations used."""
     *_, stride, padding, groups = geometry
     before = set(session.graph.get_operations())
-    inputs = tf.placeholder(dtype, [None, *x.shape[1:]]), tf.constant(w, dtype)  # the batch is not known
+    inputs = tf.placeholder(dtype, [None, *x.shape[1:]]), tf.constant(w, dtype)  # of unknown batch size
     sums = function(*inputs, stride, padding, groups)
     wanted = sums, *tf.gradients(sums, inputs, tf.constant(upstream, dtype))
     values = session.run([tf.cast(value, tf.float32) for value in wanted], {inputs[0]: x})
     return values, {operation.type for operation in set(session.graph.get_operations()) - before}
 
 
-NATIVE = [] if fast.BFLOAT16_IS_EMULATED else [('bfloat16', 0.025)]  # layers never ask for it where it is emulated
+NATIVE = [] if fast.BFLOAT16_IS_EMULATED else [('bfloat16', 0.025)]  # layers do not use it if it is emulated
 
 
 @pytest.mark.parametrize('dtype, bound', [('float32', 1e-6), *NATIVE])
 @pytest.mark.parametrize('geometry, form', GEOMETRIES)
 def test_convolution_and_its_gradients_equal_the_plain_ones(session, geometry, form, dtype, bound):
-    """The sums bit for bit, the gradients within the bound times the largest of the plain float32 ones.
+    """Sums agree bit for bit; gradients within `bound` times the largest plain float32 gradient.
 
-    Measured in bfloat16: at most 0.019, where TensorFlow's own kernel computes it; products of matrices 0.006.
+    Measured in bfloat16: at most 0.019 with TensorFlow's own kernel, 0.006 with matrix products.
     """
     height, width, channels, filters, size, stride, padding, groups = geometry
     random = np.random.default_rng(2)
@@ -65,7 +65,7 @@ def test_convolution_and_its_gradients_equal_the_plain_ones(session, geometry, f
     upstream = random.integers(-128, 129, shape) / 64  # exact in bfloat16
     (plain_sums, *plain_gradients), _ = sums_and_gradients(session, plain, geometry, 'float32', x, w, upstream)
     (sums, *gradients), operations = sums_and_gradients(session, fast.convolve, geometry, dtype, x, w, upstream)
-    if fast.ONEDNN:  # without it, so few channels and filters are as they are
+    if fast.ONEDNN:  # without oneDNN, layers with so few channels and filters use TensorFlow's kernels
         assert ('Conv2D' in operations, 'Conv2DBackpropFilter' in operations) == {
             'tiled': (False, False), 'short rows': (True, dtype == 'float32'), 'as it is': (True, True)}[form]
     np.testing.assert_array_equal(sums, plain_sums)
@@ -86,7 +86,7 @@ def test_a_gpu_has_tensorflow_s_own_kernels(monkeypatch, session, geometry):
 
 @pytest.mark.parametrize('size, stride, padding', [(3, 1, 'SAME'), (4, 2, 'SAME'), (3, 1, 'VALID')])
 def test_groups_have_gradients_without_onednn(monkeypatch, session, size, stride, padding):
-    """Each group is a convolution of its own, with the sums and, bit for bit, the gradients of the plain one."""
+    """Each group is a separate convolution; sums and gradients equal the plain ones bit for bit."""
     monkeypatch.setattr(fast, 'ONEDNN', False)
     random = np.random.default_rng(3)
     x = random.integers(-1, 2, (3, 12, 12, 8))
@@ -106,7 +106,7 @@ def test_groups_have_gradients_without_onednn(monkeypatch, session, size, stride
     ((7, 6, 3, 4, 4, 1, 'VALID', 1), 'Conv2D'), ((5, 5, 3, 4, 1, 1, 'SAME', 1), 'MatMul'),
     ((6, 6, 4, 4, 2, 2, 'VALID', 1), 'MatMul'), ((4, 4, 8, 8, 4, 1, 'VALID', 4), 'MatMul')])
 def test_large_layers_have_other_gradients_without_onednn(monkeypatch, session, geometry, operation):
-    """The filters turned, or products of matrices: the same sums and gradients, bit for bit, as all are whole."""
+    """With flipped filters or matrix products, sums and gradients are the same bit for bit: all values are integers."""
     monkeypatch.setattr(fast, 'ONEDNN', False)
     monkeypatch.setattr(fast, 'MANY_CHANNELS', 3)
     monkeypatch.setattr(fast, 'MANY_FILTERS', 4)
@@ -140,9 +140,10 @@ def test_emulated_bfloat16_multiplies_and_adds_in_float32(monkeypatch, session, 
 
 @pytest.mark.skipif(fast.BFLOAT16_IS_EMULATED, reason='there is no native bfloat16 to compare with')
 def test_emulated_bfloat16_is_the_native_one(monkeypatch):
-    """In full precision: the loss within 0.1 %, each gradient within 3 degrees (measured: 0.002 %, 1.3 degrees).
+    """The losses agree within 0.1 %, each gradient within 3 degrees (measured: 0.002 %, 1.3 degrees).
 
-    Native sums round in another order. In a ternary network a sum beside a threshold would be another activation.
+    Native bfloat16 rounds in another order. In a ternary network, rounding near a threshold would change activations,
+    so this test uses a full-precision network.
     """
     train = datasets.load('digits', '').train
     batch = train.images[:200], train.labels[:200]
@@ -157,7 +158,7 @@ def test_emulated_bfloat16_is_the_native_one(monkeypatch):
 
 @pytest.mark.parametrize('name', ['TWTA_4_4_MNIST', 'TWTA_4_4_CIFAR10_VGG13', 'TWTA_3_3_CIFAR10_Group_V2'])
 def test_network_has_the_gradients_of_the_plain_one(monkeypatch, name):
-    """In float32: the same loss, each gradient to 1e-4 of its norm (measured: 2e-6)."""
+    """In float32, the losses are the same and each gradient agrees to 1e-4 of its norm (measured: 2e-6)."""
     data = datasets.load(load_script(name).DATASETS[1], '').train
     batch = data.images[:20], data.labels[:20]
     _, loss, gradients = loss_and_gradients(name, *batch, tf.float32)

@@ -1,4 +1,4 @@
-"""Layers against the plain TensorFlow operations on pre-ternarised weights, batch normalisation against numpy."""
+"""Layers against plain TensorFlow operations on ternarised weights; batch normalisation against numpy."""
 import numpy as np
 import pytest
 
@@ -51,17 +51,17 @@ def test_full_precision_convolution_is_the_plain_one(session):
     x = RNG.normal(size=(2, 7, 7, 3)).astype(np.float32)
     y, w = outputs_and_weights(session, Conv2dLayer(input_layer(x), 5, 3, quantizer=full_precision))
     expected = session.run(tf.nn.conv2d(tf.cast(x, tf.float64), tf.cast(w, tf.float64), [1, 1, 1, 1], 'SAME'))
-    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-6 * np.abs(expected).max())  # real sums round in any order
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-6 * np.abs(expected).max())  # order of summation differs
 
 
 @pytest.mark.parametrize('side, channels, n_filter, size, stride, padding, groups', [
     (6, 16, 24, 3, 1, 'SAME', 2), (6, 16, 24, 4, 2, 'VALID', 4),
-    # every grouped layer of the Group_V2 networks: of both,
+    # all grouped layers of both Group_V2 networks
     (24, 64, 256, 4, 2, 'SAME', 4), (12, 512, 512, 2, 2, 'VALID', 8), (2, 1024, 1024, 2, 1, 'VALID', 16),
-    # of 3*3,
+    # of the 3*3 network only
     (12, 256, 512, 3, 1, 'SAME', 16), (6, 512, 2048, 3, 1, 'VALID', 32), (4, 2048, 1024, 1, 1, 'SAME', 8),
     (4, 1024, 1024, 2, 2, 'VALID', 16),
-    # and of 4*4
+    # of the 4*4 network only
     (12, 256, 512, 4, 1, 'SAME', 16), (6, 512, 2048, 4, 1, 'SAME', 32), (6, 2048, 1024, 1, 1, 'SAME', 8),
     (6, 1024, 1024, 4, 2, 'VALID', 16),
 ])
@@ -106,7 +106,7 @@ def test_activation_layer_applies_its_quantizer(session, quantizer):
 
 
 def set_random_batch_norm(session, layer):
-    """Random beta, gamma and moving moments, some gamma negative; as float64."""
+    """Load random beta, gamma (some negative) and moving moments; return them as float64."""
     channels = layer.all_params[0].shape[0]
     values = [RNG.normal(size=channels), RNG.normal(size=channels), RNG.normal(size=channels),
               RNG.uniform(0.1, 9, channels)]
@@ -260,7 +260,7 @@ def test_pooling_takes_the_place_of_convolutions_that_keep_the_channels(session)
             net = Network(tf.zeros([1, 8, 8, 1]), True, pooling=pooling)
             net.encode(4, 3)
             net.pool(4, 2)
-            net.pool(8, 2)  # other channels: a convolution in any case
+            net.pool(8, 2)  # other number of channels: always a convolution
             kinds_found, layer = [], net.net
             while hasattr(layer, 'prev_layer'):
                 kinds_found += [layer.kind] if hasattr(layer, 'kind') else []

@@ -1,6 +1,6 @@
-"""Augmentation, crops and standardisation against numpy and against TensorFlow's own operations, and by property.
+"""Augmentation, crops and standardisation against numpy and TensorFlow's own operations, and by statistics.
 
-What was drawn for an image is read off the result, so that nothing here knows how it is drawn.
+The random draws are recovered from the augmented images, so the tests do not depend on how they are drawn.
 """
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from twta.graph.tf1 import tf
 
 RNG = np.random.default_rng(5)
 N = 2000
-IMAGES = RNG.integers(0, 256, (N, 32, 32, 3), np.uint8)  # noise: every crop of it differs from every other
+IMAGES = RNG.integers(0, 256, (N, 32, 32, 3), np.uint8)  # noise: no two crops are alike
 
 
 def run(function, images, *arguments):
@@ -22,7 +22,7 @@ def run(function, images, *arguments):
 
 
 def augment(images, size, seed, step):
-    """As for_training augments, without standardising."""
+    """Return the images as for_training augments them, but not standardised."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preprocessing, 'standardize', lambda x: x)
         return preprocessing.for_training(images, size, seed, step)
@@ -33,7 +33,7 @@ def centred(x):
 
 
 def read_off(image, augmented):
-    """(top, left, flipped, brightness, contrast) that make the augmented image of the image, found by trying all."""
+    """Return (top, left, flipped, brightness, contrast) of an augmented image, by trying all crops and flips."""
     best = (-1,)
     for flipped in (False, True):
         channel = augmented[:, ::-1, 0] if flipped else augmented[..., 0]
@@ -59,7 +59,7 @@ def drawn():
 
 
 def test_every_image_is_cropped_flipped_brightened_and_stretched(drawn):
-    """read_off has compared each with its own numpy version; here: TensorFlow's operations agree with what was read."""
+    """TensorFlow's operations agree with the recovered draws; read_off has compared numpy's."""
     augmented = run(augment, IMAGES, 24, 3, 7)
 
     def published(image, top, left, flipped, brightness, contrast):
@@ -114,7 +114,7 @@ def test_standardisation_is_tensorflows_and_numpys():
 
 def test_uniform_images_are_not_divided_by_zero():
     images = np.full((2, 24, 24, 3), 200, np.float32)
-    images[1, 0, 0, 0] = 200.5  # its standard deviation, 0.012, is below the least divisor, 1 / sqrt(1728)
+    images[1, 0, 0, 0] = 200.5  # its standard deviation, 0.012, is below the smallest divisor, 1 / sqrt(1728)
     found = run(preprocessing.standardize, images)
     assert not found[0].any()
     np.testing.assert_allclose(found[1], (images[1] - images[1].mean()) * 1728 ** 0.5, atol=1e-3)
@@ -161,7 +161,7 @@ def test_the_middle_of_every_draw_is_the_identity_and_the_last_two_shift():
     images = IMAGES[:3, :28, :28, :1]
     middle = (0.5,) * 4
     np.testing.assert_array_equal(warp(images, *middle, 0.5, 0.5), images)
-    right = warp(images, *middle, 1, 0.5)  # two pixels: what comes in from beyond the border is 0
+    right = warp(images, *middle, 1, 0.5)  # by two pixels; pixels from beyond the border are 0
     np.testing.assert_allclose(right[:, :, :26], images[:, :, 2:], atol=1e-3)
     assert not right[:, :, 26:].any()
     up = warp(images, *middle, 0.5, 0)
@@ -172,7 +172,7 @@ def test_a_warp_is_scipys_affine_transform():
     images = IMAGES[:4, :28, :28, :1]
     draws = RNG.random(6)
     a, b, c, d, right, down = 2 * draws - 1
-    matrix = np.eye(2) + 0.15 * np.array([[d, c], [b, a]])  # of (row, column)
+    matrix = np.eye(2) + 0.15 * np.array([[d, c], [b, a]])  # acts on (row, column)
     offset = 13.5 - matrix @ [13.5, 13.5] + 2 * np.array([down, right])
     expected = [affine_transform(image[..., 0].astype(np.float64), matrix, offset, order=1, mode='grid-constant')
                 for image in images]

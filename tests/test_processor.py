@@ -1,4 +1,4 @@
-"""What each kind of processor gets: kernels, precision, threads. Kinds that this machine is not are told to it."""
+"""Kernels, precision and threads on each kind of processor; other kinds than this machine's are simulated."""
 import os
 import subprocess
 import sys
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.processor
 
 
 def onednn_after_import(machine, **environment):
-    """Return TF_ENABLE_ONEDNN_OPTS and ONEDNN in a process that has imported twta.graph.tf1 on such a machine."""
+    """Return TF_ENABLE_ONEDNN_OPTS and tf1.ONEDNN in a new process on a simulated machine."""
     code = (f'import os, platform; platform.machine = lambda: {machine!r}; from twta.graph import tf1; '
             'print(os.environ.get("TF_ENABLE_ONEDNN_OPTS"), tf1.ONEDNN)')
     inherited = {name: value for name, value in os.environ.items() if name != 'TF_ENABLE_ONEDNN_OPTS'}
@@ -72,7 +72,7 @@ def test_the_kind_of_processor_in_words(tmp_path, monkeypatch, flags, kind):
     assert processor.kind() == kind
     monkeypatch.setenv('ONEDNN_MAX_CPU_ISA', 'AVX2')
     assert processor.kind() == f'{kind}, narrowed by ONEDNN_MAX_CPU_ISA=AVX2'
-    (tmp_path / 'cpuinfo').unlink()  # another system than Linux
+    (tmp_path / 'cpuinfo').unlink()  # as on other systems than Linux
     assert processor.kind().startswith('x86_64')
 
 
@@ -108,7 +108,7 @@ def test_cores_are_those_that_the_process_may_use(tmp_path, monkeypatch, files, 
 
 
 def configured_threads(monkeypatch):
-    """Return the two numbers of threads of a session that open_session makes."""
+    """Return the numbers of intra-op and inter-op threads of a session by open_session."""
     monkeypatch.setattr(session.tf, 'Session', lambda graph, config: config)
     config = session.open_session(None, 0)
     return config.intra_op_parallelism_threads, config.inter_op_parallelism_threads

@@ -1,4 +1,4 @@
-"""The quantisers by property: values, ties, zeros, gradients against numpy, thresholds per group."""
+"""The quantisers: values, ties, zeros, thresholds per group; gradients against numpy."""
 import numpy as np
 import pytest
 
@@ -67,14 +67,14 @@ def test_weights_against_numpy(session, shape):
     upstream = RNG.normal(size=shape).astype(np.float32)
     y, gradient = forward_and_gradient(session, ternarize_weights, w, upstream)
     d = 0.7 * np.abs(w.astype(np.float64)).mean()
-    assert np.abs(np.abs(w) - d).min() > 1e-8, 'no weight so near its threshold that rounding decides'
+    assert np.abs(np.abs(w) - d).min() > 1e-8, 'no weight is so near its threshold that rounding decides'
     np.testing.assert_array_equal(y, np.where(w >= d, 1, np.where(w <= -d, -1, 0)))
     assert {-1, 0, 1} == set(y.flat)
     np.testing.assert_array_equal(gradient, upstream)  # nothing through the threshold, no clipping
 
 
 def test_weight_ties_go_outward(session):
-    # 0.7 * mean|w| = 0.7, exactly: 20 weights of 0.7 and as many that make the mean 1
+    # d = 0.7 * mean|w| = 0.7: 20 weights of +-0.7, and 20 of +-1.3 so that mean|w| = 1
     w = np.array([0.7, -0.7] * 10 + [1.3, -1.3] * 10, np.float64)
     w = w.astype(np.float32)
     d = session.run(0.7 * tf.reduce_mean(tf.abs(tf.constant(w))))
@@ -87,7 +87,7 @@ def test_weight_ties_go_outward(session):
 
 
 def test_all_zero_weights_give_the_outward_tie_on_both_sides(session):
-    # d = 0, and 0 >= d as well as 0 <= -d: the two cancel, so the layer is zero and not a constant
+    # d = 0, so 0 >= d and 0 <= -d both hold and cancel: the weights are 0
     y = session.run(ternarize_weights(tf.zeros([2, 2, 3, 4])))
     np.testing.assert_array_equal(y, np.zeros((2, 2, 3, 4)))
 
@@ -95,7 +95,7 @@ def test_all_zero_weights_give_the_outward_tie_on_both_sides(session):
 @pytest.mark.parametrize('groups', [2, 4])
 def test_each_group_has_a_threshold_of_its_own(session, groups):
     w = RNG.normal(size=(3, 3, 5, 8)).astype(np.float32)
-    w *= np.repeat(10.0 ** np.arange(groups), 8 // groups).astype(np.float32)  # one threshold for all would zero most
+    w *= np.repeat(10.0 ** np.arange(groups), 8 // groups).astype(np.float32)  # one common threshold would zero most
     y = session.run(ternarize_weights(tf.constant(w), groups))
     alone = [session.run(ternarize_weights(tf.constant(part))) for part in np.split(w, groups, axis=-1)]
     np.testing.assert_array_equal(y, np.concatenate(alone, axis=-1))
@@ -125,7 +125,7 @@ def test_binary_weights(session):
 def test_binary_activations(session, dtype):
     x = np.array([-3, -1, -0.5, -2.0 ** -100, -0.0, 0, 2.0 ** -100, 0.5, 1, 3])
     y, gradient = forward_and_gradient(session, binarize_activations, x, np.full(10, 0.5), dtype)
-    np.testing.assert_array_equal(y, [0, 0, 0, 0, 1, 1, 1, 1, 1, 1])  # a tie fires
+    np.testing.assert_array_equal(y, [0, 0, 0, 0, 1, 1, 1, 1, 1, 1])  # a tie gives 1
     np.testing.assert_array_equal(gradient, [0, *[0.25] * 8, 0])
     _, gradient = forward_and_gradient(session, binarize_activations, x, np.full(10, -8), dtype)
     np.testing.assert_array_equal(gradient, [0, *[-1] * 8, 0])
@@ -165,7 +165,7 @@ def test_activations_rise_and_have_their_levels(session, quantizer):
 
 @pytest.mark.parametrize('d', [0.1, 0.5, 0.9])
 def test_the_gradient_of_a_threshold(session, d):
-    """Of sum(upstream * x'): -sum(sign(x) * upstream) where |x| <= 1; and x' has the steps at -d and d."""
+    """The gradient of sum(upstream * x') is -sum(sign(x) * upstream) over |x| <= 1; x' has its steps at -d and d."""
     x = RNG.normal(size=500).astype(np.float32)
     upstream = RNG.normal(size=500).astype(np.float32)
     threshold = tf.constant(d)

@@ -1,13 +1,13 @@
-"""What the scripts of TWTA-Net share. Importing it imports neither TensorFlow nor numpy: the flags are parsed first."""
+"""The package behind the scripts. Importing it loads neither TensorFlow nor numpy, so that flags are parsed first."""
 import errno
 
 REMEDIES = {errno.ENOSPC: 'make room on the disk', errno.EDQUOT: 'make room in the quota',
-            errno.EROFS: 'choose one that can be written to',
-            **dict.fromkeys((errno.EACCES, errno.EPERM), 'change its permissions, or choose another')}
+            errno.EROFS: 'choose a path that can be written to',
+            **dict.fromkeys((errno.EACCES, errno.EPERM), 'change its permissions, or choose another path')}
 
 
 class TwtaError(Exception):
-    """Something a user can mend: the message is one line that says what, which value, what is valid and what to do."""
+    """An error that the user can fix. Its message is one line: what, which value, what is valid, what to do."""
 
     exit_code = 1
 
@@ -16,18 +16,18 @@ class TwtaError(Exception):
 
 
 class UsageError(TwtaError):
-    """A flag that cannot be used as given."""
+    """A flag or value that cannot be used as given."""
 
     exit_code = 2
 
 
 def in_a_line(text):
-    """The text with a space for each character that cannot be printed: names and values may come from a stranger."""
+    """Return the text with spaces for unprintable characters: names and values may come from untrusted files."""
     return ''.join(c if c.isprintable() else ' ' for c in text)
 
 
 def describe_fault(error):
-    """An OSError in words: of which file, what, and, where it is known, what to do."""
+    """Return an OSError in words: the file, the fault and, if known, what to do."""
     words = error.filename, error.strerror or str(error)
     text = ': '.join(str(word) for word in words if word) + f'; {REMEDIES.get(error.errno, "")}'.removesuffix('; ')
     return in_a_line(text)

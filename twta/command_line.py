@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from twta import UsageError
-from twta.options import CHOICES, NOTHING_TO_PACK, SHORT, SUFFIXES, WAYS, complete
+from twta.options import NOTHING_TO_PACK, OPTIONS, SHORT, SUFFIXES, WAYS, with_defaults
 from twta.terminal import Parser, errors_in_a_line, natural, path, positive_integer, positive_number, truth
 
 OF_TRAINING = 'epochs', 'learning_rate', 'schedule', 'augmentation', 'protocol', 'batch_size', 'seed', 'validation'
@@ -22,7 +22,7 @@ def run(script, description, model, datasets, learning_rate, epochs, batch_size,
                    are the logits
     datasets       names in twta.data.datasets.DATASETS, the default first
     learning_rate, epochs, batch_size    the script's own protocol: the defaults of the flags
-    choices        names in options.CHOICES: each becomes a flag, and its value an argument of model
+    choices        names in options.OPTIONS: each becomes a flag, and its value an argument of model
     """
     script = Path(script).resolve()
     defaults = protocol(learning_rate, epochs, batch_size)
@@ -131,7 +131,7 @@ def add_training(add, datasets, defaults):
 
 def add_network(add, choices):
     for name in choices:
-        add(f'--{name}', **CHOICES[name][1])
+        add(f'--{name}', **OPTIONS[name][1])
     add('--weights', type=path, metavar='NPZ',
         help='a model.npz to start from, to evaluate or to export, in place of a checkpoint; repeat the flags of the '
              'network that it was trained with')
@@ -188,7 +188,7 @@ def resolve(args, script, usual_dataset):
 
 def check_network(args, script):
     """Check the options of the network against each other."""
-    chosen = complete(args.choices)
+    chosen = with_defaults(args.choices)
     if chosen.get('levels') == 3 and chosen.get('pooling') == 'max':
         raise UsageError('--levels 3 with --pooling max: such a network cannot be exported; use --pooling average or '
                          'conv')

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, .npy and .npz read even from strangers, locks between processes."""
+"""Files: atomic writes, safe reading of untrusted .npy and .npz files, locks between processes."""
 import contextlib
 import math
 import os
@@ -11,49 +11,49 @@ import numpy as np
 
 try:
     import fcntl
-except ImportError:  # Windows: without locks
+except ImportError:  # Windows: no locks
     fcntl = None
 
 UNREADABLE = (OSError, ValueError, TypeError, AttributeError, EOFError, LookupError, ArithmeticError, RuntimeError,
               SyntaxError, MemoryError, zlib.error, zipfile.BadZipFile, struct.error,
               tokenize.TokenError)  # what zipfile and numpy raise on damaged files
-PACKINGS = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED  # numpy's; zipfile unpacks the others without a bound
+PACKINGS = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED  # numpy writes these; zipfile reads others without a size limit
 
 
 @contextlib.contextmanager
 def replacing(path):
-    """A path to write to: it takes the place of `path` where the block ends well, and is removed where it does not."""
+    """Yield a temporary path. If the block succeeds, its file replaces `path`; otherwise it is removed."""
     part = path.with_name(f'.part.{path.name}')
     try:
         yield part
         os.replace(part, path)
     except OSError as error:
-        error.filename, error.filename2 = str(path), None  # a full disk names none
+        error.filename, error.filename2 = str(path), None  # the error of a full disk names no file
         raise
     finally:
         part.unlink(missing_ok=True)
 
 
 def read_npy(path):
-    """The array that numpy.save wrote; raises one of UNREADABLE where the file is another, or has another length."""
+    """Return the array of a .npy file. Raises one of UNREADABLE if the file is damaged or has a wrong length."""
     with open(path, 'rb') as file:
         shape, kind = read_header(file)
         if file.tell() + math.prod(shape) * kind.itemsize != os.fstat(file.fileno()).st_size:
-            raise ValueError('not as long as its header says')
+            raise ValueError('its length differs from its header')
         file.seek(0)
         return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def read_npz(path, check):
-    """The arrays by name that numpy.savez wrote; raises one of UNREADABLE where the file is another, or damaged.
+    """Return the arrays of a .npz file, by name. Raises one of UNREADABLE if the file is damaged.
 
-    check    is called with (shape, dtype) by name, and may raise, before an array is read
+    check    called before any array is read, with a dict of name: (shape, dtype); may raise
     """
     with zipfile.ZipFile(path) as archive:
         headers = {}
         for entry in archive.infolist():
             if entry.compress_type not in PACKINGS:
-                raise ValueError(f'packed by method {entry.compress_type}')
+                raise ValueError(f'compressed by method {entry.compress_type}')
             with archive.open(entry) as member:
                 headers[entry.filename.removesuffix('.npy')] = read_header(member)
         check(headers)
@@ -67,9 +67,9 @@ def read_npz(path, check):
 
 
 def read_header(file):
-    """Shape and dtype of an npy file."""
+    """Return shape and dtype of an open .npy file."""
     version = np.lib.format.read_magic(file)
-    if version != (1, 0):  # the others are for headers of more than 64 kB and names that are not ASCII
+    if version != (1, 0):  # the others are for headers over 64 kB and non-ASCII names
         raise ValueError(f'npy version {version}')
     shape, _, kind = np.lib.format.read_array_header_1_0(file)
     return shape, kind
@@ -77,7 +77,7 @@ def read_header(file):
 
 @contextlib.contextmanager
 def holding(path, taken):
-    """Holds a file or folder; where another process does, calls `taken`, which raises, or else waits."""
+    """Hold a lock on a file or folder. If another process holds it, call `taken`, which may raise; then wait."""
     if not fcntl:
         yield
         return

@@ -1,4 +1,4 @@
-"""Which processor this is, and how much of it the process may use."""
+"""The processor: its name, its instruction sets, and the cores that this process may use."""
 import os
 import platform
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from twta import UsageError
 
 CGROUP = Path('/sys/fs/cgroup')  # where a container sees its own limits
-THREADS = 'TF_NUM_INTRAOP_THREADS', 'TF_NUM_INTEROP_THREADS'  # how many TensorFlow takes, if they are set
+THREADS = 'TF_NUM_INTRAOP_THREADS', 'TF_NUM_INTEROP_THREADS'  # TensorFlow's numbers of threads, if set
 CPUINFO = Path('/proc/cpuinfo')
 NARROWING = ('TF_ENABLE_ONEDNN_OPTS', 'ONEDNN_MAX_CPU_ISA', 'DNNL_MAX_CPU_ISA', 'XLA_FLAGS', 'NUMBA_CPU_NAME',
              'NUMBA_CPU_FEATURES', 'ATEN_CPU_CAPABILITY')
@@ -15,8 +15,8 @@ NARROWING = ('TF_ENABLE_ONEDNN_OPTS', 'ONEDNN_MAX_CPU_ISA', 'DNNL_MAX_CPU_ISA', 
 def available_cores():
     """Return the number of cores that the process may use, at least 1.
 
-    Its affinity limits them (taskset, Slurm), and so does a container's share of processor time (docker --cpus,
-    Kubernetes). The limits of a group of processes outside a container (systemd's CPUQuota) are not seen.
+    CPU affinity (taskset, Slurm) and a container's CPU quota (docker --cpus, Kubernetes) limit this number. Quotas of
+    process groups outside a container (systemd's CPUQuota) are not detected.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return max(1, min(cores, share_of_time(CGROUP) or cores))
@@ -37,7 +37,7 @@ def threads(variable):
 
 
 def share_of_time(cgroup):
-    """Return how many cores a cgroup's quota of processor time is worth, rounded up; None if it has no quota."""
+    """Return a cgroup's CPU quota as a number of cores, rounded up; None if it has no quota."""
     for files in (['cpu.max'], ['cpu/cpu.cfs_quota_us', 'cpu/cpu.cfs_period_us']):  # cgroup version 2, version 1
         try:
             quota, period = map(int, ' '.join((cgroup / file).read_text() for file in files).split())
@@ -49,12 +49,12 @@ def share_of_time(cgroup):
 
 
 def flags():
-    """Return the names of the processor's instruction sets, as Linux spells them on x86; nothing elsewhere."""
+    """Return the names of the processor's instruction sets, as Linux spells them on x86; elsewhere an empty set."""
     return set(cpuinfo('flags').split())
 
 
 def name():
-    """Return the name of the processor, with its family and model if Linux tells: one name may cover generations."""
+    """Return the processor's name, and on x86 Linux its family and model: one name may cover several generations."""
     model = cpuinfo('model name')
     if model and cpuinfo('cpu family'):
         return f'{model}, family {cpuinfo("cpu family")}, model {cpuinfo("model")}'
@@ -62,9 +62,9 @@ def name():
 
 
 def kind():
-    """Return the kind of processor in words: the widest of the instruction sets that make a difference here.
+    """Return the kind of processor in words: the widest instruction set that matters for speed here.
 
-    Environment variables that make a library use less than that are named too.
+    The text also names environment variables that restrict a library to fewer instructions.
     """
     has = flags()
     widest = next((words for flag, words in (('amx_bf16', 'AMX'), ('avx512_bf16', 'AVX-512 with BF16'),

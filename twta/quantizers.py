@@ -1,13 +1,13 @@
-"""The quantisers: each a function with its forward and its backward rule side by side.
+"""The quantisers: each function has its forward and its backward rule side by side.
 
-Weights w are [..., filters], in a grouped layer group by group. Activations x are batch-normalised sums of any shape;
-a quantiser of activations tells in `levels` the values that it gives, ascending. All compute in the type of their
-input.
+Weights w are [..., filters]; in a grouped layer, the filters are ordered group by group. Activations x are
+batch-normalised sums of any shape. The `levels` of an activation quantiser are its output values, ascending. Each
+quantiser computes in the type of its input.
 
 Sources: the published scripts, github.com/edwardzcl/TWTA (ternary), TWBA_Nets (binary) and Spatio_temporal_SNNs
-(levels); thresholds of the weights from "Ternary Weight Networks" (arXiv:1605.04711), section 2.2, without its scale
-factor; straight-through gradients from "Estimating or Propagating Gradients Through Stochastic Neurons"
-(arXiv:1308.3432), section 4.
+(levels). Weight thresholds: "Ternary Weight Networks" (arXiv:1605.04711), section 2.2, without its scale factor.
+Straight-through gradients: "Estimating or Propagating Gradients Through Stochastic Neurons" (arXiv:1308.3432),
+section 4.
 """
 from twta.graph.fast import compiled
 from twta.graph.tf1 import tf
@@ -17,18 +17,17 @@ from twta.graph.tf1 import tf
 
 
 def full_precision(w, groups=1):
-    """The weights themselves: w' = w, dL/dw = dL/dw'."""
+    """Return the weights unchanged: w' = w, dL/dw = dL/dw'."""
     return w
 
 
 def ternarize_weights(w, groups=1):
-    """Ternary weights w' in {-1, 0, +1} of latent weights w.
+    """Return ternary weights w' in {-1, 0, +1} for latent weights w.
 
-    forward   w' = +1 where w >= d, -1 where w <= -d, else 0;  d = 0.7 * mean|w|, no scale factor
-    backward  dL/dw = dL/dw', nothing through d
+    forward   w' = +1 if w >= d, -1 if w <= -d, else 0;  d = 0.7 * mean|w|, no scale factor
+    backward  dL/dw = dL/dw', no gradient through d
 
-    w is [..., filters]. In a grouped layer the filters stand group by group, and each group has a threshold of its
-    own: the mean is over that group's weights.
+    Each group of a grouped layer has its own d, from the mean over its own weights.
     """
 
     @tf.custom_gradient
@@ -46,9 +45,9 @@ def straight_through_sign(w):
 
 
 def binarize_weights(w, groups=1):
-    """Binary weights w' in {-1, +1} of latent weights w.
+    """Return binary weights w' in {-1, +1} for latent weights w.
 
-    forward   w' = +1 where w >= 0, else -1
+    forward   w' = +1 if w >= 0, else -1
     backward  dL/dw = dL/dw', clipped to [-1, 1]
     """
     return straight_through_sign(w)
@@ -59,12 +58,12 @@ def binarize_weights(w, groups=1):
 
 
 def ternarize_activations(x, d=0.5):
-    """Ternary activations x' in {-1, 0, +1} of batch-normalised sums x; d may be a scalar tensor.
+    """Return ternary activations x' in {-1, 0, +1} for batch-normalised sums x; d may be a scalar tensor.
 
-    forward   x' = +1 where x >= d, -1 where x <= -d, else 0
-    backward  dL/dx = dL/dx' where |x| <= 1, else 0: the gradient of the clip to [-1, 1] that comes before
-              dL/dd = -sum(sign(x) * dL/dx): to that gradient the step at d rises over all of [0, 1], the one at -d
-              over [-1, 0], and a higher d moves them apart
+    forward   x' = +1 if x >= d, -1 if x <= -d, else 0
+    backward  dL/dx = dL/dx' if |x| <= 1, else 0: the gradient of a clip to [-1, 1] before the steps
+              dL/dd = -sum(sign(x) * dL/dx): this gradient treats the step at d as a ramp over [0, 1], the step at -d
+              as a ramp over [-1, 0]; a higher d moves the ramps apart
     """
 
     @tf.custom_gradient
@@ -83,10 +82,10 @@ ternarize_activations.levels = -1, 0, 1
 
 @tf.custom_gradient
 def binarize_activations(x):
-    """Binary activations x' in {0, 1}: spikes.
+    """Return binary activations x' in {0, 1}: spikes.
 
-    forward   x' = 1 where x >= 0, else 0
-    backward  dL/dx = dL/dx' / 2 clipped to [-1, 1], where |x| <= 1, else 0: x' = (sign(x) + 1) / 2
+    forward   x' = 1 if x >= 0, else 0
+    backward  dL/dx = dL/dx' / 2 clipped to [-1, 1] if |x| <= 1, else 0: x' = (sign(x) + 1) / 2
     """
     return tf.cast(x >= 0, x.dtype), lambda gradient: pass_unclipped(x, tf.clip_by_value(gradient / 2, -1, 1))
 
@@ -96,10 +95,10 @@ binarize_activations.levels = 0, 1
 
 @tf.custom_gradient
 def three_level_activations(x):
-    """Activations x' in {0, 0.5, 1}: what the published TWBA_Nets code computes where its text says {0, 1}.
+    """Return activations x' in {0, 0.5, 1}: the published TWBA_Nets code computes these, although its text says {0, 1}.
 
-    forward   x' = 1 where x >= 0.4, 0 where x <= -0.4, else 0.5
-    backward  dL/dx = dL/dx' clipped to [-2, 2], where |x| <= 1, else 0
+    forward   x' = 1 if x >= 0.4, 0 if x <= -0.4, else 0.5
+    backward  dL/dx = dL/dx' clipped to [-2, 2] if |x| <= 1, else 0
     """
     return (ternarize(x, tf.constant(0.4, x.dtype)) + 1) / 2, \
         lambda gradient: pass_unclipped(x, tf.clip_by_value(gradient, -2, 2))
@@ -109,10 +108,10 @@ three_level_activations.levels = 0, 0.5, 1
 
 
 def median_quantizer(k, B):
-    """The quantiser of Spatio_temporal_SNNs: activations x' in {0, 1/n, 2/n, ..., B} of x, n = 2 ** k.
+    """Return the quantiser of Spatio_temporal_SNNs: activations x' in {0, 1/n, 2/n, ..., B} for x, n = 2 ** k.
 
-    forward   x' = floor(n * clip(x, 0, B) + 0.5 + 1e-5) / n: i/n where n * x is in [i - 0.5, i + 0.5)
-    backward  dL/dx = dL/dx' where 0 < x <= B, else 0
+    forward   x' = floor(n * clip(x, 0, B) + 0.5 + 1e-5) / n: i/n if n * x is in [i - 0.5, i + 0.5)
+    backward  dL/dx = dL/dx' if 0 < x <= B, else 0
     """
     n = 2 ** k
 
@@ -129,11 +128,11 @@ def median_quantizer(k, B):
 
 @compiled
 def ternarize(x, d):
-    """+1 where x >= d, -1 where x <= -d, else 0: the forward rule of both."""
+    """Return +1 if x >= d, -1 if x <= -d, else 0: the forward rule of ternary weights and activations."""
     return tf.cast(x >= d, x.dtype) - tf.cast(x <= -d, x.dtype)
 
 
 @compiled
 def pass_unclipped(x, gradient):
-    """The gradient where |x| <= 1, else 0: the backward rule of the activations."""
+    """Return the gradient if |x| <= 1, else 0: the backward rule of the activations."""
     return tf.where(tf.abs(x) <= 1, gradient, tf.zeros_like(gradient))

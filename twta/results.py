@@ -1,4 +1,4 @@
-"""What any command may leave for its reader: result.json, tables and pictures, with the machine they were made on."""
+"""The output files of the commands: result.json with versions and machine, CSV tables, pictures."""
 import contextlib
 import csv
 import json
@@ -25,18 +25,18 @@ def report(run_dir, dataset, loss, confusion, kind, network):
     kind               'last', 'best', 'weights' or 'packed'; but for 'last', the files are result-KIND.json, ...
     network            of the network: script, choices (its options), weights (as words, or a path), epoch or None
     """
-    share = accuracy(confusion)
+    test_accuracy = accuracy(confusion)
     say(f'test loss: {loss:.4f}')
-    say(f'test acc: {share:.4f}')
+    say(f'test acc: {test_accuracy:.4f}')
     run_dir.mkdir(parents=True, exist_ok=True)
     suffix = '' if kind == 'last' else f'-{kind}'
     write_json(run_dir / f'result{suffix}.json', {
-        **network, 'test_loss': loss, 'test_accuracy': share, 'test_images': len(dataset.test.labels),
+        **network, 'test_loss': loss, 'test_accuracy': test_accuracy, 'test_images': len(dataset.test.labels),
         'confusion': confusion.tolist(), 'data': describe_data(dataset), **environment()})
     picture = run_dir / f'confusion{suffix}.png'
     epoch = network['epoch']
-    title = (f'{network["script"]} on {dataset.title}\n{share:.2%} of {len(dataset.test.labels):,} test images, '
-             + (Path(network['weights']).name if epoch is None else f'after epoch {epoch}'))
+    title = (f'{network["script"]} on {dataset.title}\n{test_accuracy:.2%} of {len(dataset.test.labels):,} test images'
+             + ', ' + (Path(network['weights']).name if epoch is None else f'after epoch {epoch}'))
     if save_picture(picture, draw_confusion, title, dataset.classes, confusion):
         say(f'confusion matrix: {picture}')
 
@@ -47,8 +47,8 @@ def describe_data(dataset):
             'validation_images': len(dataset.validation.labels)}
 
 
-def confuse(labels, predicted, n_classes):
-    """The confusion matrix [true class, predicted class]."""
+def confusion_matrix(labels, predicted, n_classes):
+    """Return the confusion matrix [true class, predicted class]; importing scikit-learn for it would take a second."""
     pairs = labels.astype(np.int64) * n_classes + predicted
     return np.bincount(pairs, minlength=n_classes ** 2).reshape(n_classes, n_classes)
 
@@ -59,13 +59,13 @@ def accuracy(confusion):
 
 def write_json(path, record):
     text = json.dumps(record, indent=2, default=str)
-    text = re.sub(r'\[[^][{}"]+\]', lambda numbers: ' '.join(numbers[0].split()), text)  # a row a line
+    text = re.sub(r'\[[^][{}"]+\]', lambda numbers: ' '.join(numbers[0].split()), text)  # one line per row
     with replacing(path) as part:
         part.write_text(text + '\n')
 
 
 def environment():
-    """Versions, code and machine, for config.json and result.json."""
+    """Return versions, code and machine, for config.json and result.json."""
     root = Path(__file__).resolve().parent.parent
     try:
         code = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=root, capture_output=True, text=True,
@@ -82,7 +82,7 @@ def environment():
 
 
 def installed(packages):
-    """Those of the packages that are there, each with its version; importing none."""
+    """Yield name and version of each installed package, importing none."""
     for package in packages:
         with contextlib.suppress(PackageNotFoundError):
             yield package, version(package)
@@ -96,29 +96,29 @@ def write_csv(path, fields, rows):
 
 
 def draw_confusion(title, classes, confusion):
-    """The confusion matrix [true class, predicted class], with the accuracy of each class."""
+    """Return a figure of the confusion matrix [true class, predicted class], with the accuracy of each class."""
     from matplotlib.figure import Figure
 
-    shares = confusion / confusion.sum(axis=1, keepdims=True).clip(1)
+    fractions = confusion / confusion.sum(axis=1, keepdims=True).clip(1)
     figure = Figure(figsize=(8, 7), layout='constrained')
     axes = figure.subplots()
-    axes.imshow(shares, cmap='Blues', vmin=0, vmax=1)
-    for (true, predicted), share in np.ndenumerate(shares):
+    axes.imshow(fractions, cmap='Blues', vmin=0, vmax=1)
+    for (true, predicted), fraction in np.ndenumerate(fractions):
         axes.text(predicted, true, confusion[true, predicted], ha='center', va='center', fontsize=9,
-                  color='white' if share > 0.5 else 'black')
-    axes.set(xlabel='predicted class', ylabel='true class, and the accuracy on it')
+                  color='white' if fraction > 0.5 else 'black')
+    axes.set(xlabel='predicted class', ylabel='true class, with its accuracy')
     figure.suptitle(title)
     axes.set_xticks(range(len(classes)), classes, rotation=45, ha='right')
-    axes.set_yticks(range(len(classes)), [f'{name}  {share:.1%}' for name, share in
-                                          zip(classes, shares.diagonal(), strict=True)])
+    axes.set_yticks(range(len(classes)), [f'{name}  {fraction:.1%}' for name, fraction in
+                                          zip(classes, fractions.diagonal(), strict=True)])
     return figure
 
 
 def save_picture(path, draw, *arguments):
-    """Write the figure that draw(*arguments) returns, and return whether it could be made.
+    """Write the figure that draw(*arguments) returns as PNG; return False if that failed.
 
-    A picture is no result: if matplotlib is absent, broken or set up so that it fails, a line names the cause and the
-    command goes on. Texts are drawn as they are: names hold characters that LaTeX and mathtext would read.
+    Pictures are optional: if matplotlib is absent, broken or misconfigured, one line names the cause and the command
+    goes on. Text is drawn literally: names may hold characters that LaTeX and mathtext would interpret.
     """
     try:
         import matplotlib  # here: only some commands draw
@@ -126,7 +126,7 @@ def save_picture(path, draw, *arguments):
         with matplotlib.rc_context({'text.usetex': False, 'text.parse_math': False}), replacing(path) as part:
             draw(*arguments).savefig(part, format='png', dpi=120)
         return True
-    except Exception as error:  # of any kind: matplotlib's settings run code of others
+    except Exception as error:  # any kind: matplotlib's settings can run foreign code
         cause = describe_fault(error) if isinstance(error, OSError) else str(error) or type(error).__name__
         say(f'no picture {path}: {in_a_line(cause)[:200]}')
         return False

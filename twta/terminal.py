@@ -1,4 +1,4 @@
-"""The user's side of every command: values of flags, mistakes in one line, lines beside the progress bar."""
+"""The user interface of every command: types of flag values, errors in one line, output above the progress bar."""
 import argparse
 import contextlib
 import math
@@ -11,7 +11,7 @@ from twta import TwtaError, UsageError, describe_fault
 
 def say(line):
     """Write a line to stdout, above the progress bar if there is one."""
-    from tqdm import tqdm  # here: the stand-alone command needs numpy only
+    from tqdm import tqdm  # here: python -m twta.packed needs numpy only
 
     tqdm.write(line)
     sys.stdout.flush()
@@ -19,8 +19,8 @@ def say(line):
 
 @contextlib.contextmanager
 def errors_in_a_line(name):
-    """Run a command: if a fault comes up, end the process with a line, or with --debug let it through."""
-    os.environ['MPLBACKEND'] = 'agg'  # no command opens a window; what a notebook sets would end the import of Keras
+    """Run a command. On an error, print one line and end the process; with --debug, let the error through."""
+    os.environ['MPLBACKEND'] = 'agg'  # no command opens a window; with a notebook's value, importing Keras fails
     try:
         yield
     except (TwtaError, OSError) as error:
@@ -48,15 +48,15 @@ def truth(text):
 
 def path(text):
     if not text.strip():
-        raise argparse.ArgumentTypeError(f'{text!r} is no path')
+        raise argparse.ArgumentTypeError(f'{text!r} is not a path')
     try:
         text.encode()
         Path(text).exists()
-    except UnicodeEncodeError:  # the bytes that Python could not decode
-        raise argparse.ArgumentTypeError(f'{text[:80]!r} is no path here: not UTF-8') from None
-    except (OSError, ValueError) as error:  # too long, or in a folder that may not be read
+    except UnicodeEncodeError:  # from bytes that Python could not decode
+        raise argparse.ArgumentTypeError(f'{text[:80]!r} is not a usable path: not UTF-8') from None
+    except (OSError, ValueError) as error:  # too long, or in an unreadable folder
         reason = getattr(error, 'strerror', None) or error
-        raise argparse.ArgumentTypeError(f'{text[:80]!r} is no path here: {reason}') from None
+        raise argparse.ArgumentTypeError(f'{text[:80]!r} is not a usable path: {reason}') from None
     return Path(text)
 
 
@@ -69,7 +69,7 @@ def real(text):
 
 def positive_number(text):
     value = real(text)
-    if not 1e-37 <= value <= 1e38:  # what float32 holds
+    if not 1e-37 <= value <= 1e38:  # float32 holds these
         raise argparse.ArgumentTypeError(f'{text!r} is not a number above 0, from 1e-37 to 1e38')
     return value
 
@@ -101,5 +101,5 @@ def input_file(text):
 def output_file(text):
     path = Path(text)
     if path.is_dir() or not path.resolve().parent.is_dir():
-        raise argparse.ArgumentTypeError(f'{text!r} is not a file in a folder that exists')
+        raise argparse.ArgumentTypeError(f'{text!r} is not a file path in an existing folder')
     return path

@@ -1,9 +1,8 @@
-"""TensorLayer layers that compute with quantised weights and activations; the quantisers are in twta.quantizers.
+"""TensorLayer layers with quantised weights and activations; the quantisers are in twta.quantizers.
 
-A layer takes the quantiser it uses and computes in the type of its input: float32, or bfloat16, in which -1, 0 and +1
-are exact. The variables (latent weights, batch normalisation, thresholds) are float32 in either case, and `all_params`
-holds them. Images are NHWC. Each layer keeps the one before it as `prev_layer`, and what it was built with:
-twta.graph.blocks reads a network so.
+Each layer is given its quantiser and computes in the type of its input: float32, or bfloat16, in which -1, 0 and +1
+are exact. Variables (latent weights, batch normalisation, thresholds) are always float32 and listed in `all_params`.
+Images are NHWC. Each layer keeps its arguments, and the layer before it as `prev_layer`: twta.graph.blocks reads them.
 
 Source: the published TWTA scripts (github.com/edwardzcl/TWTA).
 """
@@ -11,14 +10,14 @@ from twta.graph.fast import convolve, factors, type_of_sums
 from twta.graph.tf1 import tf, tl
 from twta.quantizers import full_precision, ternarize_activations, ternarize_weights
 
-DECAY = 0.9  # of the moving moments
+DECAY = 0.9  # of moving averages
 EPSILON = 1e-5  # added to the variance
 
 
 def get_variable(name, shape, initializer, trainable=True, constraint=None, **arguments):
-    """A float32 variable of the current scope; its initial value depends on the graph's seed and its position only.
+    """Return a float32 variable of the current scope; its initial value depends only on its position and the seed.
 
-    TensorFlow alone would count every operation before it, so that float32 and bfloat16 would not start alike.
+    TensorFlow alone would count all operations, so that float32 and bfloat16 would start with different weights.
     """
     if initializer in (tf.truncated_normal_initializer, tf.random_normal_initializer):
         arguments['seed'] = len(tf.global_variables())
@@ -31,17 +30,17 @@ def update_moving(moving, batch):
 
 
 class Conv2dLayer(tl.layers.Layer):
-    """Convolution without a bias; its weights W go through the quantiser.
+    """A convolution without bias, with quantised weights W.
 
     prev_layer  a layer with outputs [batch, height, width, channels]
-    groups      G > 1: group g reads the interleaved input channels g, g + G, g + 2G, ... and the outputs of the
-                groups follow each other in order, so that the layer also shuffles channels
+    groups      G > 1: group g reads the interleaved input channels g, g + G, g + 2G, ...; the outputs are ordered
+                group by group, so that the layer also shuffles channels
     W           [filter_size, filter_size, channels / groups, n_filter], truncated normal, stddev 0.02
-    exact       sum in float64, outputs float32: real-valued products then have the same sum in any order of summation,
-                on any machine, but where it falls within 2 ** -53 of a tie (ternary ones always have it)
+    exact       sum in float64, output float32: sums of real-valued products then do not depend on machine or order
+                of summation, unless a sum is within 2 ** -53 of a tie (sums of ternary products never depend on it)
     outputs     [batch, height', width', n_filter]
 
-    Raises ValueError where channels or n_filter is not a multiple of groups.
+    Raises ValueError if channels or n_filter is not a multiple of groups.
     """
 
     def __init__(self, prev_layer, n_filter, filter_size, stride=1, padding='SAME', groups=1,
@@ -67,9 +66,9 @@ class PoolLayer(tl.layers.Layer):
     """Pooling without weights; kind is 'max' or 'average'.
 
     prev_layer  a layer with outputs [batch, height, width, channels]
-    outputs     [batch, height', width', channels], as of a convolution with that filter_size, stride and padding
+    outputs     [batch, height', width', channels], as of a convolution with this filter_size, stride and padding
 
-    Raises ValueError where an average would be taken over a border, whose zeros it would not count.
+    Raises ValueError if an average would include padding: TensorFlow leaves padding out of averages.
     """
 
     def __init__(self, prev_layer, filter_size, stride, padding, kind, name='pool'):
@@ -87,7 +86,7 @@ class PoolLayer(tl.layers.Layer):
 
 
 class DenseLayer(tl.layers.Layer):
-    """Dense layer without a bias; its weights W go through the quantiser.
+    """A dense layer without bias, with quantised weights W.
 
     prev_layer  a layer with outputs [batch, n_in]
     W           [n_in, n_units], truncated normal, stddev 0.1
@@ -152,12 +151,12 @@ class BatchNormLayer(tl.layers.Layer):
 class ActivationLayer(tl.layers.Layer):
     """An activation: ternarize_activations, tf.nn.relu, ...; outputs have the shape of the inputs.
 
-    threshold    the d of ternarize_activations, from `value`; None for other activations
+    threshold    source of the threshold d of ternarize_activations; None for other activations
                  'fixed'      d = value
-                 'trainable'  d is a variable that begins at value and is trained with the weights, within [0.01, 0.99]
-                 'runtime'    d = value * mean|x| of the batch in training, nothing passing back through it, and of
-                              a moving average (decay 0.9) in evaluation
-    d            that variable or average, if there is one, in all_params
+                 'trainable'  d is a variable: it starts at value, is trained with the weights and stays in [0.01, 0.99]
+                 'runtime'    in training, d = value * mean|x| of the batch, without a gradient through d; in
+                              evaluation, d is the moving average (decay 0.9)
+    d            the variable or moving average, if any, in all_params
     """
 
     def __init__(self, prev_layer, activation=ternarize_activations, threshold=None, value=None, is_train=False,
@@ -179,14 +178,14 @@ class ActivationLayer(tl.layers.Layer):
 
 
 class Network:
-    """Writes a network as its architecture string: one call a token, each a layer, batch normalisation, activation.
+    """A network, written like its architecture string: each call adds a layer, batch normalisation and activation.
 
     x           images [batch, height, width, channels], float32 or bfloat16
     is_train    see BatchNormLayer
-    weights     the quantiser of every layer but the first (stem, encode) and the last (classify)
-    activation  the quantiser after every batch normalisation
+    weights     quantiser of all layers but the first (stem, encode) and the last (classify)
+    activation  quantiser after each batch normalisation
     threshold, threshold_value    of ternary activations, see ActivationLayer
-    pooling     'conv': pool() is a convolution, learned pooling; 'max', 'average': without weights where it keeps the
+    pooling     'conv': pool() is a convolution (learned); 'max', 'average': pool() has no weights if it keeps the
                 number of channels
     """
 
@@ -198,8 +197,8 @@ class Network:
         self.depth = 0
 
     def stem(self, n_filter, filter_size):
-        """A convolution before the first one, e.g. 32C3, with full-precision weights and ReLU; the encoder reads it."""
-        if not self.is_train:  # real values, on to the encoder's sums: see Conv2dLayer on exact
+        """Add a convolution before the encoder, e.g. 32C3, with full-precision weights and ReLU."""
+        if not self.is_train:  # float64 up to the encoder's sums: see `exact` in Conv2dLayer
             self.net = tl.layers.InputLayer(tf.cast(self.net.outputs, tf.float64), name='images')
         name = self.next_name('stem')
         layer = Conv2dLayer(self.net, n_filter, filter_size, quantizer=full_precision, name=name)
@@ -207,17 +206,17 @@ class Network:
         self.net = ActivationLayer(layer, tf.nn.relu, name=f'{name}/activation')
 
     def encode(self, n_filter, filter_size, padding='SAME'):
-        """The first convolution, e.g. 32C4, with full-precision weights: it turns images into activations."""
+        """Add the first convolution, e.g. 32C4, with full-precision weights: it turns images into activations."""
         self.conv(n_filter, filter_size, padding, weights=full_precision, exact=not self.is_train)
 
     def conv(self, n_filter, filter_size, padding='SAME', stride=1, groups=1, kind='conv', weights=None, exact=False):
-        """A convolution, e.g. 64C4 (64 filters of 4*4), or 512C3/16 in 16 groups."""
+        """Add a convolution, e.g. 64C4 (64 filters of 4*4), or 512C3/16 in 16 groups."""
         name = self.next_name(kind)
         self.activate(Conv2dLayer(self.net, n_filter, filter_size, stride, padding, groups,
                                   weights or self.weights, exact, name), name)
 
     def pool(self, n_filter, filter_size, padding='VALID', groups=1):
-        """Pooling, e.g. 2P2: a convolution 2*2 with stride 2 (learned), or what --pooling says."""
+        """Add a pooling layer, e.g. 2P2: a 2*2 convolution with stride 2 (learned), or as --pooling says."""
         if self.pooling == 'conv' or n_filter != self.net.outputs.shape[-1]:
             self.conv(n_filter, filter_size, padding, stride=2, groups=groups, kind='pool')
         else:
@@ -225,12 +224,12 @@ class Network:
             self.activate(PoolLayer(self.net, filter_size, 2, padding, self.pooling, name), name)
 
     def dense(self, n_units):
-        """A dense layer, e.g. 512, on the flattened map."""
+        """Add a dense layer, e.g. 512, on the flattened map."""
         name = self.next_name('dense')
         self.activate(DenseLayer(self.flat(), n_units, self.weights, name), name)
 
     def classify(self, n_classes, batch_norm=True):
-        """The last dense layer, full-precision weights, no activation; returned, for its outputs are the logits."""
+        """Add the last dense layer, with full-precision weights and no activation; return it: it gives the logits."""
         net = DenseLayer(self.flat(), n_classes, full_precision, 'classify')
         return BatchNormLayer(net, self.is_train, 'classify/bn') if batch_norm else net
 

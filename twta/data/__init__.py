@@ -1,1 +1,1 @@
-"""The data sets: found on disk, downloaded if absent, checked."""
+"""The data sets: found on disk or downloaded, and checked."""

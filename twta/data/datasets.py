@@ -1,9 +1,9 @@
-"""The data sets: found on disk, downloaded when absent, checked, and read into numpy arrays without pickle.
+"""The data sets: downloaded if absent, checked, and read into numpy arrays without pickle.
 
-A loader takes the data directory and how many training images, from the end, are held out for validation; it returns a
-Dataset. MNIST comes in the IDX format (yann.lecun.com/exdb/mnist: a magic number and the dimensions as big-endian
-32-bit integers, then one byte a value), CIFAR-10 in its binary version (www.cs.toronto.edu/~kriz/cifar.html: a byte of
-label, then the red, green and blue plane of 32*32 bytes, 10,000 times a file).
+A loader takes the data directory and the number of training images to hold out for validation, from the end; it returns
+a Dataset. MNIST is in the IDX format (yann.lecun.com/exdb/mnist): a magic number and the dimensions as big-endian
+32-bit integers, then one byte per value. CIFAR-10 is in its binary version (www.cs.toronto.edu/~kriz/cifar.html): per
+image one byte of label, then the red, green and blue plane of 32*32 bytes; 10,000 images per file.
 """
 import gzip
 import hashlib
@@ -21,7 +21,7 @@ from twta.data.download import digest, download, one_at_a_time
 from twta.files import replacing
 
 MNIST_MIRRORS = ('https://ossci-datasets.s3.amazonaws.com/mnist/', 'https://storage.googleapis.com/cvdf-datasets/mnist/')
-# name: bytes and SHA-256 of the published .gz file, SHA-256 of its contents, dimensions
+# by name: size in bytes and SHA-256 of the published .gz file, SHA-256 of its contents, dimensions
 MNIST_FILES = {
     'train-images-idx3-ubyte': (
         9912422, '440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609',
@@ -37,12 +37,12 @@ MNIST_FILES = {
         'ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2', (10000,)),
 }
 DIGITS = tuple('0123456789')
-REMEDY = 'remove it to have it downloaded again'
+REMEDY = 'remove it to download it again'
 
 CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 CIFAR10_ARCHIVE = 170052171, 'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'  # bytes, SHA-256
-CIFAR10_FOLDER = 'cifar-10-batches-bin'  # in the archive, and in data_dir/cifar10
-CIFAR10_FILES = {  # SHA-256 of the published files
+CIFAR10_FOLDER = 'cifar-10-batches-bin'  # name of the folder in the archive and in data_dir/cifar10
+CIFAR10_FILES = {  # published files and their SHA-256
     'data_batch_1.bin': 'cee916563c9f80d84e3cc88e17fdc0941787f1244f00a67874d45b261883ada5',
     'data_batch_2.bin': 'a591ca11fa1708a91ee40f54b3da4784ccd871ecf2137de63f51ada8b3fa57ed',
     'data_batch_3.bin': 'bbe8596564c0f86427f876058170b84dac6670ddf06d79402899d93ceea26f67',
@@ -50,8 +50,8 @@ CIFAR10_FILES = {  # SHA-256 of the published files
     'data_batch_5.bin': '755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add',
     'test_batch.bin': '8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b',
 }
-CIFAR10_IMAGES = 10000  # in each file
-CIFAR10_RECORD = 1 + 3 * 32 * 32  # bytes of an image with its label
+CIFAR10_IMAGES = 10000  # per file
+CIFAR10_RECORD = 1 + 3 * 32 * 32  # bytes per image, label included
 CIFAR10_CLASSES = ('airplane', 'automobile', 'bird', 'cat', 'deer', 'dog', 'frog', 'horse', 'ship', 'truck')
 CIFAR10_CROP = 24
 
@@ -64,18 +64,18 @@ class Split(NamedTuple):
 class Dataset(NamedTuple):
     name: str
     origin: str  # the published files, other files, an embedded sample
-    folder: Path | None  # where the files are
-    published: bool  # whether these are, bit for bit, the published images and labels
+    folder: Path | None  # folder of the files
+    published: bool  # True if images and labels are bit for bit the published ones
     train: Split
-    validation: Split  # perhaps empty
+    validation: Split  # may be empty
     test: Split
-    classes: tuple  # names, by label
+    classes: tuple  # class names, by label
     crop: int  # 0: pixels / 256; 24: augmented crops of 24*24, standardised; see twta.graph.preprocessing
-    sha256: str  # of every image and label, in hexadecimal: equal where two runs saw the same data, split alike
+    sha256: str  # over all images and labels, in hexadecimal: equal if two runs had the same data and split
 
     @property
     def title(self):
-        """For pictures, which go about without their record."""
+        """Return a name for pictures: it includes the origin, because pictures are shown without their record."""
         return self.name if self.published else f'{self.name} ({self.origin})'
 
     def __str__(self):
@@ -85,23 +85,26 @@ class Dataset(NamedTuple):
 
 
 def load(name, data_dir, validation=None):
-    """The data set of that name (see DATASETS), its last training images held out: so many, or as the loader says.
+    """Return the data set `name` (see DATASETS), with the last `validation` training images held out.
 
-    Raises UsageError where fewer are there.
+    Without `validation`, the loader's default holds. Raises UsageError if no training image would be left.
     """
     return DATASETS[name](Path(data_dir), **({} if validation is None else {'validation': validation}))
 
 
 def assemble(name, origin, folder, published, train, validation, test, classes, crop):
-    """The Dataset, the last `validation` images of train, a pair of images and labels, held out.
+    """Return the Dataset; the last `validation` images of `train` are held out.
 
-    origin None: files of the data set, the published ones or not.
+    origin         None: files of the data set, published or not
+    train, test    pairs of images and labels
+
+    Raises UsageError if no training image would be left.
     """
     images, labels = train
     n = len(labels) - validation
     if n < 1:
-        raise UsageError(f'--validation {validation}: {name} has {len(labels):,} training images to hold some out of, '
-                         f'valid are 0 to {len(labels) - 1}')
+        raise UsageError(f'--validation {validation}: {name} has {len(labels):,} training images; hold out 0 to '
+                         f'{len(labels) - 1} of them')
     splits = [Split(images, labels.astype(np.int32))
               for images, labels in ((images[:n], labels[:n]), (images[n:], labels[n:]), test)]
     content = hashlib.sha256()
@@ -113,9 +116,9 @@ def assemble(name, origin, folder, published, train, validation, test, classes, 
 
 
 def load_mnist(data_dir, validation=10000):
-    """MNIST in data_dir/mnist, as .gz or unpacked: 60,000 training images, the last 10,000 held out, and 10,000 test.
+    """Return MNIST from data_dir/mnist, as .gz or unpacked: 60,000 training and 10,000 test images, 28*28*1.
 
-    Raises TwtaError where a file is not what its name says, or cannot be had.
+    Raises TwtaError if a file is damaged, of another format, or cannot be downloaded.
     """
     arrays, published = [], True
     for name, (gz_size, gz_sha256, sha256, shape) in MNIST_FILES.items():
@@ -134,10 +137,10 @@ def load_mnist(data_dir, validation=10000):
 
 
 def load_cifar10(data_dir, validation=0):
-    """CIFAR-10 in data_dir/cifar10/cifar-10-batches-bin: 50,000 training and 10,000 test images, 32*32*3.
+    """Return CIFAR-10 from data_dir/cifar10/cifar-10-batches-bin: 50,000 training and 10,000 test images, 32*32*3.
 
-    Absent files are unpacked from data_dir/cifar10/cifar-10-binary.tar.gz, which is downloaded unless it is there.
-    Raises TwtaError where a file is not what its name says, or cannot be had.
+    Absent files are unpacked from data_dir/cifar10/cifar-10-binary.tar.gz, which is downloaded if absent. Raises
+    TwtaError if a file is damaged, of another format, or cannot be downloaded.
     """
     folder = data_dir / 'cifar10' / CIFAR10_FOLDER
     absent = [name for name in CIFAR10_FILES if not (folder / name).exists()]
@@ -156,9 +159,9 @@ def load_cifar10(data_dir, validation=0):
 
 
 def load_digits(data_dir, validation=297):
-    """The 1,797 handwritten digits that scikit-learn ships, 8*8 scaled to 28*28: 1,497 for training, 300 for test.
+    """Return scikit-learn's 1,797 handwritten digits, 8*8 scaled to 28*28: 1,497 for training, 300 for test.
 
-    The order is a fixed permutation. Nothing is read from data_dir or the network.
+    The order is a fixed permutation. data_dir and the network are not used.
     """
     from scipy.ndimage import zoom
     from sklearn.datasets import load_digits as load_sklearn_digits
@@ -172,9 +175,9 @@ def load_digits(data_dir, validation=297):
 
 
 def load_shapes(data_dir, validation=500):
-    """3,000 coloured shapes and textures for training and 1,000 for test, 32*32*3, drawn from a fixed seed.
+    """Return 3,000 generated images of shapes and textures for training and 1,000 for test, 32*32*3, of a fixed seed.
 
-    Nothing is read from data_dir or the network.
+    data_dir and the network are not used.
     """
     images, labels = shapes.draw(4000, seed=0)
     return assemble('shapes', 'a generated sample, not CIFAR-10', None, False, (images[:3000], labels[:3000]),
@@ -185,7 +188,7 @@ DATASETS = {'mnist': load_mnist, 'digits': load_digits, 'cifar10': load_cifar10,
 
 
 def read_file(path, limit):
-    """The contents of a file, unpacked if its name ends in .gz: at most limit + 1 bytes, whatever it unpacks to."""
+    """Return the contents of a file, unpacked if its name ends in .gz; at most limit + 1 bytes, against .gz bombs."""
     try:
         with gzip.open(path) if path.suffix == '.gz' else open(path, 'rb') as file:
             return file.read(limit + 1)
@@ -196,12 +199,12 @@ def read_file(path, limit):
 
 
 def parse_idx(content, shape, path):
-    """An IDX file of unsigned bytes as an array of the shape; labels (one dimension) must be 0 to 9."""
+    """Return an IDX file of unsigned bytes as an array of `shape`; labels (one dimension) must be 0 to 9."""
     header = struct.pack(f'>I{len(shape)}I', 0x800 + len(shape), *shape)
     found = content[:len(header)]
     if found != header:
-        raise TwtaError(f'{path}: starts with {found.hex(" ", 4) or "nothing"}, not with {header.hex(" ", 4)}, the IDX '
-                        f'header of {shape} bytes; {REMEDY}')
+        raise TwtaError(f'{path}: starts with {found.hex(" ", 4) or "nothing"} instead of {header.hex(" ", 4)}, the '
+                        f'IDX header of {shape} bytes; {REMEDY}')
     check_length(content, len(header) + int(np.prod(shape)), path)
     array = np.frombuffer(content, np.uint8, offset=len(header)).reshape(shape)
     if len(shape) == 1:
@@ -210,7 +213,7 @@ def parse_idx(content, shape, path):
 
 
 def parse_cifar(content, n_images, path):
-    """A file of the binary version of CIFAR-10 as images [n_images, 32, 32, 3] and labels, 0 to 9."""
+    """Return a file of CIFAR-10's binary version as images [n_images, 32, 32, 3] and labels [n_images], 0 to 9."""
     check_length(content, n_images * CIFAR10_RECORD, path)
     records = np.frombuffer(content, np.uint8).reshape(n_images, CIFAR10_RECORD)
     check_labels(records[:, 0], path)
@@ -219,8 +222,8 @@ def parse_cifar(content, n_images, path):
 
 def check_length(content, expected, path):
     if len(content) != expected:
-        raise TwtaError(f'{path}: {"shorter" if len(content) < expected else "longer"} than the {expected:,} bytes '
-                        f'that belong there; {REMEDY}')
+        raise TwtaError(f'{path}: {"shorter" if len(content) < expected else "longer"} than the expected '
+                        f'{expected:,} bytes; {REMEDY}')
 
 
 def check_labels(labels, path):
@@ -229,10 +232,10 @@ def check_labels(labels, path):
 
 
 def unpack_cifar10(folder, names):
-    """Puts the files of these names from the archive beside the folder into it; downloads the archive if it is absent.
+    """Unpack the files `names` into the folder, from the archive beside it; download the archive if it is absent.
 
-    Only an archive with the published SHA-256 is opened, only regular files of the names are taken from it, and they
-    are written to paths of our own making.
+    For safety, only an archive with the published SHA-256 is opened, only regular files of these names are taken, and
+    paths from the archive are never written to. Raises TwtaError if the archive has another SHA-256.
     """
     archive = folder.parent / CIFAR10_URL.rpartition('/')[2]
     size, sha256 = CIFAR10_ARCHIVE
@@ -241,8 +244,8 @@ def unpack_cifar10(folder, names):
                  f'put {", ".join(names)} of its binary version in {folder}; --dataset shapes needs no network')
     actual = digest(archive)
     if actual != sha256:
-        raise TwtaError(f'{archive}: its SHA-256 is {actual}, not {sha256}; remove it to have it downloaded again, or '
-                        f'put the files of the binary version of CIFAR-10 in {folder}')
+        raise TwtaError(f'{archive}: its SHA-256 is {actual}, not {sha256}; {REMEDY}, or put the files of the binary '
+                        f'version of CIFAR-10 in {folder}')
     with one_at_a_time(folder), tarfile.open(archive, 'r|gz') as members:
         for member in members:
             head, _, name = member.name.rpartition('/')

@@ -1,4 +1,7 @@
-"""Downloads: from mirrors in turn, resumed after an interruption, verified, and in place only when whole."""
+"""Downloads: they try mirrors in turn, resume after an interruption, and check the SHA-256 before a file gets its name.
+
+pooch was tried: it neither resumes nor stops an endless answer, and follows a redirect from https to http.
+"""
 import contextlib
 import hashlib
 import os
@@ -14,20 +17,21 @@ from tqdm import tqdm
 from twta import TwtaError, files
 
 TIMEOUT = 30  # seconds without a byte
-SLOWEST = 1000  # bytes a second, over TIMEOUT; less is taken for a stall
+SLOWEST = 1000  # bytes per second, averaged over TIMEOUT; a slower download counts as stalled
 WAITS = 0, 2, 8  # seconds before each round of the mirrors
 CHUNK = 1 << 16  # bytes
 FAILURES = (urllib.error.URLError, HTTPException, ssl.SSLError, ConnectionError, TimeoutError,
-            ValueError)  # of a redirect to what is no address; not those of the disk
-AGAIN = 408, 429  # of 4xx, those that pass
+            ValueError)  # errors of the network, not of the disk; ValueError: a redirect to an invalid address
+TEMPORARY = 408, 429  # HTTP statuses 4xx that are worth another try
 
 
 def download(urls, path, size, sha256, otherwise):
-    """Puts the file that has this size (bytes) and SHA-256 at path, from the first of the urls that gives it.
+    """Download the file with this size (bytes) and SHA-256 to `path`, from the first of the urls that has it.
 
-    What has arrived is kept in path + '.part', from which the next mirror, or a later call, goes on; other processes
-    that want the file wait. Mirrors that answer with another file, or with 4xx (but AGAIN), are asked once, the others
-    again after WAITS. Raises TwtaError where none gives the file; its message says what to do otherwise.
+    Partial downloads stay in path + '.part'; the next mirror or a later call resumes there. Other processes wait. A
+    mirror is asked again after WAITS, unless it answered with another file or with 4xx (except TEMPORARY).
+
+    Raises TwtaError if no mirror gives the file; the message ends with `otherwise`, the user's alternative.
     """
     with one_at_a_time(path.parent):
         if not path.exists():
@@ -36,17 +40,17 @@ def download(urls, path, size, sha256, otherwise):
 
 @contextlib.contextmanager
 def one_at_a_time(folder):
-    """Makes the folder and holds it, once no other process does: two first runs may want the same files."""
+    """Create the folder and lock it, so that two first runs do not download the same files twice."""
     folder.mkdir(parents=True, exist_ok=True)
     with files.holding(folder, lambda: print(f'waiting for another process that fills {folder}', flush=True)):
         yield
 
 
 def download_alone(urls, path, size, sha256, otherwise):
-    """download, where no other process does."""
+    """Do the work of download() while the folder is locked."""
     part = path.with_name(path.name + '.part')
     if part.exists() and part.stat().st_size >= size and digest(part) != sha256:
-        part.unlink()  # whoever it came from
+        part.unlink()  # no mirror is to blame: its source is unknown
     failures, left = {}, list(urls)
     for wait in WAITS:
         if wait and left:
@@ -59,7 +63,7 @@ def download_alone(urls, path, size, sha256, otherwise):
             except FAILURES as error:
                 reason = str(getattr(error, 'reason', None) or error or type(error).__name__)
                 failures[url] = ' '.join(reason.split())  # urllib has messages of several lines
-                if 400 <= getattr(error, 'code', 0) < 500 and error.code not in AGAIN:
+                if 400 <= getattr(error, 'code', 0) < 500 and error.code not in TEMPORARY:
                     left.remove(url)
                 continue
             found = digest(part)
@@ -68,7 +72,7 @@ def download_alone(urls, path, size, sha256, otherwise):
                 return
             part.unlink()
             failures[url] = f'its SHA-256 is {found}, not {sha256}'
-            if has_all:  # otherwise the wrong bytes may be another mirror's
+            if has_all:  # otherwise the wrong bytes may come from another mirror
                 left.remove(url)
     reasons = '; '.join(f'{url}: {reason}' for url, reason in failures.items())
     raise TwtaError(f'{path.name} could not be downloaded ({reasons}); check the network, or {otherwise}')
@@ -83,7 +87,7 @@ def digest(path):
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects (ten at most), but never from TLS to a connection without."""
+    """A handler that follows up to ten redirects, but never from https to http."""
 
     def redirect_request(self, request, file, code, message, headers, url):
         if request.type == 'https' and not url.startswith('https://'):
@@ -92,9 +96,9 @@ class Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def fetch(url, part, size):
-    """Appends to the file part what it lacks of its size in bytes; raises one of FAILURES where less arrives.
+    """Download the missing bytes of the file `part` up to `size`; return True if all its bytes come from this url.
 
-    Returns whether every byte of it comes from this url.
+    Raises one of FAILURES if the connection fails or ends early.
     """
     have = part.stat().st_size if part.exists() else 0
     if have >= size:
@@ -117,7 +121,7 @@ def fetch(url, part, size):
 
 @contextlib.contextmanager
 def on_the_network():
-    """Makes every OSError one of FAILURES: no route to a host, say, is not to be taken for a fault of the disk."""
+    """Turn each OSError into one of FAILURES: "no route to host", for example, must not look like a disk error."""
     try:
         yield
     except FAILURES:
@@ -127,7 +131,7 @@ def on_the_network():
 
 
 def receive(response, file, size, bar):
-    """Writes what a response brings until it ends or the file is too large; raises TimeoutError where it stalls."""
+    """Write a response to the file until it ends or is larger than `size`. Raises TimeoutError if it stalls."""
     since, arrived = time.monotonic(), 0
     while True:
         with on_the_network():
@@ -138,7 +142,7 @@ def receive(response, file, size, bar):
         bar.update(len(chunk))
         arrived += len(chunk)
         if file.tell() > size:
-            return  # not the file that was asked for; its checksum will say so
+            return  # another file: its checksum will differ
         if time.monotonic() - since > TIMEOUT:
             if arrived < SLOWEST * TIMEOUT:
                 raise TimeoutError(f'{arrived:,} bytes in {TIMEOUT} s')

@@ -1,8 +1,8 @@
-"""A sample of ten classes of coloured shapes and textures, 32*32, to run the CIFAR-10 networks on without a network.
+"""Generated images of ten classes of shapes and textures, 32*32*3: CIFAR-10 networks run on them without a download.
 
-Place, size and tilt are drawn for each image, and both colours, that of the shape about one of its class: no pixel by
-itself tells much. Linear classifiers reach 58 % (ridge regression) to 66 % (tuned logistic regression) of the test
-images of --dataset shapes.
+Each image has a random position, size and tilt, a random background, and a shape colour near that of its class: no
+single pixel tells much. On the test images of --dataset shapes, linear classifiers reach 58 % (ridge regression) to
+66 % (tuned logistic regression).
 """
 import numpy as np
 
@@ -11,9 +11,9 @@ NOISE = 20  # standard deviation, in grey levels of 256
 COLOURS = np.array([(220, 60, 60), (60, 60, 220), (220, 220, 60), (60, 200, 60), (230, 230, 230), (240, 150, 40),
                     (60, 210, 210), (210, 60, 210), (40, 40, 40), (150, 100, 60)])  # red, green, blue, by class
 SPREAD = 50  # standard deviation of the colours of a class, in grey levels
-CONTRAST = 90  # between the colours of shape and background, summed over the channels, at least
+CONTRAST = 90  # least difference between the colours of shape and background, summed over the channels
 
-# where a shape is, in coordinates of its own: u to the right, v downwards, centre (0, 0), radius 1
+# the area of each shape, in its own coordinates: u to the right, v downwards, centre (0, 0), radius 1
 SHAPES = {
     'disk': lambda u, v: np.hypot(u, v) < 1,
     'ring': lambda u, v: np.abs(np.hypot(u, v) - 0.8) < 0.2,
@@ -30,7 +30,7 @@ CLASSES = tuple(SHAPES)
 
 
 def draw(n_images, seed):
-    """n_images of the ten classes, in random order: uint8 [n_images, 32, 32, 3] and labels uint8 [n_images]."""
+    """Return images of the ten classes in random order, uint8 [n_images, 32, 32, 3], and labels, uint8 [n_images]."""
     rng = np.random.RandomState(seed)  # a legacy generator: its stream never changes
     labels = rng.permutation(np.arange(n_images) % len(CLASSES)).astype(np.uint8)
 

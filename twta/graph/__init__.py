@@ -1,1 +1,1 @@
-"""What TensorFlow computes: the switch to its version 1, sessions, images, fast convolutions, the built graph."""
+"""The TensorFlow side: the switch to its version 1, sessions, preprocessing, fast convolutions, the built graph."""

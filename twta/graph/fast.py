@@ -1,47 +1,47 @@
-"""The layers' arithmetic in the form in which a processor computes it fastest.
+"""The layers' arithmetic in the form that is fastest on a CPU.
 
-Sums of ternary values come out bit for bit as TensorFlow's own kernels give them, others to rounding. Beside the
-products themselves two things cost most in a training step (benchmarks/README.md has the figures):
+Sums of ternary values equal those of TensorFlow's own kernels bit for bit; other sums agree to rounding. Besides the
+products themselves, two things cost most in a training step (figures: benchmarks/README.md):
 
-the filters' gradient  in bfloat16, TensorFlow's kernel for it (oneDNN) starves if the rows of a map are short: it takes
-                       up to twenty times as long as the same products in one product of matrices
-passes over memory     an activation is compared, cast and subtracted in five operations; XLA compiles them into one
+filter gradients       TensorFlow's bfloat16 kernel (oneDNN) is slow if the rows of a feature map are short. It takes up
+                       to twenty times as long as one matrix product with the same result.
+passes over memory     An activation is compared, cast and subtracted in five operations. XLA compiles them into one.
 
-None of it was tried on a GPU, where XLA wants parts of CUDA that TensorFlow does without: with one, TensorFlow's own
-kernels do everything.
+On a GPU, TensorFlow's own kernels do everything: this module is untested there, and XLA needs parts of CUDA that
+TensorFlow does not.
 
-Two things are missing on some processors, and are made up for here:
+Some processors lack two things, which this module replaces:
 
-oneDNN                 without it, TensorFlow has no gradient of a grouped convolution on a CPU: each group is a
-                       convolution of its own; and the input's gradient is so slow that a convolution takes its place
-bfloat16               if the processor does not multiply it, layers round their inputs and sums to bfloat16, as a
-                       processor with bfloat16 does, but multiply and add in float32. TensorFlow's own kernels add in
-                       bfloat16: ten times as slowly, and less exactly
+oneDNN                 Without oneDNN, TensorFlow on a CPU has no gradient of grouped convolutions: each group becomes a
+                       separate convolution. TensorFlow's input gradient is slow: a convolution replaces it.
+bfloat16               If the processor cannot multiply bfloat16, layers still round inputs and sums to bfloat16, but
+                       multiply and add in float32. TensorFlow's own kernels would add in bfloat16: ten times as slow,
+                       and less exact.
 """
 import numpy as np
 
 from twta.graph.session import find_gpus, multiplies_bfloat16
 from twta.graph.tf1 import ONEDNN, tf
 
-SHORT_ROW = 8  # with fewer sums in a row of the output the product of matrices is faster, in bfloat16; not in float32
-MANY_CHANNELS = 256  # without oneDNN, products of matrices are faster from so many channels on,
-MANY_FILTERS = 128  # and turned filters from so many filters on
+SHORT_ROW = 8  # in bfloat16, a matrix product is faster if the output has fewer columns; in float32 it is not
+MANY_CHANNELS = 256  # without oneDNN, matrix products are faster from this number of channels on
+MANY_FILTERS = 128  # without oneDNN, convolving with flipped filters is faster from this number of filters on
 ON_CPU = not find_gpus()
 BFLOAT16_IS_EMULATED = ON_CPU and not multiplies_bfloat16(None)
 
 
 def compiled(function):
-    """The function of tensors, compiled by XLA for a processor, at its first run and for each shape (0.1 s)."""
+    """Return the function of tensors, compiled by XLA on a CPU: 0.1 s per shape, at the first run."""
     return tf.function(function, jit_compile=True, autograph=False) if ON_CPU else function
 
 
 def type_of_sums(dtype):
-    """Return the type in which layers multiply and add values of the type: another one if bfloat16 is emulated."""
+    """Return the type in which layers multiply and add values of `dtype`: float32 if bfloat16 is emulated."""
     return tf.float32 if BFLOAT16_IS_EMULATED and dtype == tf.bfloat16 else dtype
 
 
 def factors(x, w):
-    """Return x and w in the type in which layers multiply them; w rounds to the type of x first."""
+    """Return x and w in the type in which layers multiply them; w is first rounded to the type of x."""
     dtype = type_of_sums(x.dtype)
     return tf.cast(x, dtype), tf.cast(tf.cast(w, x.dtype), dtype)
 
@@ -49,16 +49,16 @@ def factors(x, w):
 def convolve(x, w, stride, padding, groups=1):
     """Return the convolution of x [batch, height, width, channels] with w [size, size, channels / groups, filters].
 
-    Group g of G reads the channels g, g + G, g + 2G, ...; the filters stand group by group. Of x only the batch may be
-    unknown.
+    Group g of G reads the channels g, g + G, g + 2G, ...; the filters are ordered group by group. Only the batch size
+    of x may be unknown.
     """
     size = int(w.shape[0])
     height, width, channels = x.shape.as_list()[1:]
     tiled = size == stride and not height % size and not width % size
     whole = padding == 'VALID' and size == height == width
     if ON_CPU and (tiled or whole) and (ONEDNN or channels >= MANY_CHANNELS):
-        return multiply_windows(x, w, groups)
-    if groups > 1:  # TensorFlow's groups are blocks of neighbours: bring each group's channels together
+        return multiply_patches(x, w, groups)
+    if groups > 1:  # TensorFlow's groups are blocks of adjacent channels
         x = tf.reshape(x, [-1, height, width, channels // groups, groups])
         x = tf.reshape(tf.transpose(x, [0, 1, 2, 4, 3]), [-1, height, width, channels])
         if ON_CPU and not ONEDNN:
@@ -66,14 +66,14 @@ def convolve(x, w, stride, padding, groups=1):
             return tf.concat([convolve(*part, stride, padding) for part in parts], axis=-1)
     in_a_row = -(-width // stride) if padding == 'SAME' else (width - size) // stride + 1
     multiplied = ON_CPU and groups == 1 and in_a_row < SHORT_ROW and x.dtype == tf.bfloat16
-    turned = ON_CPU and stride == 1 and not ONEDNN and w.shape[3] >= MANY_FILTERS
-    if multiplied or turned:
-        return convolve_with_gradients(x, w, stride, padding, multiplied, turned)
+    flipped = ON_CPU and stride == 1 and not ONEDNN and w.shape[3] >= MANY_FILTERS
+    if multiplied or flipped:
+        return convolve_with_gradients(x, w, stride, padding, multiplied, flipped)
     return tf.nn.conv2d(x, w, [1, stride, stride, 1], padding)
 
 
-def multiply_windows(x, w, groups):
-    """A convolution whose windows tile the map, or are the map: no value is in two, so they are rows of a matrix."""
+def multiply_patches(x, w, groups):
+    """Return a convolution whose patches do not overlap, as one matrix product with a row per patch."""
     size, _, channels, filters = w.shape.as_list()
     rows, columns = (side // size for side in x.shape.as_list()[1:3])
     values = size * size * channels
@@ -83,21 +83,21 @@ def multiply_windows(x, w, groups):
     return tf.reshape(tf.transpose(tf.matmul(x, w), [1, 0, 2]), [-1, rows, columns, filters])
 
 
-def convolve_with_gradients(x, w, stride, padding, multiplied, turned):
-    """Return tf.nn.conv2d of x and w, with gradients of our own.
+def convolve_with_gradients(x, w, stride, padding, multiplied, flipped):
+    """Return tf.nn.conv2d of x and w, with other gradients.
 
-    multiplied  the filters' gradient is one product of matrices: each value of a window by the window's gradient
-    turned      the input's gradient, of stride 1, is a convolution of the upstream gradient with filters turned by 180
-                degrees: without oneDNN up to twenty times as fast as TensorFlow's kernel for it
+    multiplied  compute the gradient by w as one matrix product, of patches and upstream gradient
+    flipped     compute the gradient by x (stride 1) as a convolution of the upstream gradient with flipped filters;
+                without oneDNN, this is up to twenty times as fast as TensorFlow's kernel
     """
     strides = [1, stride, stride, 1]
 
     @tf.custom_gradient
     def convolve(x, w):
         def gradient(upstream):
-            by_x = (convolve_turned(upstream, w, padding) if turned
+            by_x = (convolve_flipped(upstream, w, padding) if flipped
                     else tf.nn.conv2d_backprop_input(tf.shape(x), w, upstream, strides, padding))
-            by_w = (multiply_by_gradient(x, upstream, w.shape, stride) if multiplied
+            by_w = (filter_gradient(x, upstream, w.shape, stride) if multiplied
                     else tf.nn.conv2d_backprop_filter(x, w.shape, upstream, strides, padding))
             return by_x, by_w
 
@@ -106,16 +106,16 @@ def convolve_with_gradients(x, w, stride, padding, multiplied, turned):
     return convolve(x, w)
 
 
-def multiply_by_gradient(x, upstream, shape, stride):
-    """Return the gradient by filters of that shape: the product of all windows of x with their upstream gradients."""
+def filter_gradient(x, upstream, shape, stride):
+    """Return the gradient by filters of `shape`: the matrix product of the patches of x and the upstream gradients."""
     size, _, channels, filters = shape.as_list()
     rows, columns = upstream.shape.as_list()[1:3]
-    values = tf.reshape(windows(x, size, stride, rows, columns), [-1, size * size * channels])
+    values = tf.reshape(extract_patches(x, size, stride, rows, columns), [-1, size * size * channels])
     return tf.reshape(tf.matmul(values, tf.reshape(upstream, [-1, filters]), transpose_a=True), shape)
 
 
-def convolve_turned(upstream, w, padding):
-    """Return the gradient by the input of a convolution with stride 1."""
+def convolve_flipped(upstream, w, padding):
+    """Return the gradient by the input of a convolution with stride 1: a convolution with flipped filters."""
     size = int(w.shape[0])
     before, after = ((size - 1) // 2, size // 2) if padding == 'SAME' else (0, 0)  # zeros around the input
     around = [size - 1 - before, size - 1 - after]
@@ -123,10 +123,10 @@ def convolve_turned(upstream, w, padding):
     return tf.nn.conv2d(padded, tf.transpose(tf.reverse(w, [0, 1]), [0, 1, 3, 2]), [1] * 4, 'VALID')
 
 
-def windows(x, size, stride, rows, columns):
-    """What lies under each of rows * columns sums, zeros around the map: [batch, rows * columns, size ** 2, channels].
+def extract_patches(x, size, stride, rows, columns):
+    """Return the zero-padded input patch of each output pixel: [batch, rows * columns, size ** 2, channels].
 
-    That is tf.image.extract_patches, by a gather that copies whole pixels and takes a fifth of the time.
+    This equals tf.image.extract_patches, but gathers whole pixels and takes a fifth of the time.
     """
     height, width, channels = x.shape.as_list()[1:]
     missing = [max((count - 1) * stride + size - side, 0) for side, count in ((height, rows), (width, columns))]

@@ -1,24 +1,25 @@
-"""What happens to images before the network sees them: in the graph, vectorised over the batch.
+"""Preprocessing and augmentation of images, in the graph, vectorised over the batch.
 
-A data set says which with `crop`. 0: whole images, pixels / 256. 24: the published treatment of CIFAR-10, that of
-TensorFlow's own tutorial: in training data augmentation (a random crop of 24*24, flip, brightness and contrast), in
-evaluation the central crop; then each image is standardised.
+The `crop` of a data set selects the treatment. 0: whole images, pixels / 256. 24: the published treatment of CIFAR-10,
+from TensorFlow's tutorial. Training takes a random crop of 24*24 with random flip, brightness and contrast; evaluation
+takes the central crop. Each image is then standardised.
 
---augmentation geometric is ours: in training, whole images are warped, and cropped ones keep brightness and contrast.
+--augmentation geometric is not published: in training, whole images are warped; crops keep brightness and contrast.
 """
 from twta.graph.tf1 import tf
 
 PIXEL_RANGE = 256  # as published, not 255; exact in bfloat16
-BRIGHTNESS = 63  # at most, either way, in grey levels of 256
-CONTRAST = 0.2, 1.8
-BEND = 0.15  # of a warped image: how far each entry of its 2*2 matrix is from the identity, at most
-SHIFT = 2  # and how far it is moved, at most, in pixels, either way
+BRIGHTNESS = 63  # largest change, up or down, in grey levels
+CONTRAST = 0.2, 1.8  # range of the factor
+BEND = 0.15  # largest difference between an entry of a warp's 2*2 matrix and the identity's
+SHIFT = 2  # largest shift of a warp, in pixels, along each axis
 
 
 def for_training(images, crop, seed, step, augmentation='published'):
-    """Images uint8 [batch, height, width, channels] as float32; augmentation is 'published' or 'geometric'.
+    """Return images, uint8 [batch, height, width, channels], as augmented float32 images.
 
-    seed and step, integers or int32 tensors, decide on every draw.
+    augmentation    'published' or 'geometric'
+    seed, step      integers or int32 tensors that determine all random draws
     """
     if not crop and augmentation == 'published':
         return scale(images)
@@ -30,10 +31,10 @@ def for_training(images, crop, seed, step, augmentation='published'):
 
 
 def for_evaluation(images, crop):
-    """Images uint8 [batch, height, width, channels] as float32; nothing is drawn.
+    """Return images, uint8 [batch, height, width, channels], as float32 images, without random draws.
 
-    The same bits on any machine, and as twta.packed.numpy_engine makes them: moments are sums of whole numbers, exact
-    in float64.
+    The result is bit for bit the same on any machine and in twta.packed.numpy_engine: the moments are sums of
+    integers, exact in float64.
     """
     if not crop:
         return scale(images)
@@ -54,10 +55,10 @@ def central_crop(images, size):
 
 
 def warp(images, draws):
-    """Each image under a random affine map about its centre, bilinear, with 0 beyond the border.
+    """Return each image under a random affine map about its centre: bilinear, 0 beyond the border.
 
-    draws   [batch, 6], uniform in [0, 1): of the map from the new image's pixels to the old one's, x -> (I + E) x + t,
-            with E in [-0.15, 0.15) in each entry and t in [-2, 2) pixels
+    draws   [batch, 6], uniform in [0, 1): they choose the map from new to old pixels, x -> (I + E) x + t, with the
+            entries of E in [-0.15, 0.15) and of t in [-2, 2) pixels
     """
     height, width = images.shape.as_list()[1:3]
     draws = 2 * draws - 1
@@ -70,12 +71,12 @@ def warp(images, draws):
 
 
 def crop_and_flip(images, size, draws):
-    """Each image cropped anywhere and flipped or not, by draws [batch, 3]; float32 [batch, size, size, channels]."""
+    """Return randomly cropped and flipped images, float32 [batch, size, size, channels], by draws [batch, 3]."""
     height, width, channels = images.shape.as_list()[1:]
     batch = tf.shape(images)[0]
     top, left = (tf.cast(draws[:, i] * (side - size + 1), tf.int32) for i, side in enumerate((height, width)))
     flip = draws[:, 2] < 0.5
-    # crop and flip are one gather of pixels from the batch laid out as a single column
+    # crop and flip in one gather from the batch, reshaped to one column of pixels
     along = tf.range(size)
     rows = top[:, tf.newaxis] + along
     columns = left[:, tf.newaxis] + tf.where(flip, tf.tile([along[::-1]], [batch, 1]), tf.tile([along], [batch, 1]))
@@ -84,9 +85,9 @@ def crop_and_flip(images, size, draws):
 
 
 def jitter(x, draws):
-    """Each image brightened by d in [-63, 63), its contrast about each channel's mean times f in [0.2, 1.8).
+    """Return images with random brightness and contrast, by draws [batch, 2]; not clipped to 0..255.
 
-    By draws [batch, 2]; not clipped to 0..255.
+    Each image is brightened by d in [-63, 63); then contrast about each channel's mean is scaled by f in [0.2, 1.8).
     """
     draws = draws[:, tf.newaxis, tf.newaxis, tf.newaxis]
     x += BRIGHTNESS * (2 * draws[..., 0] - 1)
@@ -95,7 +96,7 @@ def jitter(x, draws):
 
 
 def standardize(images):
-    """Each image with mean 0 and standard deviation 1; nearly uniform ones are divided by 1 / sqrt(values) at least."""
+    """Return each image with mean 0 and standard deviation 1; the divisor is at least 1 / sqrt(values per image)."""
     mean, variance = tf.nn.moments(images, [1, 2, 3], keepdims=True)
     least = 1 / float(images.shape[1:].num_elements()) ** 0.5
     return (images - mean) / tf.maximum(tf.sqrt(variance), least)

@@ -1,4 +1,4 @@
-"""Where a network runs: the device, the precision that it multiplies natively, the session on it, and what stops it."""
+"""The device, its native precision, sessions on it, and the signals that stop a training."""
 import contextlib
 import os
 import signal
@@ -6,18 +6,18 @@ import signal
 from twta import UsageError, processor
 from twta.graph.tf1 import ONEDNN, native_chatter_hidden, tf
 
-# values of ONEDNN_MAX_CPU_ISA that forbid oneDNN the instructions that multiply bfloat16
+# with these values of ONEDNN_MAX_CPU_ISA, oneDNN may not use bfloat16 instructions
 WITHOUT_BFLOAT16 = ('SSE41', 'AVX', 'AVX2', 'AVX2_VNNI', 'AVX2_VNNI_2', 'AVX512_CORE', 'AVX512_CORE_VNNI')
 
 
 def find_gpus():
-    """The GPUs that TensorFlow sees, as its devices."""
+    """Return the GPUs that TensorFlow sees, as its physical devices."""
     with native_chatter_hidden():
         return tf.config.experimental.list_physical_devices('GPU')
 
 
 def find_gpu(index):
-    """The GPU of that index as a TensorFlow device, None where there is no GPU; UsageError for a wrong index."""
+    """Return the GPU `index` as a TensorFlow device; None without a GPU. Raises UsageError if the index is too high."""
     gpus = find_gpus()
     if gpus and index >= len(gpus):
         raise UsageError(f'--gpu {index}: this machine has {len(gpus)}, valid are 0 to {len(gpus) - 1}')
@@ -25,16 +25,16 @@ def find_gpu(index):
 
 
 def choose_precision(flag, gpu):
-    """Return the type to train in, tf.float32 or tf.bfloat16; 'auto' takes bfloat16 if the device multiplies it."""
+    """Return the type for training, tf.float32 or tf.bfloat16; 'auto' is bfloat16 if the device multiplies it."""
     if flag != 'auto':
         return tf.as_dtype(flag)
     return tf.bfloat16 if multiplies_bfloat16(gpu) else tf.float32
 
 
 def multiplies_bfloat16(gpu):
-    """Return whether the device has instructions for products of bfloat16, and TensorFlow uses them.
+    """Return whether the device has instructions that multiply bfloat16, and TensorFlow uses them.
 
-    A GPU has them from compute capability 8 on. Without a GPU (None), the processor must be an x86 with AVX512-BF16 or
+    GPUs have them from compute capability 8 on. Without a GPU (None), the processor must be an x86 with AVX512-BF16 or
     AMX, on Linux, and oneDNN must be on: only oneDNN uses these instructions.
     """
     if gpu:
@@ -46,7 +46,7 @@ def multiplies_bfloat16(gpu):
 
 
 def describe(gpu):
-    """The device in words."""
+    """Return the device in words."""
     if gpu:
         return tf.config.experimental.get_device_details(gpu).get('device_name', gpu.name)
     cores = processor.available_cores()
@@ -54,10 +54,10 @@ def describe(gpu):
 
 
 def configuration(**options):
-    """A tf.ConfigProto of those options that keeps convolution and batch normalisation apart.
+    """Return a tf.ConfigProto with these options that does not fuse convolution and batch normalisation.
 
-    Fused by TensorFlow's remapper they round otherwise, 5 % faster, and the thresholds that twta.export.folding reads
-    off the batch normalisation would not be those of the whole graph.
+    TensorFlow's remapper would fuse them: 5 % faster, but with other rounding. twta.export.folding reads thresholds off
+    the batch normalisation alone; after fusion they would not match the whole graph.
     """
     config = tf.ConfigProto(**options)
     rewrite = config.graph_options.rewrite_options
@@ -66,10 +66,10 @@ def configuration(**options):
 
 
 def make_deterministic():
-    """One thread, so that sums have one order on any number of cores, and deterministic kernels of a GPU.
+    """Use one thread, so that the order of sums does not depend on the cores, and deterministic GPU kernels.
 
-    To be called before anything is built: the process has one pool of threads, made with the first device. The numbers
-    are read again by open_session, whose pools they decide on as well.
+    Call this before building a graph: TensorFlow creates its thread pool with the first device. open_session reads the
+    numbers of threads too.
     """
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
@@ -77,9 +77,9 @@ def make_deterministic():
 
 
 def open_session(graph, gpu_index):
-    """Return a session on the graph that sees only the GPU of that index, if there is one; it takes memory as needed.
+    """Return a session on the graph. It sees only the GPU `gpu_index`, if any, and takes GPU memory as needed.
 
-    It has as many threads as the process may use cores: TensorFlow alone would not know a container's share.
+    The session has one thread per available core: TensorFlow alone ignores a container's CPU quota.
     make_deterministic, TF_NUM_INTRAOP_THREADS and TF_NUM_INTEROP_THREADS take precedence.
     """
     gpu_options = tf.GPUOptions(allow_growth=True, visible_device_list=str(gpu_index))
@@ -95,7 +95,7 @@ def open_session(graph, gpu_index):
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list that gets the number of a SIGINT (Ctrl-C) or SIGTERM; a second one of the kind has its usual effect."""
+    """Yield a list that collects SIGINT (Ctrl-C) and SIGTERM; a second signal of a kind has its usual effect."""
     caught = []
     usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -104,7 +104,7 @@ def stop_signals():
         signal.signal(number, usual[number])
 
     for number, handler in usual.items():
-        if handler is not signal.SIG_IGN:  # a shell starts background jobs so
+        if handler is not signal.SIG_IGN:  # a shell starts background jobs with SIGINT ignored
             signal.signal(number, catch)
     try:
         yield caught

@@ -1,13 +1,13 @@
-"""The one switch to TensorFlow 1: `from twta.tf1 import tf, tl` gives graph-mode TensorFlow and TensorLayer 1.8.4.
+"""The switch to TensorFlow 1: `from twta.graph.tf1 import tf, tl` gives graph-mode TensorFlow and TensorLayer 1.8.4.
 
-TensorLayer 1.8.4 says `import tensorflow` and expects version 1, so `tf.compat.v1` answers to that name while
-TensorLayer is imported, and only then: any other library sees the real TensorFlow. Both are quiet unless the
-environment sets TF_CPP_MIN_LOG_LEVEL below 3, which `--verbose` does.
+TensorLayer 1.8.4 runs `import tensorflow` and expects version 1. So while TensorLayer is imported, and only then, this
+name means `tf.compat.v1`; all other libraries see the real TensorFlow. Both libraries are quiet unless the environment
+sets TF_CPP_MIN_LOG_LEVEL below 3, as `--verbose` does.
 
-oneDNN's kernels are switched on for every x86 processor, unless TF_ENABLE_ONEDNN_OPTS says otherwise. TensorFlow alone
-uses them only on newer processors, such as those with AVX-512 VNNI, BF16 or AMX. On two cores with AVX2 (AMD Zen 3),
-oneDNN raises the training speed of TWTA_4_4_MNIST from 683 to 1,119 images per second, of TWTA_3_3_CIFAR10_VGG13 from
-83 to 148.
+oneDNN's kernels are switched on for every x86 processor, unless TF_ENABLE_ONEDNN_OPTS is set. By default, TensorFlow
+uses them only on newer processors, for example with AVX-512 VNNI, BF16 or AMX. On two cores with AVX2 (AMD Zen 3),
+oneDNN raises the training speed of TWTA_4_4_MNIST from 683 to 1,119 images per second, and of TWTA_3_3_CIFAR10_VGG13
+from 83 to 148.
 """
 import contextlib
 import logging
@@ -20,7 +20,7 @@ import warnings
 from twta import processor
 
 for variable in processor.THREADS:
-    processor.threads(variable)  # refuses what TensorFlow would abort or hang on
+    processor.threads(variable)  # raises UsageError for values on which TensorFlow aborts or hangs
 
 IS_X86 = platform.machine().lower() in ('x86_64', 'amd64')
 if IS_X86:
@@ -31,10 +31,10 @@ QUIET = os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3') == '3'
 
 @contextlib.contextmanager
 def native_chatter_hidden():
-    """Keeps what TensorFlow's C++ side writes to stderr (CUDA probing, oneDNN notices) off the terminal.
+    """Hide what TensorFlow's C++ code writes to stderr (CUDA probing, oneDNN notices).
 
-    TensorFlow 2.21 logs some lines through absl before it has read TF_CPP_MIN_LOG_LEVEL, so only the file descriptor
-    can stop them. If the block fails, what was held back is shown: it may say why.
+    TensorFlow 2.21 logs some lines through absl before it reads TF_CPP_MIN_LOG_LEVEL, so the file descriptor is
+    redirected. If the block fails, the hidden lines are shown: they may name the cause.
     """
     if not QUIET:
         yield
@@ -59,20 +59,20 @@ with native_chatter_hidden(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         logging.getLogger('tensorflow').setLevel(logging.ERROR)
     import tensorflow as tensorflow_2
-    from tensorflow.python.util import _pywrap_util_port  # there is no public function that tells
+    from tensorflow.python.util import _pywrap_util_port  # no public function tells whether oneDNN is on
 
     tf = tensorflow_2.compat.v1
     tf.disable_v2_behavior()
-    # TF32 rounds float32 products to 10 bits on GPUs from Ampere on: the exported integers would predict otherwise
+    # TF32 rounds float32 products to 10 bits on GPUs from Ampere on: export and graph would predict differently
     tf.config.experimental.enable_tensor_float_32_execution(False)
-    tf.enable_resource_variables()  # the reference variables of TensorFlow 1 may be read while they are written
+    tf.enable_resource_variables()  # TensorFlow 1's reference variables may be read during a write
     sys.modules['tensorflow'] = tf
     try:
         import tensorlayer as tl
     finally:
         sys.modules['tensorflow'] = tensorflow_2
 
-# another library may have imported TensorFlow before, without oneDNN; on Arm oneDNN has other kernels, not tried here
+# another library may have imported TensorFlow earlier, without oneDNN; oneDNN's Arm kernels are untested here
 ONEDNN = IS_X86 and _pywrap_util_port.IsMklEnabled()
 
 if QUIET:

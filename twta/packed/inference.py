@@ -27,7 +27,7 @@ def infer(script, args):
     say(f'{len(images) / (time.perf_counter() - start):,.0f} images/s')
     values -= values.max(1, keepdims=True)
     loss = np.log(np.exp(values).sum(1)) - values[np.arange(len(labels)), labels]
-    confusion = results.confuse(labels, values.argmax(1), len(packed.classes))
+    confusion = results.confusion_matrix(labels, values.argmax(1), len(packed.classes))
     results.report(args.run_dir, dataset, float(loss.mean()), confusion, 'packed', {
         'script': script, 'choices': packed.record.get('choices'), 'weights': str(args.file), 'epoch': epoch})
     if args.report:

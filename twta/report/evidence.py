@@ -13,7 +13,7 @@ from twta import TwtaError, UsageError, describe_fault
 from twta.data import datasets
 from twta.files import replacing
 from twta.packed import cost, engines, file_format
-from twta.results import accuracy, confuse, write_json
+from twta.results import accuracy, confusion_matrix, write_json
 from twta.terminal import say
 from twta.training.records import list_options, name_schedule
 from twta.training.state import FIELDS, STAGE_KEYS, check_choices, check_keys, is_finite, is_natural
@@ -140,7 +140,7 @@ def add(run_dir, file, data_dir):
 def evaluate(network, dataset):
     """The confusion matrix of a packed network on the test images."""
     predicted = engines.logits(engines.open_engine(network), dataset.test.images).argmax(1)
-    return confuse(dataset.test.labels, predicted, len(network.classes))
+    return confusion_matrix(dataset.test.labels, predicted, len(network.classes))
 
 
 def count_operations(network, images):

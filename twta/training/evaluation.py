@@ -24,7 +24,7 @@ def evaluate(network, session, split):
         loss += float(batch_loss)
         predicted.append(batch_predicted)
     n_classes = int(network.net.outputs.shape[-1])
-    return loss / len(split.labels), results.confuse(split.labels, np.concatenate(predicted), n_classes)
+    return loss / len(split.labels), results.confusion_matrix(split.labels, np.concatenate(predicted), n_classes)
 
 
 def infer(experiment):

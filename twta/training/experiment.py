@@ -17,7 +17,7 @@ from twta.graph import fast
 from twta.graph.build import build_graph
 from twta.graph.session import choose_precision, describe, find_gpu, make_deterministic, open_session, stop_signals
 from twta.graph.tf1 import tf
-from twta.options import complete
+from twta.options import with_defaults
 from twta.results import accuracy
 from twta.terminal import say
 from twta.training import checkpoints, records, run_directory
@@ -87,7 +87,7 @@ def open_experiment(script, model, args):
     """Return the Experiment; raises UsageError if a flag contradicts the run or the weights, TwtaError if one of these
     is damaged."""
     checkpoint, source, state = open_run(script, args) if args.resume else (args.checkpoint, None, None)
-    options = state.choices if state else complete(args.choices)
+    options = state.choices if state else with_defaults(args.choices)
     if args.weights:
         check_options_of_weights(args.weights, options)
     dataset = datasets.load(args.dataset, args.data_dir, state.validation if state else args.validation)
@@ -114,7 +114,7 @@ def open_run(script, args):
                              f'{getattr(state, flag)}; leave --{flag} out, or start a new run with --resume False')
     for name in state.choices.keys() - args.choices.keys():
         raise TwtaError(f'{source}: not a checkpoint of this script, which has no --{name}')
-    state.choices = {**complete(dict.fromkeys(args.choices)), **state.choices}
+    state.choices = {**with_defaults(dict.fromkeys(args.choices)), **state.choices}
     for flag, value in args.choices.items():
         if value not in (None, state.choices[flag]):
             raise UsageError(f'--{flag} {value}: the network in {args.run_dir} has --{flag} {state.choices[flag]}; '

@@ -1,7 +1,7 @@
 """record.json: everything that a finished run is judged by, in one file; and the name of a run."""
 from pathlib import Path
 
-from twta.options import complete
+from twta.options import with_defaults
 from twta.results import accuracy, write_json
 from twta.training.state import FIELDS
 
@@ -59,5 +59,5 @@ def name_schedule(schedule, augmentation):
 
 def list_options(options):
     """Return the options of a network that are not the default, as words."""
-    usual = complete(dict.fromkeys(options))
+    usual = with_defaults(dict.fromkeys(options))
     return [f'{name} {value}' for name, value in options.items() if value != usual[name]]

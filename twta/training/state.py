@@ -4,7 +4,7 @@ import sys
 from types import NoneType
 from typing import NamedTuple
 
-from twta.options import WAYS, is_choice
+from twta.options import WAYS, is_option_value
 
 FORMAT = 5  # of the JSON text; older formats were never released
 FIELDS = ('epoch', 'learning_rate', 'loss', 'training_accuracy', 'validation_accuracy', 'images_per_second', 'seconds')
@@ -120,7 +120,7 @@ def check_keys(what, entry, keys):
 def check_choices(choices):
     """Raise ValueError if a value is not valid for the option of the network that it is given for."""
     for name, value in choices.items():
-        if not is_choice(name, value):
+        if not is_option_value(name, value):
             raise ValueError(f'--{name} {value}'[:80])
 
 
