@@ -78,7 +78,7 @@ def scripts(records):
             note = ', JPEG' if is_recompressed(runs) else ''
             rows.append((f'[{script}]({file.relative_to(ROOT)})', architecture(file), f'{runs[0]["parameters"]:,}',
                          f'{test_accuracy(runs)} ({runs[0]["epochs"]} epochs{note})', PUBLISHED.get(script, '')))
-    return table(('script', 'architecture', 'parameters', 'test, %', 'published, %'), rows)
+    return table(('script', 'architecture', 'parameters', 'test %', 'published %'), rows)
 
 
 def accuracies(records, pattern):
