@@ -22,7 +22,7 @@ RECORDS = evidence.load_records()
 
 
 def a_record(seed, accuracy, **changes):
-    """What the tables read of a record of TWTA_4_4_MNIST, short protocol."""
+    """Return the parts of a record that the tables read: TWTA_4_4_MNIST, short protocol."""
     stage = {'schedule': 'cosine', 'augmentation': 'geometric', 'learning_rate': 0.002, 'batch_size': 200, 'epochs': 30}
     return {'script': 'TWTA_4_4_MNIST', 'dataset': 'mnist', 'seed': seed, 'epochs': 30, 'choices': {},
             'stages': [{**stage, **changes}], 'wall_seconds': 60 * (seed + 1), 'precision': 'bfloat16',
@@ -75,6 +75,14 @@ def test_docstrings_and_the_first_table_say_that_images_are_recompressed():
     assert row.endswith('| 7 | 80.00 (30 epochs, JPEG) | 90.1 |')
 
 
+def test_the_example_of_deployment_runs(monkeypatch):
+    example, = re.findall(r'```python\n(.*?)```', (ROOT / 'docs' / 'deployment.md').read_text(), re.DOTALL)
+    monkeypatch.chdir(ROOT / 'pretrained')
+    names = {'images': np.zeros((3, 28, 28, 1), np.uint8)}
+    exec(example, names)
+    assert names['classes'].shape == (3,)
+
+
 def test_published_figures_are_of_scripts():
     assert tables.PUBLISHED.keys() <= tables.script_files().keys()
 
@@ -115,7 +123,7 @@ def test_spikes_are_of_a_run_that_has_its_record(file):
 
 @pytest.mark.skipif(not (SHARED / 'mnist').exists(), reason=f'needs the real MNIST in {SHARED}')
 def test_networks_give_their_figures_again(tmp_path, monkeypatch, capsys):
-    """Those of MNIST; make reproduce-table does all of them."""
+    """The networks of MNIST; make reproduce-table evaluates all."""
     subprocess.run([sys.executable, SHARED / 'prepare.py', tmp_path], check=True, capture_output=True)
     (tmp_path / 'networks').mkdir()
     files = list(evidence.PRETRAINED.glob('*_MNIST.twta'))
@@ -128,7 +136,7 @@ def test_networks_give_their_figures_again(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def repository(finished_run, tmp_path, monkeypatch):
-    """Empty folders in place of results/ and pretrained/, and the packed network of the finished run on the digits."""
+    """Replace results/ and pretrained/ by empty folders; export the finished run on the digits."""
     for name in ('RESULTS', 'PRETRAINED'):
         monkeypatch.setattr(evidence, name, tmp_path / name)
         (tmp_path / name).mkdir()
@@ -225,7 +233,7 @@ def test_a_table_without_a_place_and_a_place_without_an_end_are_refused(text, tm
 
 
 def test_the_record_of_a_run(finished_run):
-    """Its columns are those of log.csv, its best epoch that of the curve, its shares one an epoch and layer."""
+    """It has the columns of log.csv, the best epoch of the curve, one fraction per epoch and layer."""
     record = json.loads((finished_run / 'record.json').read_text())
     assert record['best_validation']['validation_accuracy'] == max(record['curve']['validation_accuracy'])
     assert list(record['shares']['weights']) == ['pool2', 'conv3', 'pool4', 'dense5']
