@@ -191,7 +191,7 @@ def test_what_cannot_be_added_is_refused(repository, finished_run, tmp_path, mon
         evidence.add(other, repository / 'TWTA_5_5_MNIST.twta', tmp_path)
     for key in 'name', 'script':
         (other / 'record.json').write_text(json.dumps({**record, key: '../escaped'}))
-        with pytest.raises(UsageError, match='none of a file'):
+        with pytest.raises(UsageError, match='is no file name'):
             evidence.add(other, None, tmp_path)
     (other / 'record.json').write_text(json.dumps({**record, 'script': 'TWTA_4_4_MNIST'}))
     with pytest.raises(UsageError, match='of TWTA_5_5_MNIST on digits, not of TWTA_4_4_MNIST on digits'):
@@ -201,13 +201,13 @@ def test_what_cannot_be_added_is_refused(repository, finished_run, tmp_path, mon
     with pytest.raises(UsageError, match='does not predict the test images as'):
         evidence.add(other, repository / 'TWTA_5_5_MNIST.twta', tmp_path)
     (other / 'record.json').write_text(json.dumps({**record, 'data': {**record['data'], 'sha256': 'of others'}}))
-    with pytest.raises(UsageError, match='other images than those of'):
+    with pytest.raises(UsageError, match='not the images of'):
         evidence.add(other, repository / 'TWTA_5_5_MNIST.twta', tmp_path)
     assert not list((repository / 'RESULTS').iterdir()) and not list((repository / 'PRETRAINED').iterdir())
     evidence.add(finished_run, None, tmp_path)
     curve = {**record['curve'], 'loss': [0] * record['epochs']}
     (other / 'record.json').write_text(json.dumps({**record, 'curve': curve}))
-    with pytest.raises(UsageError, match='is of another run; remove that first'):
+    with pytest.raises(UsageError, match='holds another run; remove that file first'):
         evidence.add(other, None, tmp_path)
     monkeypatch.delitem(evidence.TITLES, 'digits')
     with pytest.raises(UsageError, match='a run on digits, valid are mnist, cifar10'):

@@ -35,7 +35,7 @@ def main(argv=None):
     with errors_in_a_line('twta.report'):
         args = parser.parse_args(argv)
         if args.packed and not args.add:
-            raise UsageError(f'--packed {args.packed}: with --add RUN_DIR only, the run that it comes from')
+            raise UsageError(f'--packed {args.packed} needs --add RUN_DIR, the run that the network comes from')
         if args.reproduce:
             evidence.reproduce(args.data_dir)
             return

@@ -107,11 +107,11 @@ def add(run_dir, file, data_dir):
         raise UsageError(f'--add {run_dir}: a run on {record["dataset"]}, valid are {", ".join(TITLES)}')
     for text in (name, record['script']):
         if text != Path(text).name:
-            raise UsageError(f'--add {run_dir}: its record has the name {text}, which is none of a file')
+            raise UsageError(f'--add {run_dir}: its record has the name {text}, which is no file name')
     path = RESULTS / f'{name}.json'
     earlier = read_record(path) if path.exists() else {}
     if earlier and earlier['curve'] != record['curve']:
-        raise UsageError(f'--add {run_dir}: {path} is of another run; remove that first')
+        raise UsageError(f'--add {run_dir}: {path} holds another run; remove that file first')
     if 'packed' in earlier:
         record['packed'] = earlier['packed']
     if file:
@@ -125,8 +125,8 @@ def add(run_dir, file, data_dir):
                              f'{record["epochs"]}; export it with --mode export --run_dir {run_dir}')
         dataset = datasets.load(network.dataset, data_dir, record['data']['validation_images'])
         if dataset.sha256 != record['data']['sha256']:
-            raise UsageError(f'--data_dir {data_dir}: other images than those of {name}; give those, to see that the '
-                             'network is of this run')
+            raise UsageError(f'--data_dir {data_dir}: not the images of {name}; give the folder that holds them, '
+                             'so that the network can be compared with its record')
         if evaluate(network, dataset).tolist() != record['confusion']:
             raise UsageError(f'--packed {file}: does not predict the test images as {name} did, so it is of another '
                              f'run; export it with --mode export --run_dir {run_dir}')
