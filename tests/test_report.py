@@ -1,5 +1,6 @@
 """Records say what the trained networks do; tables say what the records say. Pages: tests/documents.py."""
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -7,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, run_script, start
+from conftest import ROOT, start
 
 from twta import TwtaError, UsageError
 from twta.packed import file_format
@@ -284,7 +285,8 @@ def test_a_new_script_needs_what_the_readme_says(tmp_path):
     script.write_text(example)
 
     def run(*command):
-        finished = run_script(*command, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+        finished = subprocess.run([sys.executable, *map(str, command)], cwd=tmp_path, capture_output=True, text=True,
+                                  env={**os.environ, 'PYTHONPATH': str(tmp_path)}, timeout=900)
         assert finished.returncode == 0, f'{command}\n{finished.stdout[-3000:]}\n{finished.stderr[-3000:]}'
         return finished.stdout
 
