@@ -16,7 +16,7 @@ PYTEST := TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1 $(VENV)/python -m py
 test: .venv/installed
 	$(PYTEST)
 
-# Tests of half a minute and more: VGG13 trained, the whole tutorial, a killed training on one core.
+# Tests of half a minute and more: VGG13 trained, the whole tutorial, a new script, a kill on one core.
 slow: .venv/installed
 	$(PYTEST) -m slow
 
@@ -25,14 +25,16 @@ processors: .venv/installed
 	TF_ENABLE_ONEDNN_OPTS=0 NUMBA_CPU_NAME=x86-64 NUMBA_CPU_FEATURES= $(PYTEST) -m 'processor and not slow'
 	ONEDNN_MAX_CPU_ISA=AVX2 XLA_FLAGS=--xla_cpu_max_isa=AVX2 NUMBA_CPU_NAME=haswell NUMBA_CPU_FEATURES= $(PYTEST) -m 'processor and not slow'
 
+# Code, then the documents: tables, links, pictures, PDF.
 lint: .venv/installed
 	$(VENV)/ruff check .
+	$(PYTEST) tests/documents.py
 
 # Kills a training 50 times and resumes it; about 20 minutes.
 soak: .venv/installed
 	$(VENV)/python tests/soak.py --kills 50
 
-# Writes the tables of the pages, the figures in docstrings and the pictures from the records.
+# Writes tables of the pages, figures in docstrings and pictures, all from the records.
 report: .venv/installed
 	$(VENV)/python -m twta.report
 
@@ -40,7 +42,7 @@ report: .venv/installed
 reproduce-table: .venv/installed
 	$(VENV)/python -m twta.report --reproduce
 
-# Writes PDF/README.pdf; installs the tools for it first.
+# PDF/README.pdf, at a release; nothing else uses its tools.
 pdf: .venv/installed
 	$(VENV)/pip install --quiet --disable-pip-version-check -r PDF/requirements.txt
 	$(VENV)/python PDF/make.py

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""FP_3_3_CIFAR10_VGG13: full precision on CIFAR-10, 3*3 convolutions: the yardstick of TWTA_3_3_CIFAR10_VGG13.
+"""FP_3_3_CIFAR10_VGG13: full precision on CIFAR-10, 3*3 convolutions; compare with TWTA_3_3_CIFAR10_VGG13.
 
 Architecture: 64C3-64C3-64C3-2P2-128C3-128C3-2P2-256C3-256C3-2P2-512C3-512C3
-Source:       github.com/edwardzcl/TWTA, published accuracy not given
-Accuracy:     87.16 % test after 40 epochs (short 0.005; seed 0); JPEG-recompressed, NOT the published files
-Speed:        434 images/s in training (benchmarks/training_speed.json; 2 cores of an AMD EPYC, bfloat16)
+Source:       github.com/edwardzcl/TWTA
+Accuracy:     87.16 % test on JPEG-recompressed images (40 epochs, 1 seed; published not given)
+Speed:        434 images/s in training (bfloat16, 2 cores of an AMD EPYC)
 
     python CIFAR10/FP_3_3_CIFAR10_VGG13.py --resume False --learning_rate 0.01 --mode training
     python CIFAR10/FP_3_3_CIFAR10_VGG13.py --resume True --learning_rate 0.001 --mode training
@@ -20,7 +20,7 @@ CHOICES = ('pooling',)
 
 
 def model(x, is_train, **choices):
-    """The network on images x [batch, 24, 24, 3]: a TensorLayer layer whose outputs are the logits [batch, 10]."""
+    """Return the last layer of the network on images x [batch, 24, 24, 3]; its outputs are the logits [batch, 10]."""
     from twta.graph.tf1 import tf
     from twta.quantizers import full_precision  # here, so that --help need not wait for TensorFlow
     from twta.ternary_layers import Network

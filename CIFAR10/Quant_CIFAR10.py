@@ -2,8 +2,8 @@
 """Quant_CIFAR10: ternary weights and activations in steps of 1 / 2^k up to B on CIFAR-10, for the conversion to spikes.
 
 Architecture: 64C3-64C3-64C3-2P2-128C3-128C3-2P2-256C3-256C3-2P2-512C3-512C3
-Source:       github.com/edwardzcl/Spatio_temporal_SNNs, published accuracy 91.91 % with k = 1, B = 2 (400 epochs)
-Accuracy:     65.78 % test after 3 epochs (cosine 0.002; seed 0); JPEG-recompressed, NOT the published files
+Source:       github.com/edwardzcl/Spatio_temporal_SNNs with k = 1, B = 2 (400 epochs)
+Accuracy:     65.78 % test on JPEG-recompressed images (3 epochs, 1 seed; published 91.91 %)
 Speed:        not run
 
     python CIFAR10/Quant_CIFAR10.py --resume False --learning_rate 0.001 --mode training --k 1 --B 2
@@ -21,7 +21,7 @@ CHOICES = ('k', 'B')
 
 
 def model(x, is_train, k, B):
-    """The network on images x [batch, 24, 24, 3]: a TensorLayer layer whose outputs are the logits [batch, 10]."""
+    """Return the last layer of the network on images x [batch, 24, 24, 3]; its outputs are the logits [batch, 10]."""
     from twta.quantizers import median_quantizer  # here, so that --help need not wait for TensorFlow
     from twta.ternary_layers import Network
 

@@ -3,8 +3,8 @@
 
 Architecture: 32C3-64C3-256C4s2/2-512C3/8-512C2s2/4-2048C3/16-1024N1/4-1024C2s2/8-1024C2/8-512N1
               (s2: stride 2; the first two convolutions keep full-precision weights)
-Source:       github.com/edwardzcl/TWBA_Nets, "Model-2" (Zou et al., ASICON 2019), published accuracy 88.19 %
-Accuracy:     63.01 % test after 3 epochs (cosine 0.005; seed 0); JPEG-recompressed, NOT the published files
+Source:       github.com/edwardzcl/TWBA_Nets, "Model-2" (Zou et al., ASICON 2019)
+Accuracy:     63.01 % test on JPEG-recompressed images (3 epochs, 1 seed; published 88.19 %)
 Speed:        not run
 
     python CIFAR10/TWBA_CIFAR10_Model2.py --resume False --learning_rate 0.01 --mode training
@@ -21,7 +21,7 @@ CHOICES = ('levels',)
 
 
 def model(x, is_train, levels):
-    """The network on images x [batch, 24, 24, 3]: a TensorLayer layer whose outputs are the logits [batch, 10]."""
+    """Return the last layer of the network on images x [batch, 24, 24, 3]; its outputs are the logits [batch, 10]."""
     from twta import quantizers  # here, so that --help need not wait for TensorFlow
     from twta.ternary_layers import Network
 

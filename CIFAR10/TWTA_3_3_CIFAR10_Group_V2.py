@@ -2,10 +2,9 @@
 """TWTA_3_3_CIFAR10_Group_V2: ternary weights and ternary activations on CIFAR-10, grouped 3*3 convolutions.
 
 Architecture: 32C3-64C3-256 4P2/4-512C3/16-2P2/8-2048C3/32-1024N1/8-2P2/16-1024C2/16-512N1
-Source:       github.com/edwardzcl/TWTA, published accuracy 88.1 % (its table: 200 epochs, its text: 200 + 200)
-Accuracy:     82.09 % test after 40 epochs (short 0.005; seed 0); 75.15 % test after 12 epochs (cosine 0.005;
-              seed 0); JPEG-recompressed, NOT the published files
-Speed:        663 images/s in training (benchmarks/training_speed.json; 2 cores of an AMD EPYC, bfloat16)
+Source:       github.com/edwardzcl/TWTA (its table: 200 epochs, its text: 200 + 200)
+Accuracy:     82.09 % test on JPEG-recompressed images (40 epochs, 1 seed; published 88.1 %)
+Speed:        663 images/s in training (bfloat16, 2 cores of an AMD EPYC)
 
     python CIFAR10/TWTA_3_3_CIFAR10_Group_V2.py --resume False --learning_rate 0.01 --mode training
     python CIFAR10/TWTA_3_3_CIFAR10_Group_V2.py --resume True --learning_rate 0.001 --mode training
@@ -21,7 +20,7 @@ CHOICES = ('threshold', 'threshold_value', 'pooling')
 
 
 def model(x, is_train, **choices):
-    """The network on images x [batch, 24, 24, 3]: a TensorLayer layer whose outputs are the logits [batch, 10]."""
+    """Return the last layer of the network on images x [batch, 24, 24, 3]; its outputs are the logits [batch, 10]."""
     from twta.ternary_layers import Network  # here, so that --help need not wait for TensorFlow
 
     net = Network(x, is_train, **choices)

@@ -2,9 +2,9 @@
 """TWTA_4_4_CIFAR10_VGG13: ternary weights and ternary activations on CIFAR-10, 4*4 convolutions.
 
 Architecture: 64C3-64C4-64C4-2P2-128C4-128C4-2P2-256C4-256C4-4P2-512C2-512N1
-Source:       github.com/edwardzcl/TWTA, published accuracy 90.1 % (its table: 200 epochs, its text: 200 + 200)
-Accuracy:     80.50 % test after 40 epochs (short 0.005; seed 0); JPEG-recompressed, NOT the published files
-Speed:        298 images/s in training (benchmarks/training_speed.json; 2 cores of an AMD EPYC, bfloat16)
+Source:       github.com/edwardzcl/TWTA (its table: 200 epochs, its text: 200 + 200)
+Accuracy:     80.50 % test on JPEG-recompressed images (40 epochs, 1 seed; published 90.1 %)
+Speed:        298 images/s in training (bfloat16, 2 cores of an AMD EPYC)
 
     python CIFAR10/TWTA_4_4_CIFAR10_VGG13.py --resume False --learning_rate 0.01 --mode training
     python CIFAR10/TWTA_4_4_CIFAR10_VGG13.py --resume True --learning_rate 0.001 --mode training
@@ -20,7 +20,7 @@ CHOICES = ('threshold', 'threshold_value', 'pooling')
 
 
 def model(x, is_train, **choices):
-    """The network on images x [batch, 24, 24, 3]: a TensorLayer layer whose outputs are the logits [batch, 10]."""
+    """Return the last layer of the network on images x [batch, 24, 24, 3]; its outputs are the logits [batch, 10]."""
     from twta.ternary_layers import Network  # here, so that --help need not wait for TensorFlow
 
     net = Network(x, is_train, **choices)

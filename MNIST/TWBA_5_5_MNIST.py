@@ -3,8 +3,7 @@
 
 Architecture: 32C5-2P2-64C5-2P2-512
 Source:       the quantisers of github.com/edwardzcl/TWBA_Nets, which has no network for MNIST
-Accuracy:     99.47 % test after 30 epochs (short 0.002; seed 0); 99.32 % test after 15 epochs (cosine 0.002;
-              seed 0)
+Accuracy:     99.47 % test (30 epochs, 1 seed; published not given)
 Speed:        not run
 
     python MNIST/TWBA_5_5_MNIST.py --resume False --learning_rate 0.0001 --mode training
@@ -21,7 +20,7 @@ CHOICES = ('levels', 'pooling')
 
 
 def model(x, is_train, levels, **choices):
-    """The network on images x [batch, 28, 28, 1]: a TensorLayer layer whose outputs are the logits [batch, 10]."""
+    """Return the last layer of the network on images x [batch, 28, 28, 1]; its outputs are the logits [batch, 10]."""
     from twta import quantizers  # here, so that --help need not wait for TensorFlow
     from twta.ternary_layers import Network
 

@@ -2,10 +2,9 @@
 """TWTA_2_2_MNIST: ternary weights and ternary activations on MNIST, 2*2 convolutions.
 
 Architecture: 64C2-2P2-64C2-2P2-64C2-2P2-64C2-512
-Source:       github.com/edwardzcl/TWTA, published accuracy "very low", no figure
-Accuracy:     99.09 % test after 150 epochs (constant 0.0001; seed 0); 99.39 ± 0.13 % test after 30 epochs
-              (short 0.002; seed 0, 1, 2)
-Speed:        2,446 images/s in training (benchmarks/training_speed.json; 2 cores of an AMD EPYC, bfloat16)
+Source:       github.com/edwardzcl/TWTA, which calls the accuracy "very low" and gives no figure
+Accuracy:     99.09 % test (150 epochs, 1 seed; published not given)
+Speed:        2,446 images/s in training (bfloat16, 2 cores of an AMD EPYC)
 
     python MNIST/TWTA_2_2_MNIST.py --resume False --learning_rate 0.0001 --mode training
     python MNIST/TWTA_2_2_MNIST.py --resume True --learning_rate 0.00001 --mode training
@@ -21,7 +20,7 @@ CHOICES = ('threshold', 'threshold_value', 'pooling')
 
 
 def model(x, is_train, **choices):
-    """The network on images x [batch, 28, 28, 1]: a TensorLayer layer whose outputs are the logits [batch, 10]."""
+    """Return the last layer of the network on images x [batch, 28, 28, 1]; its outputs are the logits [batch, 10]."""
     from twta.ternary_layers import Network  # here, so that --help need not wait for TensorFlow
 
     net = Network(x, is_train, **choices)

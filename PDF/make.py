@@ -1,10 +1,9 @@
 #!/usr/bin/env python3
-"""Makes PDF/README.pdf from README.md: `make pdf`, which installs the two libraries that it takes.
+"""Make PDF/README.pdf from README.md at a release: `make pdf`, which installs the two libraries that this takes.
 
-Markdown becomes HTML (markdown-it-py), HTML pages (PyMuPDF, which brings a font with Chinese characters). The PDF's
-keywords hold the hash of what it was made from, README.md and its pictures, for tests/test_report.py.
+markdown-it-py turns Markdown into HTML; PyMuPDF, which brings a font with Chinese characters, turns HTML into pages.
+The title of the PDF names the version in pyproject.toml. tests/documents.py compares the two.
 """
-import hashlib
 import re
 from pathlib import Path
 
@@ -21,16 +20,8 @@ img { width: 100%; }
 '''
 
 
-def fingerprint():
-    """SHA-256 of README.md and its pictures."""
-    text = README.read_text()
-    pictures = re.findall(r'!\[[^]]*\]\(([^)]+)\)', text)
-    parts = [text.encode(), *((README.parent / name).read_bytes() for name in pictures)]
-    return hashlib.sha256(b''.join(parts)).hexdigest()
-
-
 def anchor(heading):
-    """As links to a heading are written in Markdown."""
+    """Return the anchor to which links in Markdown lead."""
     return re.sub(r'[^\w -]', '', heading.lower()).replace(' ', '-')
 
 
@@ -44,7 +35,8 @@ def main():
     story = pymupdf.Story(html, STYLE, archive=pymupdf.Archive(str(README.parent)))
     page = pymupdf.paper_rect('a4')
     document = story.write_with_links(lambda *_: (page, page + (40, 40, -40, -40), None))
-    document.set_metadata({'title': 'TWTA-Net', 'keywords': fingerprint()})
+    version = re.search(r'^version = "(.+)"$', (README.parent / 'pyproject.toml').read_text(), re.MULTILINE)[1]
+    document.set_metadata({'title': f'TWTA-Net {version}'})
     document.subset_fonts()
     document.save(FOLDER / 'README.pdf', garbage=4, deflate=True)
     print(FOLDER / 'README.pdf')

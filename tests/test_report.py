@@ -1,6 +1,6 @@
-"""README.md, docstrings, pictures and PDF say what the records say; records say what the trained networks do."""
-import importlib.util
+"""Records say what the trained networks do; tables say what the records say. Pages: tests/documents.py."""
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,33 +9,21 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT, start
-from PIL import Image
 
 from twta import TwtaError, UsageError
 from twta.packed import file_format
-from twta.report import __main__, evidence, markdown, pictures, speeds, tables
+from twta.report import __main__, evidence, markdown, tables
 
 SHARED = ROOT.parent / 'shared' / 'datasets'
 RECORDS = evidence.load_records()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Nothing is stale
-
-
-def test_pages_have_the_tables_of_the_records():
-    for page, found in (tables.README, tables.tables(RECORDS)), (tables.BENCHMARKS, speeds.benchmark_tables()):
-        assert markdown.fill(page, found) == page.read_text(), f'{page}: run make report'
-
-
-def test_docstrings_have_the_figures_of_the_records():
-    for file, text in tables.docstrings(RECORDS).items():
-        assert file.read_text() == text, f'{file}: run make report'
-        assert file.stem.startswith('Spiking') or ('\nAccuracy: ' in text and '\nSpeed: ' in text), file
+# Tables
 
 
 def a_record(seed, accuracy, **changes):
-    """What the tables read of a record of TWTA_4_4_MNIST, short protocol."""
+    """Return the parts of a record that the tables read: TWTA_4_4_MNIST, short protocol."""
     stage = {'schedule': 'cosine', 'augmentation': 'geometric', 'learning_rate': 0.002, 'batch_size': 200, 'epochs': 30}
     return {'script': 'TWTA_4_4_MNIST', 'dataset': 'mnist', 'seed': seed, 'epochs': 30, 'choices': {},
             'stages': [{**stage, **changes}], 'wall_seconds': 60 * (seed + 1), 'precision': 'bfloat16',
@@ -70,36 +58,34 @@ def test_choices_are_means_over_seeds_whatever_their_order():
                                               '| A | two | 6 | 0, 1 | 90.50 ± 0.71 | 80.00 ± 0.00 |']
 
 
-@pytest.mark.parametrize('name', pictures.sources(RECORDS))
-def test_pictures_are_of_the_records_and_networks(name):
-    _, *arguments = pictures.sources(RECORDS)[name]
-    with Image.open(pictures.FOLDER / f'{name}.png') as image:
-        assert image.info['Source'] == pictures.fingerprint(arguments), 'run make report'
+def test_the_longest_protocol_stands_for_a_script():
+    """Accuracy chooses nothing; a run resumed for a few epochs does not take the place of several seeds."""
+    long = [{**a_record(seed, 0.9, epochs=150), 'epochs': 150} for seed in (0, 1)]
+    resumed = {**a_record(0, 0.99, epochs=150), 'epochs': 153}
+    resumed['stages'] = [*resumed['stages'], {**resumed['stages'][0], 'epochs': 3}]
+    assert tables.best_trained([a_record(0, 0.999), resumed, *long], 'TWTA_4_4_MNIST') == long
+    assert tables.best_trained(long, 'TWTA_5_5_MNIST') == []
 
 
-def test_every_picture_of_the_readme_is_there_and_opaque():
-    names = re.findall(r'!\[[^]]+\]\(([^)]+)\)', tables.README.read_text())
-    assert {f'results/pictures/{name}.png' for name in pictures.sources(RECORDS)} <= set(names)
-    for name in names:
-        assert (ROOT / name).stat().st_size < 200_000
-        with Image.open(ROOT / name) as image:
-            assert image.convert('RGBA').getextrema()[3] == (255, 255)
+def test_docstrings_and_the_first_table_say_that_images_are_recompressed():
+    record = {**a_record(0, 0.8), 'script': 'TWTA_4_4_CIFAR10_VGG13', 'dataset': 'cifar10', 'parameters': 7,
+              'data': {'validation_images': 0, 'published': False}}
+    text = tables.docstrings([record])[tables.script_files()[record['script']]]
+    assert 'Accuracy:     80.00 % test on JPEG-recompressed images (30 epochs, 1 seed; published 90.1 %)\nSp' in text
+    *_, row = tables.scripts([record])
+    assert row.endswith('| 7 | 80.00 (30 epochs, JPEG) | 90.1 |')
 
 
-def test_the_pdf_is_of_this_readme():
-    spec = importlib.util.spec_from_file_location('make_pdf', ROOT / 'PDF' / 'make.py')
-    make = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make)
-    pdf = (ROOT / 'PDF' / 'README.pdf').read_bytes()
-    assert make.fingerprint().encode() in pdf, 'run make pdf'
+def test_the_example_of_deployment_runs(monkeypatch):
+    example, = re.findall(r'```python\n(.*?)```', (ROOT / 'docs' / 'deployment.md').read_text(), re.DOTALL)
+    monkeypatch.chdir(ROOT / 'pretrained')
+    names = {'images': np.zeros((3, 28, 28, 1), np.uint8)}
+    exec(example, names)
+    assert names['classes'].shape == (3,)
 
 
-def test_links_of_the_pages_lead_to_files():
-    pages = [page for page in (*ROOT.glob('*.md'), *ROOT.glob('*/*.md')) if not page.parent.name.startswith('.')]
-    assert len(pages) > 8
-    for page in pages:
-        for link in re.findall(r'\]\((?!http|#)([^)#]+)', page.read_text()):
-            assert (page.parent / link).exists(), f'{page}: {link}'
+def test_published_figures_are_of_scripts():
+    assert tables.PUBLISHED.keys() <= tables.script_files().keys()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -138,7 +124,7 @@ def test_spikes_are_of_a_run_that_has_its_record(file):
 
 @pytest.mark.skipif(not (SHARED / 'mnist').exists(), reason=f'needs the real MNIST in {SHARED}')
 def test_networks_give_their_figures_again(tmp_path, monkeypatch, capsys):
-    """Those of MNIST; make reproduce-table does all of them."""
+    """The networks of MNIST; make reproduce-table evaluates all."""
     subprocess.run([sys.executable, SHARED / 'prepare.py', tmp_path], check=True, capture_output=True)
     (tmp_path / 'networks').mkdir()
     files = list(evidence.PRETRAINED.glob('*_MNIST.twta'))
@@ -151,7 +137,7 @@ def test_networks_give_their_figures_again(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def repository(finished_run, tmp_path, monkeypatch):
-    """Empty folders in place of results/ and pretrained/, and the packed network of the finished run on the digits."""
+    """Replace results/ and pretrained/ by empty folders; export the finished run on the digits."""
     for name in ('RESULTS', 'PRETRAINED'):
         monkeypatch.setattr(evidence, name, tmp_path / name)
         (tmp_path / name).mkdir()
@@ -206,7 +192,7 @@ def test_what_cannot_be_added_is_refused(repository, finished_run, tmp_path, mon
         evidence.add(other, repository / 'TWTA_5_5_MNIST.twta', tmp_path)
     for key in 'name', 'script':
         (other / 'record.json').write_text(json.dumps({**record, key: '../escaped'}))
-        with pytest.raises(UsageError, match='none of a file'):
+        with pytest.raises(UsageError, match='is no file name'):
             evidence.add(other, None, tmp_path)
     (other / 'record.json').write_text(json.dumps({**record, 'script': 'TWTA_4_4_MNIST'}))
     with pytest.raises(UsageError, match='of TWTA_5_5_MNIST on digits, not of TWTA_4_4_MNIST on digits'):
@@ -216,13 +202,13 @@ def test_what_cannot_be_added_is_refused(repository, finished_run, tmp_path, mon
     with pytest.raises(UsageError, match='does not predict the test images as'):
         evidence.add(other, repository / 'TWTA_5_5_MNIST.twta', tmp_path)
     (other / 'record.json').write_text(json.dumps({**record, 'data': {**record['data'], 'sha256': 'of others'}}))
-    with pytest.raises(UsageError, match='other images than those of'):
+    with pytest.raises(UsageError, match='not the images of'):
         evidence.add(other, repository / 'TWTA_5_5_MNIST.twta', tmp_path)
     assert not list((repository / 'RESULTS').iterdir()) and not list((repository / 'PRETRAINED').iterdir())
     evidence.add(finished_run, None, tmp_path)
     curve = {**record['curve'], 'loss': [0] * record['epochs']}
     (other / 'record.json').write_text(json.dumps({**record, 'curve': curve}))
-    with pytest.raises(UsageError, match='is of another run; remove that first'):
+    with pytest.raises(UsageError, match='holds another run; remove that file first'):
         evidence.add(other, None, tmp_path)
     monkeypatch.delitem(evidence.TITLES, 'digits')
     with pytest.raises(UsageError, match='a run on digits, valid are mnist, cifar10'):
@@ -248,7 +234,7 @@ def test_a_table_without_a_place_and_a_place_without_an_end_are_refused(text, tm
 
 
 def test_the_record_of_a_run(finished_run):
-    """Its columns are those of log.csv, its best epoch that of the curve, its shares one an epoch and layer."""
+    """It has the columns of log.csv, the best epoch of the curve, one fraction per epoch and layer."""
     record = json.loads((finished_run / 'record.json').read_text())
     assert record['best_validation']['validation_accuracy'] == max(record['curve']['validation_accuracy'])
     assert list(record['shares']['weights']) == ['pool2', 'conv3', 'pool4', 'dense5']
@@ -276,3 +262,41 @@ def test_every_command_of_the_tutorial_runs(tmp_path):
         finished = subprocess.run(command.replace('python', sys.executable, 1), shell=True, cwd=tmp_path, text=True,
                                   capture_output=True, timeout=300)
         assert finished.returncode == 0, f'{command}\n{finished.stderr}'
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A new script
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (ROOT / '.git').exists(), reason='copies the files that git tracks')
+def test_a_new_script_needs_what_the_readme_says(tmp_path):
+    """The example of the README, in a copy of the repository: trained, reported, tested."""
+    tracked = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in filter(None, tracked.split('\0')):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    steps = tables.README.read_text().partition('## Add an architecture')[2]
+    path, = re.findall(r'as `(MNIST/\w+\.py)`', steps)
+    assert '`make report`' in steps and '`make test`' in steps
+    example = re.search(r'```python\n(.*?)```', steps, re.DOTALL)[1]
+    script = tmp_path / path
+    assert not script.exists()
+    script.write_text(example)
+
+    def run(*command):
+        finished = subprocess.run([sys.executable, *map(str, command)], cwd=tmp_path, capture_output=True, text=True,
+                                  env={**os.environ, 'PYTHONPATH': str(tmp_path)}, timeout=900)
+        assert finished.returncode == 0, f'{command}\n{finished.stdout[-3000:]}\n{finished.stderr[-3000:]}'
+        return finished.stdout
+
+    assert 'test acc' in run(script, '--dataset', 'digits', '--epochs', 1)
+    run('-m', 'twta.report', '--data_dir', tmp_path / 'data')  # make report
+    assert f'`{path}` | 32C3-' in (tmp_path / 'results' / 'README.md').read_text()
+    before = {file: file.read_bytes() for file in tmp_path.rglob('*') if file.suffix in ('.md', '.py')}
+    run('-m', 'twta.report', '--data_dir', tmp_path / 'data')
+    assert before == {file: file.read_bytes() for file in before}, 'twice is not once'
+    tests = tmp_path / 'tests'
+    assert ' passed' in run('-m', 'pytest', tests / 'test_scripts.py', '-k', f'{script.stem} or siblings')
+    for file in tests / 'test_report.py', tests / 'documents.py':
+        assert ' passed' in run('-m', 'pytest', file)

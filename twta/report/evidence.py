@@ -1,6 +1,6 @@
-"""The records of finished runs in results/, and their networks in pretrained/: taken in, read, evaluated again.
+"""The records of finished runs in results/ and their networks in pretrained/: taken in, read, evaluated again.
 
-A record is results/SCRIPT-DATASET-SEED-PROTOCOL.json: see twta.training.records.write_record. A network is
+A record is a file results/SCRIPT-DATASET-SEED-PROTOCOL.json (twta.training.records.write_record). A network is a file
 pretrained/SCRIPT.twta and holds the name of its record.
 """
 import functools
@@ -20,10 +20,10 @@ from twta.training.state import FIELDS, STAGE_KEYS, check_choices, check_keys, i
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PRETRAINED = ROOT / 'results', ROOT / 'pretrained'
-TITLES = {'mnist': 'MNIST', 'cifar10': 'CIFAR-10'}  # by data set: those whose records count
-HELD_OUT = {'mnist': 10000, 'cifar10': 0}  # validation images, where --validation does not say
-IS_PUBLISHED = {'mnist': True, 'cifar10': False}  # whether the files are the published ones, where a row does not say
-RECOMPRESSED = 'JPEG-recompressed, NOT the published files'  # the CIFAR-10 of all these records
+TITLES = {'mnist': 'MNIST', 'cifar10': 'CIFAR-10'}  # only records of these data sets are taken in
+HELD_OUT = {'mnist': 10000, 'cifar10': 0}  # validation images without --validation
+IS_PUBLISHED = {'mnist': True, 'cifar10': False}  # whether a row without a remark is of the published files
+RECOMPRESSED = 'JPEG-recompressed, NOT the published files'  # true of CIFAR-10 in all records
 BATCH_SIZE = 200
 KEYS = {'name': str, 'script': str, 'dataset': str, 'seed': is_natural, 'stages': list, 'choices': dict,
         'epochs': is_natural, 'last': dict, 'best_validation': (dict, NoneType), 'curve': dict, 'data': dict,
@@ -32,7 +32,7 @@ KEYS = {'name': str, 'script': str, 'dataset': str, 'seed': is_natural, 'stages'
 
 
 def read_record(path):
-    """The record of a finished run; TwtaError where it is none."""
+    """Return the record of a finished run. Raises TwtaError if the file holds none."""
     try:
         record = json.loads(path.read_text())
         check_keys('the record', record, KEYS)
@@ -60,19 +60,19 @@ def is_share(value):
 
 
 def load_records():
-    """The records, in the order of data set, script, protocol (the longest first) and seed."""
+    """Return the records in the order of data set, script, protocol (the longest first) and seed."""
     records = [read_record(file) for file in RESULTS.glob('*.json')]
     return sorted(records, key=lambda record: (list(TITLES).index(record['dataset']), record['script'],
                                                -record['epochs'], protocol(record), record['seed']))
 
 
 def schedule(stage):
-    """Schedule, augmentation and learning rate as words."""
+    """Return schedule, augmentation and learning rate of a stage in words."""
     return f'{name_schedule(stage["schedule"], stage["augmentation"])} {stage["learning_rate"]:.8f}'.rstrip('0')
 
 
 def protocol(record):
-    """Everything that was chosen for a run but its seed, as words: runs that agree in it share a row."""
+    """Return in words all that was chosen for a run but its seed. Runs with the same words share a row."""
     words = []
     for stage in record['stages']:
         words.append(schedule(stage))
@@ -88,7 +88,7 @@ def protocol(record):
 
 
 def by_protocol(records):
-    """Lists of records that differ in their seed alone."""
+    """Return lists of records; records in one list differ in their seed alone."""
     groups = {}
     for record in records:
         epochs = tuple(stage['epochs'] for stage in record['stages'])
@@ -97,18 +97,21 @@ def by_protocol(records):
 
 
 def add(run_dir, file, data_dir):
-    """Takes in the record of a finished run and, with what it costs, its packed network."""
+    """Take in the record of a finished run and, if `file` is given, its packed network with its costs.
+
+    Raises UsageError if the run, the file or the images do not belong together.
+    """
     record = read_record(run_dir / 'record.json')
     name = record['name']
     if record['dataset'] not in TITLES:
         raise UsageError(f'--add {run_dir}: a run on {record["dataset"]}, valid are {", ".join(TITLES)}')
     for text in (name, record['script']):
         if text != Path(text).name:
-            raise UsageError(f'--add {run_dir}: its record has the name {text}, which is none of a file')
+            raise UsageError(f'--add {run_dir}: its record has the name {text}, which is no file name')
     path = RESULTS / f'{name}.json'
     earlier = read_record(path) if path.exists() else {}
     if earlier and earlier['curve'] != record['curve']:
-        raise UsageError(f'--add {run_dir}: {path} is of another run; remove that first')
+        raise UsageError(f'--add {run_dir}: {path} holds another run; remove that file first')
     if 'packed' in earlier:
         record['packed'] = earlier['packed']
     if file:
@@ -122,8 +125,8 @@ def add(run_dir, file, data_dir):
                              f'{record["epochs"]}; export it with --mode export --run_dir {run_dir}')
         dataset = datasets.load(network.dataset, data_dir, record['data']['validation_images'])
         if dataset.sha256 != record['data']['sha256']:
-            raise UsageError(f'--data_dir {data_dir}: other images than those of {name}; give those, to see that the '
-                             'network is of this run')
+            raise UsageError(f'--data_dir {data_dir}: not the images of {name}; give the folder that holds them, '
+                             'so that the network can be compared with its record')
         if evaluate(network, dataset).tolist() != record['confusion']:
             raise UsageError(f'--packed {file}: does not predict the test images as {name} did, so it is of another '
                              f'run; export it with --mode export --run_dir {run_dir}')
@@ -138,13 +141,16 @@ def add(run_dir, file, data_dir):
 
 
 def evaluate(network, dataset):
-    """The confusion matrix of a packed network on the test images."""
+    """Return the confusion matrix [true class, predicted class] of a packed network on the test images."""
     predicted = engines.logits(engines.open_engine(network), dataset.test.images).argmax(1)
     return confusion_matrix(dataset.test.labels, predicted, len(network.classes))
 
 
 def count_operations(network, images):
-    """Of an image, the mean of some; nothing where levels and pooling have become neurons: not the trained layers."""
+    """Return operations per image, the mean of some images.
+
+    The result is empty if levels or pooling have become neurons: these layers are not those of the training.
+    """
     if file_format.is_expanded(network):
         return {}
     images = images[:cost.IMAGES]
@@ -155,14 +161,17 @@ def count_operations(network, images):
 
 
 def reproduce(data_dir):
-    """Evaluates every network in pretrained/ on its test images; TwtaError where one is not what its record says."""
+    """Evaluate every network in pretrained/ on its test images.
+
+    Raises TwtaError if one does not have the accuracy of its record, or if none could be compared.
+    """
     verdicts, load, absent = [], functools.cache(datasets.load), {}
     for file in sorted(PRETRAINED.glob('*.twta')):
         network = file_format.read(file)
         record = read_record(RESULTS / f'{network.record.get("run")}.json')
         recorded = record['last']['test_accuracy']
         try:
-            if network.dataset in absent:  # not looked for, nor downloaded, once more
+            if network.dataset in absent:  # do not look for it, or download it, once more
                 raise absent[network.dataset]
             dataset = load(network.dataset, data_dir, record['data']['validation_images'])
         except (TwtaError, OSError) as error:

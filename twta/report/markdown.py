@@ -1,4 +1,4 @@
-"""Tables in Markdown, and the places in a page that they are written to, each between two comments.
+"""Tables in Markdown, and their places in a page. A place is between two comments:
 
     <!-- table NAME: anything -->
     <!-- end -->
@@ -11,6 +11,7 @@ from twta.files import replacing
 
 
 def table(header, rows):
+    """Yield the lines of a table; header and rows are sequences of strings."""
     yield '| ' + ' | '.join(header) + ' |'
     yield '|---' * len(header) + '|'
     for row in rows:
@@ -18,9 +19,9 @@ def table(header, rows):
 
 
 def fill(page, tables):
-    """The text of a page (its file) with each of the tables (lines by name) in its place.
+    """Return the text of a page (a file) with each table in its place; tables are {name: lines}.
 
-    TwtaError where a table has no place, or a place no table or no end.
+    Raises TwtaError if a table has no place, or a place has no table or no end.
     """
     text = page.read_text()
     places = re.findall(r'<!-- table (\w+)[^>]*-->\n(?:(?!<!-- table).)*?<!-- end -->', text, re.DOTALL)
@@ -34,7 +35,7 @@ def fill(page, tables):
 
 
 def replace_text(file, text):
-    """Writes the file, whole or not at all, with its permissions; not where it holds the text already."""
+    """Write the text, whole or not at all, with the file's permissions, unless the file holds it already."""
     if file.read_text() != text:
         with replacing(file) as part:
             part.write_text(text)

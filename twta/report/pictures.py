@@ -1,7 +1,7 @@
-"""The pictures of README.md, drawn from records and trained networks: see twta.report.
+"""The pictures of the pages, drawn from records and trained networks: see twta.report.
 
-Each is opaque, dark on white, so that it is legible on light and dark pages, and carries the hash of what it was drawn
-from, so that a test can tell whether it is stale.
+Each picture is opaque, dark on white, so that it is legible on light and dark pages. It carries the hash of what it was
+drawn from, so that a test can tell whether it is stale.
 """
 import hashlib
 import json
@@ -23,15 +23,15 @@ from twta.training.records import name_schedule
 
 FOLDER = RESULTS / 'pictures'
 FILTERS = 'TWTA_4_4_MNIST', 'TWTA_3_3_CIFAR10_Group_V2'
-MISCLASSIFIED = SPIKING = 'TWTA_4_4_MNIST'  # whose errors are shown, and whose spikes, layer by layer
-LINES = {'constant': '--', 'short': '-'}  # of curves, by schedule
-LAYERS = 'TWTA_3_3_CIFAR10_Group_V2'  # whose costs are shown layer by layer
+MISCLASSIFIED = SPIKING = 'TWTA_4_4_MNIST'  # its errors are shown, and its spikes, layer by layer
+LINES = {'constant': '--', 'short': '-'}  # style of a curve, by schedule
+LAYERS = 'TWTA_3_3_CIFAR10_Group_V2'  # its costs are shown layer by layer
 FAMILIES = {'FP': ('float32', 'tab:grey', 's'), 'TWTA': ('TWTA', 'tab:blue', 'o'), 'TWBA': ('TWBA', 'tab:orange', '^'),
             'BWBA': ('BWBA', 'tab:red', 'v')}
 
 
 def sources(records):
-    """By the picture's name: the function that draws it and what from, records or the path of a network."""
+    """Return {name of a picture: (function that draws it, arguments: records or the path of a network)}."""
     found = {}
     for name, title in TITLES.items():
         of_data = [record for record in records if record['dataset'] == name]
@@ -53,13 +53,13 @@ def sources(records):
 
 
 def is_short(record):
-    """Whether the run was of the short protocol, with nothing changed."""
+    """Return whether the run was of the short protocol, with nothing changed."""
     short = SHORT[record['dataset']]
     return (protocol(record), record['epochs']) == (schedule(short), short['epochs'])
 
 
 def write_all(records, data_dir):
-    """Draws every picture; those that show or run on test images where these are in data_dir."""
+    """Draw every picture; a picture that needs test images is left as it is if they are not in data_dir."""
     FOLDER.mkdir(exist_ok=True)
     shown = {draw_misclassified: 'mnist', draw_cost_layers: 'cifar10'}
     for name, (draw, *arguments) in sources(records).items():
@@ -76,7 +76,7 @@ def write_all(records, data_dir):
 
 
 def fingerprint(arguments):
-    """SHA-256 of what a picture is drawn from; files by their content, data sets not at all."""
+    """Return the SHA-256 of what a picture is drawn from: files by their content, data sets not at all."""
     parts = [part.read_bytes() if hasattr(part, 'read_bytes') else json.dumps(part, sort_keys=True).encode()
              for part in arguments if not isinstance(part, datasets.Dataset)]
     return hashlib.sha256(b''.join(parts)).hexdigest()
@@ -89,9 +89,9 @@ def save(name, figure, source):
 
 
 def draw_curves(title, records):
-    """Accuracy by epoch, a line a protocol of each FP and TWTA network, of its first seed; resumed runs left out.
+    """Draw accuracy by epoch: a line per protocol of each FP and TWTA network, of its first seed, without resumed runs.
 
-    On validation images; where a data set has none in all its runs, on training images as they were trained on.
+    The accuracy is on validation images. If no run of the data set has any, it is on training images, as augmented.
     """
     figure = Figure(figsize=(10, 5.5), layout='constrained')
     axes = figure.subplots()
@@ -118,8 +118,12 @@ def draw_curves(title, records):
 
 
 def draw_cost(title, records):
-    """Test accuracy against bytes of the model and operations an image; of float32 networks, 4 bytes a parameter."""
-    figure = Figure(figsize=(10, 5), layout='constrained')
+    """Draw test accuracy against bytes of the model and operations per image.
+
+    Operations are additions where neither weight nor activation is 0, and the multiply-adds of real-valued layers. A
+    float32 network has 4 bytes per parameter.
+    """
+    figure = Figure(figsize=(10, 2.7), layout='constrained')  # flat: it stands on the README's first screen
     left, right = figure.subplots(1, 2, sharey=True)
     of_float = {record['script'].split('_', 1)[1]: record['packed']['float_multiply_adds'] for record in records
                 if 'additions' in record.get('packed', {})}
@@ -140,13 +144,12 @@ def draw_cost(title, records):
             label, colour, marker = FAMILIES[family]
             axes.plot(x, y, marker, color=colour, label=label)
             is_followed = any(x < other and abs(y - height) < 0.05 * np.ptp(heights)
-                              for other, height in zip(costs, heights, strict=True))  # where labels would overlap
+                              for other, height in zip(costs, heights, strict=True))  # labels would overlap
             axes.annotate(re.sub('_(MNIST|CIFAR10)', '', script), (x, y), fontsize=7, va='center',
                           ha='right' if is_followed else 'left', xytext=(-6 if is_followed else 6, 0),
                           textcoords='offset points')
-    left.set(xlabel='model (KB; float32: 4 bytes a parameter)', ylabel='test accuracy, mean of the seeds (%)')
-    right.set(xlabel='operations an image (millions): additions where neither\nweight nor activation is 0, and '
-                     'the multiply-adds\nof real-valued layers')
+    left.set(xlabel='model (KB; float32: 4 bytes per parameter)', ylabel='test accuracy (%)')
+    right.set(xlabel='operations per image (millions)')
     for axes in (left, right):
         axes.set_xscale('log')
         axes.margins(0.5, 0.12)
@@ -154,13 +157,13 @@ def draw_cost(title, records):
         axes.grid(alpha=0.3, which='both')
     handles, labels = left.get_legend_handles_labels()
     by_label = dict(zip(labels, handles, strict=True))
-    left.legend(by_label.values(), by_label)
-    figure.suptitle(f'{title}: accuracy after the short protocol against size and work')
+    left.legend(by_label.values(), by_label, fontsize=8)
+    figure.suptitle(f'{title}: accuracy after the short protocol, mean of the seeds', fontsize=10)
     return figure
 
 
 def label_log(axes):
-    """Labels 1, 2, 5, 10, 20, ... on a logarithmic x axis, or 1, 10, ... where it is long."""
+    """Label 1, 2, 5, 10, 20, ... on a logarithmic x axis, or 1, 10, ... if it is long."""
     low, high = axes.get_xlim()
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 500 * low else (1,)))
     axes.xaxis.set_major_formatter('{x:g}')
@@ -168,7 +171,7 @@ def label_log(axes):
 
 
 def draw_shares(record):
-    """Shares of -1, 0 and +1 in weights and activations, layer by layer, over the epochs."""
+    """Draw the fractions of -1, 0 and +1 in weights and activations, layer by layer, over the epochs."""
     kinds = record['shares']
     layers = list(kinds['activations'])
     epochs = record['curve']['epoch'][-len(kinds['activations'][layers[0]]['negative']):]
@@ -184,7 +187,7 @@ def draw_shares(record):
                 axes.text(0.5, 0.5, 'real', ha='center', transform=axes.transAxes)
             axes.set_xlim(epochs[0], epochs[-1])
             axes.set_ylim(0, 1)
-        row[0].set_ylabel(f'share of {kind}')
+        row[0].set_ylabel(f'fraction of {kind}')
     for axes, layer in zip(grid[0], layers, strict=True):
         axes.set_title(layer, fontsize=9)
     for axes in grid[1]:
@@ -195,7 +198,7 @@ def draw_shares(record):
 
 
 def draw_filters(file):
-    """The filters of the first convolution, the encoder: real-valued, each scaled to its own largest weight."""
+    """Draw the real-valued filters of the first convolution, the encoder, each scaled to its own largest weight."""
     network = file_format.read(file)
     weights = network.layers[0].weights.transpose(3, 0, 1, 2)
     is_grey = weights.shape[3] == 1
@@ -212,21 +215,21 @@ def draw_filters(file):
 
 
 def draw_cost_layers(file, dataset):
-    """Operations and energy of a packed network, layer by layer, as --report has them."""
+    """Draw operations and energy of a packed network, layer by layer, as --report has them."""
     engine = engines.open_engine(file_format.read(file))
     return cost.draw(engine.packed, dataset, cost.measure(
         engine, dataset.test.images[:cost.IMAGES]))
 
 
 def draw_spikes(file):
-    """Spikes and synaptic operations, layer by layer, as a Spiking script has counted them."""
+    """Draw spikes and synaptic operations, layer by layer, as a Spiking script has counted them."""
     record = json.loads(file.read_text())
     return conversion.draw(f'{record["network"]} on {TITLES[record["dataset"]]}, {record["conversion"]} conversion',
                        record['layers'])
 
 
 def draw_misclassified(file, dataset, most=40):
-    """Test images that are taken for another digit, with true and predicted class; the first ones."""
+    """Draw the first test images that are taken for another digit, with true and predicted class."""
     network = file_format.read(file)
     predicted = engines.logits(engines.open_engine(network), dataset.test.images).argmax(1)
     wrong = np.flatnonzero(predicted != dataset.test.labels)

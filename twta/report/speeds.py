@@ -1,4 +1,4 @@
-"""The tables of speed and memory in README.md and benchmarks/README.md, from the rows in benchmarks/*.json."""
+"""The tables of speed and memory in benchmarks/README.md, from the rows in benchmarks/*.json."""
 import json
 
 from twta.report.evidence import ROOT
@@ -11,16 +11,12 @@ def benchmark(name):
     return json.loads((ROOT / 'benchmarks' / f'{name}.json').read_text())
 
 
-def readme_tables():
-    return {'training_speed': training_summary(benchmark('training_speed')['rows']),
-            'processors': torch_summary(benchmark('training_speed_torch')['rows']),
-            'inference_speed': inference_summary(benchmark('inference_speed')['rows'])}
-
-
-def benchmark_tables():
+def tables():
+    """Return {name of a table in benchmarks/README.md: its lines in Markdown}."""
     training, inference = benchmark('training_speed')['rows'], benchmark('inference_speed')['rows']
-    return {'training': training_gains(training), 'beginning': beginnings(training),
-            'torch': torch_speeds(benchmark('training_speed_torch')['rows']),
+    torch = benchmark('training_speed_torch')['rows']
+    return {'training': training_gains(training), 'beginning': beginnings(training), 'torch': torch_speeds(torch),
+            'processors': torch_summary(torch), 'inference_speed': inference_summary(inference),
             'inference': inference_gains(inference), 'sizes': sizes(inference)}
 
 
@@ -29,7 +25,7 @@ def benchmark_tables():
 
 
 def by_way(rows):
-    """{network: {way: row}} in the order of the rows."""
+    """Return {network: {way: row}} in the order of the rows."""
     networks = {}
     for row in rows:
         networks.setdefault(row['network'], {})[row['way']] = row
@@ -38,13 +34,6 @@ def by_way(rows):
 
 def per_second(row, what='training'):
     return f'{row[f"{what}_images_per_second"]:,.0f}'
-
-
-def training_summary(rows):
-    ways = 'project', 'project float32', 'published'
-    return table(('', 'these scripts', 'the same with `--precision float32`', 'published way', 'gain'), (
-        (network, *(per_second(row[way]) for way in ways), f'{row["published"]["training_ratio"]:.1f}')
-        for network, row in by_way(rows).items()))
 
 
 def training_gains(rows):
@@ -59,7 +48,7 @@ def training_gains(rows):
 
 
 def beginnings(rows):
-    """The time to the first step, peak memory, the time that the end of an epoch takes."""
+    """Return a row per network: time to the first step, peak memory, time that the end of an epoch takes."""
     def first(row):
         return f'{row["first_step_seconds"]:.1f} ({row["import_seconds"]:.1f})'
 
@@ -96,7 +85,7 @@ def torch_speeds(rows):
 
 
 def torch_summary(rows):
-    """Return, by kind of processor, the speed of training beside the fastest of PyTorch's ways."""
+    """Return a row per processor and network: the speed of training beside PyTorch's fastest way."""
     lines = []
     for (kind, network), row in by_processor(rows).items():
         best = min((way for way in row if way.startswith('torch')), key=lambda way: row[way]['training_ratio'])
@@ -110,7 +99,7 @@ def torch_summary(rows):
 
 
 def by_batch(rows):
-    """{(network, batch): {threads: {engine: row}}} in the order of the rows."""
+    """Return {(network, batch): {threads: {engine: row}}} in the order of the rows."""
     found = {}
     for row in rows:
         batch = found.setdefault((row['network'], row['batch']), {})
@@ -119,13 +108,13 @@ def by_batch(rows):
 
 
 def fastest(threads):
-    """{engine: its row with the number of threads that it is fastest with}."""
+    """Return {engine: the row of its faster number of threads}."""
     return {engine: max((rows[engine] for rows in threads.values()), key=lambda row: row['images_per_second'])
             for engine in next(iter(threads.values()))}
 
 
 def inference_summary(rows):
-    """Each engine with the number of threads that it is fastest with; in brackets, packed over it."""
+    """Return a row per network and batch: each engine with its faster number of threads, in brackets packed over it."""
     engines = list(dict.fromkeys(row['engine'] for row in rows))
     lines = []
     for (network, batch), threads in by_batch(rows).items():
@@ -136,7 +125,7 @@ def inference_summary(rows):
 
 
 def inference_gains(rows):
-    """Packed over TensorFlow and ONNX Runtime in float32 and over the better int8 engine, by batch and threads."""
+    """Return a row per batch and threads: packed over TensorFlow, ONNX Runtime and the better int8 engine."""
     lines = []
     for (network, batch), threads in by_batch(rows).items():
         for count, engines in (*sorted(threads.items(), reverse=True), ('each its better', fastest(threads))):
@@ -149,7 +138,7 @@ def inference_gains(rows):
 
 
 def sizes(rows):
-    """Bytes of the model, and the peak memory of a process that runs nothing but the engine."""
+    """Return a row per network: bytes of the model, peak memory of a process that runs only the engine."""
     found = {}
     for row in rows:
         found.setdefault(row['network'], {})[row['engine']] = f'{row["bytes"]:,} ({row["peak_memory"] / MIB:.0f})'

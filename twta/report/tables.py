@@ -1,35 +1,45 @@
-"""The tables of README.md and the figures in the docstrings of the scripts, from the records."""
+"""The tables of the pages and the figures in the docstrings of the scripts, from the records."""
 import json
 import re
 import statistics
-import textwrap
 
+from twta import TwtaError
 from twta.report import evidence, speeds
 from twta.report.evidence import ROOT, by_protocol, protocol
 from twta.report.markdown import table
 from twta.report.speeds import benchmark
 
-README, BENCHMARKS = ROOT / 'README.md', ROOT / 'benchmarks' / 'README.md'
-PUBLISHED = re.compile(r'published accuracy ([\d.]+ %)')  # in a script's docstring
+README, RESULTS, EXPERIMENTS, SPIKES, BENCHMARKS = (ROOT / page for page in (
+    'README.md', 'results/README.md', 'docs/experiments.md', 'docs/spikes.md', 'benchmarks/README.md'))
+PUBLISHED = {  # test accuracy in per cent, by script, as the README of the published code writes it
+    'TWTA_4_4_MNIST': '99.38', 'TWTA_5_5_MNIST': '99.32', 'Quant_MNIST': '99.37',
+    'TWTA_3_3_CIFAR10_Group_V2': '88.1', 'TWTA_4_4_CIFAR10_VGG13': '90.1', 'Quant_CIFAR10': '91.91',
+    'BWBA_CIFAR10_Model2': '86.50', 'TWBA_CIFAR10_Model2': '88.19',
+}
 
 
-def tables(records):
-    """Markdown by name."""
+def pages(records):
+    """Return {page: {name of a table: its lines in Markdown}}."""
+    rows = benchmark('choices')
+    is_short = [row['study'].startswith('short') for row in rows]
+    spiking = [json.loads(file.read_text()) for file in sorted((evidence.RESULTS / 'spikes').glob('*.json'))]
     return {
-        'mnist': accuracies(records, r'(FP|TWTA)_.*MNIST'),
-        'cifar10': accuracies(records, r'(FP|TWTA)_.*CIFAR10'),
-        'siblings': accuracies(records, r'(TWBA|BWBA|Quant)_'),
-        'architectures': architectures(records),
-        'short': choices([row for row in benchmark('choices') if row['study'].startswith('short')]),
-        'choices': choices([row for row in benchmark('choices') if not row['study'].startswith('short')]),
-        'spikes': spikes(json.loads(file.read_text())
-                         for file in sorted((evidence.RESULTS / 'spikes').glob('*.json'))),
-        **speeds.readme_tables(),
+        README: {'scripts': scripts(records)},
+        RESULTS: {'mnist': accuracies(records, r'(FP|TWTA)_.*MNIST'),
+                  'cifar10': accuracies(records, r'(FP|TWTA)_.*CIFAR10'), 'architectures': architectures(records)},
+        EXPERIMENTS: {'siblings': accuracies(records, r'(TWBA|BWBA|Quant)_'),
+                      'short': choices([row for row, short in zip(rows, is_short, strict=True) if short]),
+                      'choices': choices([row for row, short in zip(rows, is_short, strict=True) if not short])},
+        SPIKES: {'spikes': spikes(spiking)},
+        BENCHMARKS: speeds.tables(),
     }
 
 
 def percent(values):
-    """Mean and, of several, standard deviation (over n - 1) in per cent, with a digit for an image in 10,000."""
+    """Return the mean in per cent, with a digit per image in 10,000; of several values with standard deviation.
+
+    The deviation is over n - 1. None stands for no value.
+    """
     values = [100 * value for value in values if value is not None]
     if not values:
         return ''
@@ -41,15 +51,44 @@ def seeds(runs):
     return ', '.join(str(run['seed']) for run in runs)
 
 
+def best_trained(records, script):
+    """Return the runs of the script's longest protocol, a list, empty if there is no record.
+
+    The epochs of the first stage count, then the number of seeds: a run that was resumed for a few epochs does not take
+    the place of the published protocol with several seeds. Accuracies do not count: test images choose nothing.
+    """
+    groups = by_protocol([record for record in records if record['script'] == script])
+    return max(groups, key=lambda runs: (runs[0]['stages'][0]['epochs'], len(runs)), default=[])
+
+
+def test_accuracy(runs):
+    return percent([run['last']['test_accuracy'] for run in runs])
+
+
+def is_recompressed(runs):
+    return not all(run['data']['published'] for run in runs)
+
+
+def scripts(records):
+    """Return the README's table: a row per TWTA or FP script that has a record."""
+    rows = []
+    for script, file in script_files().items():
+        runs = best_trained(records, script)
+        if runs and script.startswith(('TWTA', 'FP')):
+            note = ', JPEG' if is_recompressed(runs) else ''
+            rows.append((f'[{script}]({file.relative_to(ROOT)})', architecture(file), f'{runs[0]["parameters"]:,}',
+                         f'{test_accuracy(runs)} ({runs[0]["epochs"]} epochs{note})', PUBLISHED.get(script, '')))
+    return table(('script', 'architecture', 'parameters', 'test %', 'published %'), rows)
+
+
 def accuracies(records, pattern):
-    """A row for each protocol that a script of this name was trained with; below, the scripts that have none."""
+    """Yield a row per protocol of the scripts of this name, then a line that names the scripts without a record."""
     rows = []
     for runs in by_protocol([record for record in records if re.match(pattern, record['script'])]):
         best = [run['best_validation'] and run['best_validation']['test_accuracy'] for run in runs]
         epochs = ' + '.join(str(stage['epochs']) for stage in runs[0]['stages'])
         rows.append((runs[0]['script'], protocol(runs[0]), epochs, seeds(runs),
-                     percent([run['last']['validation_accuracy'] for run in runs]),
-                     '**' + percent([run['last']['test_accuracy'] for run in runs]) + '**',
+                     percent([run['last']['validation_accuracy'] for run in runs]), f'**{test_accuracy(runs)}**',
                      percent(best), published(runs[0]['script']),
                      f'{statistics.median(run["wall_seconds"] for run in runs) / 60:.0f} min'))
     yield from table(('network', 'schedule, learning rate', 'epochs', 'seed', 'validation, %', 'test, %',
@@ -61,52 +100,58 @@ def accuracies(records, pattern):
 
 
 def script_files():
-    return {file.stem: file for folder in ('MNIST', 'CIFAR10') for file in sorted((ROOT / folder).glob('*.py'))}
+    """Return {name: file} of the scripts that train a network."""
+    return {file.stem: file for folder in ('MNIST', 'CIFAR10') for file in sorted((ROOT / folder).glob('*.py'))
+            if not file.stem.startswith('Spiking')}
 
 
 def published(script):
-    found = PUBLISHED.search(script_files()[script].read_text())
-    return found[1] if found else 'not given'
+    return f'{PUBLISHED[script]} %' if script in PUBLISHED else 'not given'
+
+
+def architecture(file):
+    """Return the architecture string of a script's docstring, without remarks in brackets.
+
+    Raises TwtaError if there is none.
+    """
+    found = re.search(r'Architecture: +(.+?)\n[A-Z]', file.read_text(), re.DOTALL)
+    if not found:
+        raise TwtaError(f'{file}: its docstring has no line "Architecture: ..."; write one, as the other scripts do')
+    return ' '.join(found[1].partition('(')[0].split())
 
 
 def architectures(records):
     parameters = {record['script']: f'{record["parameters"]:,}' for record in records}
-    rows = []
-    for script, file in script_files().items():
-        found = re.search(r'Architecture: +(.+?)\n[A-Z]', file.read_text(), re.DOTALL)
-        if found:
-            tokens = found[1].partition('(')[0].split()
-            rows.append((f'`{file.parent.name}/{file.name}`', ' '.join(tokens), parameters.get(script, '')))
-    return table(('script', 'architecture', 'parameters'), rows)
+    return table(('script', 'architecture', 'parameters'), (
+        (f'`{file.relative_to(ROOT)}`', architecture(file), parameters.get(script, ''))
+        for script, file in script_files().items()))
 
 
 def docstrings(records):
-    """By a script's file: its text, with Accuracy and Speed in the docstring as the records have them."""
+    """Return {file of a script: its text, with the lines Accuracy and Speed as the records have them}."""
     rows = benchmark('training_speed')['rows']
     images_per_second = {row['network']: row['training_images_per_second'] for row in rows
                          if row['way'] == 'project'}
     texts = {}
     for script, file in script_files().items():
-        lines, own = [], [record for record in records if record['script'] == script]
-        for runs in by_protocol(own):
-            lines.append(f'{percent([run["last"]["test_accuracy"] for run in runs])} % test after {runs[0]["epochs"]} '
-                         f'epochs ({protocol(runs[0])}; seed {seeds(runs)})')
-        if not all(record['data']['published'] for record in own):
-            lines.append(evidence.RECOMPRESSED)
-        speed = 'not run'
+        runs, accuracy, speed = best_trained(records, script), 'not run', 'not run'
+        if runs:
+            images = ' on JPEG-recompressed images' if is_recompressed(runs) else ''
+            several = f'{len(runs)} seeds' if len(runs) > 1 else '1 seed'
+            accuracy = (f'{test_accuracy(runs)} % test{images} ({runs[0]["epochs"]} epochs, {several}; published '
+                        f'{published(script)})')
         if script in images_per_second:
-            speed = (f'{images_per_second[script]:,.0f} images/s in training (benchmarks/training_speed.json; 2 cores '
-                     'of an AMD EPYC, bfloat16)')
+            speed = f'{images_per_second[script]:,.0f} images/s in training (bfloat16, 2 cores of an AMD EPYC)'
         text = file.read_text()
-        for label, value, end in (('Accuracy:', '; '.join(lines) or 'not run', 'Speed:'), ('Speed:', speed, '\n')):
-            line = textwrap.fill(f'{label:14}{value}', 110, subsequent_indent=14 * ' ', break_on_hyphens=False)
-            text = re.sub(rf'{label} .*?\n(?={end})', lambda _, line=line: line + '\n', text, count=1, flags=re.DOTALL)
+        for label, value, end in (('Accuracy:', accuracy, 'Speed:'), ('Speed:', speed, '\n')):
+            text = re.sub(rf'{label} .*?\n(?={end})', lambda _, line=f'{label:14}{value}\n': line, text, count=1,
+                          flags=re.DOTALL)
         texts[file] = text
     return texts
 
 
 def choices(rows):
-    """A row for each variant, over its seeds."""
+    """Return a row per variant, over its seeds."""
     groups = {}
     for row in rows:
         groups.setdefault((row['script'], row['variant'], str(row['epochs'])), []).append(row)
@@ -116,6 +161,7 @@ def choices(rows):
 
 
 def spikes(found):
+    """Return a row per simulation, all figures per image."""
     rows = []
     for record in found:
         total, noise = record['layers'][-1], f'{100 * record["noise_ratio"]:.3g}%'
