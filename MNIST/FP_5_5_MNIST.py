@@ -3,7 +3,7 @@
 
 Architecture: 32C5-2P2-64C5-2P2-512
 Source:       github.com/edwardzcl/TWTA
-Accuracy:     99.45 % test (150 epochs, 1 seed; published not given)
+Accuracy:     99.66 ± 0.01 % test (30 epochs, 3 seeds; published not given)
 Speed:        5,088 images/s in training (bfloat16, 2 cores of an AMD EPYC)
 
     python MNIST/FP_5_5_MNIST.py --resume False --learning_rate 0.0001 --mode training

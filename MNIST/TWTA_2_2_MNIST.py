@@ -3,7 +3,7 @@
 
 Architecture: 64C2-2P2-64C2-2P2-64C2-2P2-64C2-512
 Source:       github.com/edwardzcl/TWTA, which calls the accuracy "very low" and gives no figure
-Accuracy:     99.09 % test (150 epochs, 1 seed; published not given)
+Accuracy:     99.39 ± 0.13 % test (30 epochs, 3 seeds; published not given)
 Speed:        2,446 images/s in training (bfloat16, 2 cores of an AMD EPYC)
 
     python MNIST/TWTA_2_2_MNIST.py --resume False --learning_rate 0.0001 --mode training

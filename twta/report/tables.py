@@ -52,13 +52,16 @@ def seeds(runs):
 
 
 def best_trained(records, script):
-    """Return the runs of the script's longest protocol, a list, empty if there is no record.
+    """Return the runs of the script's protocol that is best on validation images, a list, empty without a record.
 
-    The epochs of the first stage count, then the number of seeds: a run that was resumed for a few epochs does not take
-    the place of the published protocol with several seeds. Accuracies do not count: test images choose nothing.
+    If a protocol held no images out, the longest protocol is taken, then the one with the most seeds. The accuracy on
+    the test images never counts.
     """
-    groups = by_protocol([record for record in records if record['script'] == script])
-    return max(groups, key=lambda runs: (runs[0]['stages'][0]['epochs'], len(runs)), default=[])
+    def rank(runs):
+        validation = [run['last']['validation_accuracy'] for run in runs]
+        return 0 if None in validation else statistics.mean(validation), runs[0]['stages'][0]['epochs'], len(runs)
+
+    return max(by_protocol([record for record in records if record['script'] == script]), key=rank, default=[])
 
 
 def test_accuracy(runs):

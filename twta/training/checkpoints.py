@@ -1,11 +1,9 @@
 """Checkpoints: everything that resuming needs, in one tf.train.Saver file that is complete or absent.
 
-Beside the variables (latent weights, Adam slots, moving moments) a checkpoint holds the run's state as JSON text: its
-script and its choices, data set and validation split, seed, the weights that it began with, precision, epoch, what a
-part of the next one has come to, stages (learning rates and schedules in order), history and best validation accuracy.
-The random state needs no more than seed and epoch, from which each epoch's shuffle and augmentation are drawn. Saver
-writes a new file, then the name of it into `checkpoint`, then removes an old one: a kill at any moment leaves the
-previous checkpoint usable.
+Beside the variables (latent weights, Adam's slots, moving moments) a checkpoint holds the State of the run as JSON.
+Seed and epoch are the whole random state: the shuffle and the augmentation of each epoch are drawn from them. Saver
+first writes a new file, then its name into the index `checkpoint`, and then removes an old file. A kill at any moment
+therefore leaves the previous checkpoint usable.
 """
 import errno
 import json
@@ -26,7 +24,7 @@ HALF_WRITTEN = re.compile(r'(last|best)-\d+(\.\d+)?(_temp|\..*\.tempstate\d+)|ch
 
 
 class Checkpoints:
-    """Writes the checkpoints of one run, keeping the last two and the best; to be built when the graph is complete."""
+    """Writes the checkpoints of one run and keeps the last two and the best. Build it once the graph is complete."""
 
     def __init__(self, run_dir):
         self.run_dir = run_dir
@@ -43,10 +41,10 @@ class Checkpoints:
             saver.recover_last_checkpoints(listed(run_dir, which))
 
     def save(self, session, state, is_best):
-        """Saves weights and state.
+        """Save weights and state.
 
-        FloatingPointError where a weight, a slot of Adam or a moment is not finite, FileNotFoundError where the run
-        directory has vanished.
+        Raises FloatingPointError if a weight, a slot of Adam or a moment is not finite, and FileNotFoundError if the
+        run directory has vanished.
         """
         if not self.run_dir.exists():  # Saver would make it again, without the lock
             raise FileNotFoundError(errno.ENOENT, 'the directory has vanished', str(self.run_dir))
@@ -60,14 +58,15 @@ class Checkpoints:
 
 
 def listed(run_dir, which):
-    """The checkpoints of a kind, 'last' or 'best', oldest first; only those of the run directory itself.
+    """Return the paths of the checkpoints of a kind, 'last' or 'best', oldest first.
 
-    Those that the file INDEX names; with all that are there where it is lost, damaged, or names one that is not there.
+    The index file lists them; paths outside of the run directory are left out. If the index is lost or damaged, or
+    names a checkpoint that is not there, the checkpoints found in the folder are added.
     """
     try:
         index = tf.train.get_checkpoint_state(str(run_dir), INDEX[which])
         paths = [path for path in index.all_model_checkpoint_paths if Path(path).parent == run_dir]
-    except (ValueError, AttributeError, tf.errors.OpError):  # it is empty, no list, absent, no file
+    except (ValueError, AttributeError, tf.errors.OpError):  # the index is empty, no list, absent, or no file
         paths = []
     if paths and Path(f'{paths[-1]}.index').exists():
         return paths
@@ -78,7 +77,7 @@ def listed(run_dir, which):
 
 
 def remove_leftovers(run_dir):
-    """Removes what kills have left: half-written files, and checkpoints that are no longer listed; no other files."""
+    """Remove what kills have left: half-written files, and checkpoints that the index no longer lists."""
     names = {which: [Path(path).name for path in listed(run_dir, which)] for which in INDEX}
     for path in run_dir.iterdir():
         saved = SAVED.fullmatch(path.name)
@@ -88,9 +87,9 @@ def remove_leftovers(run_dir):
 
 
 def find(run_dir, which):
-    """The path of the newest intact checkpoint of a kind, 'last' or 'best'; TwtaError where there is none.
+    """Return the path of the newest intact checkpoint of a kind, 'last' or 'best'.
 
-    Every byte is read: TensorFlow keeps a checksum of each tensor and of the index.
+    Every byte is read: TensorFlow keeps a checksum of each tensor and of the index. Raises TwtaError if there is none.
     """
     paths = listed(run_dir, which)
     otherwise = ('leave out --checkpoint best' if which == 'best' else
@@ -121,7 +120,10 @@ def first_line(error):
 
 
 def read_state(path, script, dataset):
-    """The run's state in a checkpoint; TwtaError where it is of another script or data set, or cannot be read."""
+    """Return the State in a checkpoint.
+
+    Raises TwtaError if it is of another script, data set or version, or if it cannot be read.
+    """
     try:
         text = tf.train.load_checkpoint(path).get_tensor('run_state')
     except UNREADABLE as error:
@@ -148,7 +150,7 @@ def parse_state(path, text, script, dataset):
 
 
 def restore(session, path, net, variables):
-    """Sets the variables from a checkpoint; TwtaError where the network in it is not this one."""
+    """Set the variables from a checkpoint; raises TwtaError if the network in it is another one than net."""
     names = {variable.op.name for variable in net.all_params}
     shapes = tf.train.load_checkpoint(path).get_variable_to_shape_map()
     check_shapes(path, net, {f'{name}:0': shape for name, shape in shapes.items() if name in names})

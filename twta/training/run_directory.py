@@ -6,6 +6,7 @@ import contextlib
 import json
 
 from twta import UsageError, files
+from twta.graph.tf1 import tf
 from twta.results import write_csv
 from twta.terminal import say
 from twta.training.state import FIELDS
@@ -16,7 +17,7 @@ OURS = ('checkpoint*', 'last-*', 'best-*', 'events.out.tfevents*', 'config.json'
 
 @contextlib.contextmanager
 def locked(run_dir):
-    """Holds run_dir/lock for a training; UsageError where another process does."""
+    """Hold run_dir/lock for a training; raises UsageError if another process holds it."""
     def refuse():
         raise UsageError(f'--run_dir {run_dir}: another training is writing there; wait for its end, or choose another '
                          'directory') from None
@@ -27,7 +28,7 @@ def locked(run_dir):
 
 
 def move_aside(run_dir):
-    """Moves an earlier run's files into run_dir/earlier-1 (or -2, ...); returns that folder, None where none was there.
+    """Move the files of an earlier run into run_dir/earlier-1 (or -2, ...); return that folder, or None without files.
 
     Only files of the kinds that a run writes are moved.
     """
@@ -50,7 +51,7 @@ def has_record(run_dir, state):
 
 
 def warn_of_changes(run_dir, precision, deterministic):
-    """A line where a run that is continued was trained otherwise, by the flags that no checkpoint holds."""
+    """Print a warning per flag that differs from the last command of the run and that no checkpoint holds."""
     config = read_config(run_dir)
     if config.get('precision', precision) != precision:
         say(f'WARNING: the last command trained in {str(config["precision"])[:20]!r}, this one does in {precision!r}; '
@@ -60,7 +61,7 @@ def warn_of_changes(run_dir, precision, deterministic):
 
 
 def read_object(path):
-    """A JSON file as a dictionary, empty where it is no object, or absent: what a run can do without."""
+    """Return a JSON file as a dictionary, empty if the file is absent or no object: a run can do without it."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
@@ -69,7 +70,7 @@ def read_object(path):
 
 
 def read_config(run_dir):
-    """config.json of a run, without what is not as a run writes it."""
+    """Return config.json of a run; its flags are empty if they are not what a run writes."""
     config = read_object(run_dir / 'config.json')
     flags = config.get('flags')
     if not isinstance(flags, dict) or not isinstance(flags.get('choices'), dict):
@@ -78,12 +79,12 @@ def read_config(run_dir):
 
 
 def write_log(path, history):
-    """log.csv, a row an epoch, from the state's history: rewritten whole, no epoch is missing or there twice."""
+    """Write log.csv, a row per epoch. It is rewritten as a whole, so no epoch is missing or there twice."""
     write_csv(path, FIELDS, [{field: row[field] for field in FIELDS} for row in history])
 
 
 def draw_curve(title, history):
-    """Loss and accuracies by epoch."""
+    """Return a figure of loss and accuracies by epoch."""
     from matplotlib.figure import Figure  # here: only some commands draw
     from matplotlib.ticker import MaxNLocator
 
@@ -109,18 +110,15 @@ def draw_curve(title, history):
 
 
 class Events:
-    """TensorBoard events in the run directory, a point an epoch."""
+    """TensorBoard events in the run directory, a point per epoch."""
 
     def __init__(self, run_dir, first_epoch):
-        from twta.graph.tf1 import tf  # here: packed inference records its result without TensorFlow
-
-        self.tf = tf
         self.writer = tf.summary.FileWriter(str(run_dir))
         start = tf.SessionLog(status=tf.SessionLog.START)  # TensorBoard drops what a killed run wrote beyond
         self.writer.add_session_log(start, first_epoch)
 
     def add(self, row):
-        values = [self.tf.Summary.Value(tag=field, simple_value=row[field]) for field in FIELDS[1:]
+        values = [tf.Summary.Value(tag=field, simple_value=row[field]) for field in FIELDS[1:]
                   if row[field] is not None]
-        self.writer.add_summary(self.tf.Summary(value=values), row['epoch'])
+        self.writer.add_summary(tf.Summary(value=values), row['epoch'])
         self.writer.flush()

@@ -1,20 +1,22 @@
-"""The weights of a network as arrays: model.npz, written and read; those of a checkpoint or a file set."""
+"""The weights of a network as arrays: model.npz written and read, and its shapes checked."""
 import numpy as np
 
 from twta import TwtaError, files
 from twta.files import replacing
+from twta.graph.tf1 import tl
 
 
 def save_weights(path, net, session):
-    """model.npz: every parameter of the network by variable name, in TensorLayer's own form."""
-    from twta.graph.tf1 import tl
-
+    """Write model.npz: every parameter of the network by variable name, in TensorLayer's own form."""
     with replacing(path) as part:
         tl.files.save_npz_dict(net.all_params, str(part), session)
 
 
 def read_weights(path, net):
-    """A model.npz as arrays by variable name; TwtaError where they are not finite float32 of the network's shapes."""
+    """Return the arrays of a model.npz by variable name.
+
+    Raises TwtaError if an array is not finite, not float32, or not of the shape that the network has.
+    """
     def check(headers):
         check_shapes(f'--weights {path}', net, {name: list(shape) for name, (shape, _) in headers.items()})
         for name, (_, kind) in headers.items():
@@ -35,12 +37,12 @@ def read_weights(path, net):
 
 
 def is_sound(name, value):
-    """Whether a parameter can be that of a training: finite, and a variance not negative."""
+    """Return whether a parameter can come from a training: finite, and not negative if it is a variance."""
     return np.isfinite(value).all() and not ('moving_variance' in name and (value < 0).any())
 
 
 def check_shapes(source, net, found):
-    """Raises TwtaError where the shapes that a source has, by variable name, are not those of the network."""
+    """Raise TwtaError if the shapes found in a source, by variable name, are not those of the network."""
     shapes = {variable.name: variable.shape.as_list() for variable in net.all_params}
     for name in sorted(shapes.keys() | found.keys()):
         if found.get(name) != shapes.get(name):
@@ -48,9 +50,8 @@ def check_shapes(source, net, found):
                             f'{shapes.get(name, "absent")} here')
 
 
-
-
 def set_weights(net, weights, session):
+    """Set those parameters of the network that weights has, by variable name."""
     for variable in net.all_params:
         if variable.name in weights:
             variable.load(weights[variable.name], session)
