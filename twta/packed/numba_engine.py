@@ -14,7 +14,7 @@ import numpy as np
 
 from twta import processor
 from twta.packed import file_format, kernels
-from twta.packed.numpy_engine import finish, see
+from twta.packed.numpy_engine import encoder_input, finish
 
 if numba.config.DISABLE_JIT:
     raise ImportError('NUMBA_DISABLE_JIT is set')
@@ -126,7 +126,7 @@ class NumbaEngine:
         crop = self.packed.crop
         if self.packed.stem:
             crop, (top, left), (height, width, _) = -1, self.before, file_format.input_shape(self.packed)
-            self.x[:len(images), top:top + height, left:left + width] = see(images, self.packed)
+            self.x[:len(images), top:top + height, left:left + width] = encoder_input(images, self.packed)
         threads = self.threads if len(images) * self.products >= SHARED else 1
         numba.set_num_threads(threads)
         kernels.run(np.ascontiguousarray(images), crop, self.x, self.before, self.table, threads, CHUNK,

@@ -22,7 +22,7 @@ def prepare(images, crop):
     return ((x - mean) / np.maximum(np.sqrt(variance), values ** -0.5)).astype(np.float32)
 
 
-def see(images, packed):
+def encoder_input(images, packed):
     """What the encoder reads of uint8 images, float64: the images, prepared, or what the stem makes of them."""
     x = prepare(images, packed.crop).astype(np.float64)
     if not packed.stem:
@@ -70,7 +70,7 @@ class NumpyEngine:
     def run(self, images):
         """Logits float32 [n, classes] of at most `batch` images, and the activations of each layer, int8 NHWC."""
         encoder, *layers = self.packed.layers
-        maps = [self.neuron(convolve(see(images, self.packed), encoder).astype(np.float32), encoder)]
+        maps = [self.neuron(convolve(encoder_input(images, self.packed), encoder).astype(np.float32), encoder)]
         if self.between:
             maps[0] = self.between(maps[0])
         for layer in layers:
