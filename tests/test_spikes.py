@@ -226,7 +226,7 @@ def test_a_packed_file_without_tensorflow(finished_run, tmp_path):
 
 
 def test_other_predictions_are_an_error_and_write_nothing(finished_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(numpy_engine, 'finish', lambda sums, packed: -sums)
+    monkeypatch.setattr(numpy_engine, 'scale_logits', lambda sums, packed: -sums)
     monkeypatch.setattr(conversion, 'Engine', numpy_engine.NumpyEngine)
     monkeypatch.setattr(pack_module, 'compare', None)
     with pytest.raises(TwtaError, match=r'predict .* images otherwise than the graph; nothing was written'):

@@ -14,7 +14,7 @@ import numpy as np
 
 from twta import processor
 from twta.packed import file_format, kernels
-from twta.packed.numpy_engine import encoder_input, finish
+from twta.packed.numpy_engine import encoder_input, scale_logits
 
 if numba.config.DISABLE_JIT:
     raise ImportError('NUMBA_DISABLE_JIT is set')
@@ -136,7 +136,7 @@ class NumbaEngine:
     def logits(self, images):
         """Logits float32 [n, classes] of at most `batch` images, uint8 [n, height, width, channels]."""
         with LOCK:
-            return finish(self.run(images), self.packed)
+            return scale_logits(self.run(images), self.packed)
 
     def activations(self, images):
         """The activations of each layer on at most `batch` images, int8 [n, height, width, channels]."""

@@ -86,9 +86,9 @@ class NumpyEngine:
 
 def classify(activations, packed):
     """Logits from the last layer's activations [n, height, width, channels]."""
-    return finish(activations.reshape(len(activations), -1).astype(np.float64) @ packed.weights, packed)
+    return scale_logits(activations.reshape(len(activations), -1).astype(np.float64) @ packed.weights, packed)
 
 
-def finish(sums, packed):
+def scale_logits(sums, packed):
     """Logits from the classifier's float64 sums."""
     return sums.astype(np.float32) * packed.scale + packed.shift
