@@ -53,7 +53,7 @@ def deletion(noise_ratio, seed):
     return delete
 
 
-def reach(shape, layer):
+def fan_out(shape, layer):
     """How many neurons a spike reaches, and over how many weights that are not 0: [height, width, channels] each."""
     (top, left), (rows, columns, filters) = file_format.geometry(shape, layer)
     height, width = layer.weights.shape[:2]
@@ -74,7 +74,7 @@ def simulate(simulator, images, steps):
     packed = simulator.packed
     layers = packed.layers
     outputs = [out for _, _, _, out in file_format.shapes(packed)]
-    reached = [reach(shape, layer) for shape, layer in zip(outputs, layers[1:], strict=False)]
+    reached = [fan_out(shape, layer) for shape, layer in zip(outputs, layers[1:], strict=False)]
     predicted, spikes, operations = [], [], []
     sums = np.zeros((len(layers), 4))  # spikes, negative ones, operations, those over weights that are not 0
     for start in range(0, len(images), BATCH):
