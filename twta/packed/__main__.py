@@ -6,7 +6,7 @@ import numpy as np
 
 from twta import TwtaError, files
 from twta.packed import file_format
-from twta.packed.engines import logits, started
+from twta.packed.engines import logits, warm_engine
 from twta.terminal import Parser, errors_in_a_line, input_file, positive_integer
 
 
@@ -25,7 +25,7 @@ def main(argv=None):
         args = parser.parse_args(argv)
         packed = file_format.read(args.file)
         images = read_images(args.images, packed.image)
-        predicted = logits(started(packed, args.engine, args.threads), images).argmax(1)
+        predicted = logits(warm_engine(packed, args.engine, args.threads), images).argmax(1)
         try:
             print('\n'.join(packed.classes[k] if args.names else str(k) for k in predicted), flush=True)
         except BrokenPipeError:  # a reader such as head has seen enough

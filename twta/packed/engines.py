@@ -37,7 +37,7 @@ def logits(engine, images):
     return np.concatenate(parts)
 
 
-def started(packed, engine, threads):
+def warm_engine(packed, engine, threads):
     """open_engine's, warmed up; a line tells how long that took."""
     start = time.perf_counter()
     try:

@@ -18,7 +18,7 @@ def infer(script, args):
     dataset = datasets.load(args.dataset, args.data_dir, None)
     check_images(packed, dataset, args)
     say(f'data: {dataset}')
-    engine = engines.started(packed, 'auto', args.threads)
+    engine = engines.warm_engine(packed, 'auto', args.threads)
     epoch = packed.record.get('epoch') if isinstance(packed.record.get('epoch'), int) else None
     say(f'network: {script}, {args.file}' + ('' if epoch is None else f', epoch {epoch}'))
     images, labels = dataset.test.images, dataset.test.labels

@@ -38,7 +38,7 @@ def convert_file(flags, packed):
     say(f'data: {dataset}')
     say(f'network: {packed.network}, {flags.file}')
     images = dataset.test.images[:flags.images]
-    predicted = engines.logits(engines.started(packed, 'auto', None), images).argmax(1)
+    predicted = engines.logits(engines.warm_engine(packed, 'auto', None), images).argmax(1)
     report(flags, numpy_engine.NumpyEngine(packed), 1, predicted, 'the packed engine', dataset, images)
 
 
