@@ -170,7 +170,7 @@ def test_five_trits_to_a_byte():
 
 def broken(data):
     """The line that some bytes are refused with."""
-    with pytest.raises(file_format.Bad) as error:
+    with pytest.raises(file_format.InvalidFile) as error:
         file_format.parse(bytes(data))
     assert '\n' not in str(error.value)
     return str(error.value)
@@ -278,7 +278,7 @@ def rewritten(packed):
         return (Path(folder) / 'x').read_bytes()
 
 
-def test_noise_under_a_right_checksum_raises_nothing_but_bad(file):
+def test_noise_under_a_right_checksum_raises_nothing_but_invalid_file(file):
     """Fuzz: 3,000 files with bytes changed, cut or repeated, each with the checksum that belongs to it."""
     body, rng = file.read_bytes()[:-32], np.random.default_rng(0)
     header = 12 + struct.unpack('<I', body[8:12])[0]
@@ -296,7 +296,7 @@ def test_noise_under_a_right_checksum_raises_nothing_but_bad(file):
                 noisy[at:at] = noisy[at:at + int(rng.integers(1, 50))]
         try:
             packed = file_format.parse(sealed(bytes(noisy)))
-        except file_format.Bad:
+        except file_format.InvalidFile:
             refused += 1
             continue
         x = images(packed, 1)  # what is accepted can be run

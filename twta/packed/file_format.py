@@ -181,7 +181,7 @@ def write(path, packed):
 # Reading
 
 
-class Bad(Exception):
+class InvalidFile(Exception):
     """What is wrong with a file."""
 
 
@@ -189,46 +189,46 @@ def read(path):
     """A .twta file as Packed; TwtaError where it is none, damaged, of a newer version, or contradicts itself."""
     try:
         if path.stat().st_size > LARGEST_FILE:
-            raise Bad(f'larger than {LARGEST_FILE:,} bytes')
+            raise InvalidFile(f'larger than {LARGEST_FILE:,} bytes')
         with path.open('rb') as file:
             data = file.read(len(MAGIC))
             return parse(data + file.read() if data == MAGIC else data)  # what is none may have no end
     except OSError as error:
         raise TwtaError(f'{path}: {error.strerror}; --mode export writes such a file') from None
-    except Bad as error:
+    except InvalidFile as error:
         raise TwtaError(f'{path}: {error}; give a file that --mode export has written') from None
 
 
 def parse(data):
-    """Packed from the bytes of a file; raises Bad."""
+    """Packed from the bytes of a file; raises InvalidFile."""
     if data[:4] != MAGIC or len(data) < 44:
-        raise Bad('not a .twta file')
+        raise InvalidFile('not a .twta file')
     version, length = struct.unpack('<II', data[4:12])
     if hashlib.sha256(memoryview(data)[:-32]).digest() != data[-32:]:
-        raise Bad('damaged (its checksum is wrong)')
+        raise InvalidFile('damaged (its checksum is wrong)')
     if not 1 <= version <= VERSION:
         age = 'a newer' if version > VERSION else 'an unknown'
-        raise Bad(f'written by {age} version of these scripts (format {version}, this one reads up to {VERSION})')
+        raise InvalidFile(f'written by {age} version of these scripts (format {version}, this one reads up to {VERSION})')
     body = memoryview(data)[12:-32]
     try:
         header = json.loads(bytes(body[:length]).decode())
     except (ValueError, RecursionError):
-        raise Bad('its header is not JSON') from None
+        raise InvalidFile('its header is not JSON') from None
     check_keys('header', header, KEYS)
     choices = header['record'].get('choices') or {}  # older files have none
     if not isinstance(choices, dict) or not all(is_name(str(value)) for item in choices.items() for value in item):
-        raise Bad('choices of its record are no JSON object of names')
+        raise InvalidFile('choices of its record are no JSON object of names')
     take = Taker(body[length:])
     *image, channels = sizes('image', header['image'], 3)
     crop, classes = size('crop', header['crop'], least=0), header['classes']
     if math.prod(image) * channels > LARGEST_MAPS:
-        raise Bad(f'its images are too large, {[*image, channels]}')
+        raise InvalidFile(f'its images are too large, {[*image, channels]}')
     if crop > min(image):
-        raise Bad(f'crop {crop} of images {[*image, channels]}')
+        raise InvalidFile(f'crop {crop} of images {[*image, channels]}')
     if not classes or len(classes) > LARGEST or not all(map(is_name, classes)):
-        raise Bad('its classes are not names')
+        raise InvalidFile('its classes are not names')
     if not header['layers']:
-        raise Bad('it has no layers')
+        raise InvalidFile('it has no layers')
     shape, layers, values = (*((crop, crop) if crop else image), channels), [], 0
     stem = read_stem(header.get('stem'), channels, take) if version > 1 else None
     if stem:
@@ -238,40 +238,40 @@ def parse(data):
         values += math.prod(border(shape, layers[-1])[1]) * shape[2]
         shape = geometry(shape, layers[-1])[1]
         if max(values, math.prod(shape)) > LARGEST_MAPS:
-            raise Bad(f'its maps are too large, at {layers[-1].name[:80]}')
+            raise InvalidFile(f'its maps are too large, at {layers[-1].name[:80]}')
     n_classes = len(classes)
     weights = take('<f4', math.prod(shape) * n_classes).reshape(-1, n_classes)
     scale, shift = take('<f4', n_classes), take('<f4', n_classes)
     if not all(np.isfinite(array).all() for array in (weights, scale, shift)):
-        raise Bad('its classifier holds NaN or infinity')
+        raise InvalidFile('its classifier holds NaN or infinity')
     if len(take.rest):
-        raise Bad(f'{len(take.rest)} bytes too many')
+        raise InvalidFile(f'{len(take.rest)} bytes too many')
     return Packed(header['network'], header['dataset'], (*image, channels), crop, tuple(classes), tuple(layers),
                   weights, scale, shift, header['record'], stem)
 
 
 def read_stem(entry, channels, take):
-    """The stem on a map of so many channels; raises Bad."""
+    """The stem on a map of so many channels; raises InvalidFile."""
     check_keys('stem', entry, {'kernel': list, 'filters': int})
     kernel, filters = sizes('kernel of the stem', entry['kernel'], 2), size('filters of the stem', entry['filters'])
     weights = take('<f4', math.prod(kernel) * channels * filters).reshape(filters, *kernel, channels)
     scale, shift = take('<f8', filters), take('<f8', filters)
     if not all(np.isfinite(array).all() for array in (weights, scale, shift)):
-        raise Bad('its stem holds NaN or infinity')
+        raise InvalidFile('its stem holds NaN or infinity')
     return Stem(np.ascontiguousarray(np.moveaxis(weights, 0, 3)), scale, shift)
 
 
 def read_layer(entry, shape, take, is_encoder):
-    """A layer on a map of that shape; raises Bad."""
+    """A layer on a map of that shape; raises InvalidFile."""
     check_keys('layer', entry, LAYER_KEYS)
     name = entry['name'][:80]
     kernel = sizes(f'kernel of {name}', entry['kernel'], 2)
     filters, stride, groups = (size(f'{key} of {name}', entry[key]) for key in ('filters', 'stride', 'groups'))
     does_not_fit = entry['padding'] == 'VALID' and (kernel[0] > shape[0] or kernel[1] > shape[1])
     if entry['padding'] not in ('SAME', 'VALID') or does_not_fit:
-        raise Bad(f'padding of {name} is {entry["padding"][:80]!r}, on a map {list(shape)}')
+        raise InvalidFile(f'padding of {name} is {entry["padding"][:80]!r}, on a map {list(shape)}')
     if shape[2] % groups or filters % groups or (is_encoder and groups > 1):
-        raise Bad(f'{shape[2]} channels and {filters} filters of {name} do not divide into {groups} groups')
+        raise InvalidFile(f'{shape[2]} channels and {filters} filters of {name} do not divide into {groups} groups')
     count = math.prod(kernel) * (shape[2] // groups) * filters
     packed_shape = filters, *kernel, shape[2] // groups
     if is_encoder:
@@ -281,7 +281,7 @@ def read_layer(entry, shape, take, is_encoder):
         try:
             weights = unpack_trits(take('u1', -(-count // 5)), count).reshape(packed_shape)
         except ValueError:
-            raise Bad(f'the weights of {name} are not ternary') from None
+            raise InvalidFile(f'the weights of {name} are not ternary') from None
         kind, is_good = threshold_type(np.moveaxis(weights, 0, 3)), True
     upper, lower = take(kind, filters), take(kind, filters)
     if is_encoder:
@@ -293,7 +293,7 @@ def read_layer(entry, shape, take, is_encoder):
         is_good = (lower < upper).all() and upper.max() <= most + 1 and upper.min() >= -most \
             and lower.max() <= most and lower.min() >= -most - 1
     if not is_good:
-        raise Bad(f'weights or thresholds of {name} are out of range')
+        raise InvalidFile(f'weights or thresholds of {name} are out of range')
     return Layer(entry['name'], np.ascontiguousarray(np.moveaxis(weights, 0, 3)), upper, lower, stride,
                  entry['padding'], groups)
 
@@ -307,7 +307,7 @@ class Taker:
     def __call__(self, kind, count):
         n_bytes = count * np.dtype(kind).itemsize
         if n_bytes > len(self.rest):
-            raise Bad('its arrays are shorter than its header says')
+            raise InvalidFile('its arrays are shorter than its header says')
         array = np.frombuffer(self.rest[:n_bytes], kind)
         self.rest = self.rest[n_bytes:]
         return array
@@ -315,11 +315,11 @@ class Taker:
 
 def check_keys(what, entry, keys):
     if not isinstance(entry, dict):
-        raise Bad(f'its {what} is no JSON object')
+        raise InvalidFile(f'its {what} is no JSON object')
     for key, kind in keys.items():
         if type(entry.get(key)) is not kind or (kind is str and not is_name(entry[key])):
             printable = ' that can be printed in a line' if kind is str else ''
-            raise Bad(f'{key} of its {what} is missing or no {kind.__name__}{printable}')
+            raise InvalidFile(f'{key} of its {what} is missing or no {kind.__name__}{printable}')
 
 
 def is_name(text):
@@ -329,13 +329,13 @@ def is_name(text):
 
 def sizes(what, values, count):
     if len(values) != count:
-        raise Bad(f'{what} is not {count} sizes')
+        raise InvalidFile(f'{what} is not {count} sizes')
     return [size(what, value) for value in values]
 
 
 def size(what, value, least=1):
     if type(value) is not int or not least <= value <= LARGEST:
-        raise Bad(f'{what}: {str(value)[:80]} is not a whole number from {least} to {LARGEST}')
+        raise InvalidFile(f'{what}: {str(value)[:80]} is not a whole number from {least} to {LARGEST}')
     return value
 
 
