@@ -218,7 +218,7 @@ def parse(data):
     choices = header['record'].get('choices') or {}  # older files have none
     if not isinstance(choices, dict) or not all(is_name(str(value)) for item in choices.items() for value in item):
         raise InvalidFile('choices of its record are no JSON object of names')
-    take = Taker(body[length:])
+    take = ArrayReader(body[length:])
     *image, channels = sizes('image', header['image'], 3)
     crop, classes = size('crop', header['crop'], least=0), header['classes']
     if math.prod(image) * channels > LARGEST_MAPS:
@@ -298,7 +298,7 @@ def read_layer(entry, shape, take, is_encoder):
                  entry['padding'], groups)
 
 
-class Taker:
+class ArrayReader:
     """Takes arrays off the front of some bytes."""
 
     def __init__(self, rest):
