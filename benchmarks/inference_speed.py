@@ -49,7 +49,7 @@ IMAGE = {'MNIST': ((28, 28, 1), 0), 'CIFAR10': ((32, 32, 3), 24)}
 
 
 def build(name):
-    """The network of a script with its initial weights: Packed, and its frozen graph in TensorFlow as bytes."""
+    """The network of a script with its initial weights: PackedNetwork, and its frozen graph in TensorFlow as bytes."""
     from twta import ternary_layers
     from twta.export.pack import pack
     from twta.graph import preprocessing

@@ -9,7 +9,7 @@ from twta.export.folding import fold
 from twta.export.formats import check_format
 from twta.export.spatial import add_lanes, read_out, spatial
 from twta.packed import engines, file_format
-from twta.packed.file_format import Layer, Packed
+from twta.packed.file_format import Layer, PackedNetwork
 from twta.terminal import say
 from twta.training.evaluation import trained
 from twta.training.records import name_run
@@ -33,7 +33,7 @@ def pack(net, session, header, temporal=False):
     """Return the network in the session as a packed network.
 
     net         its last TensorLayer layer
-    header      the fields of Packed that the graph does not know, see make_header
+    header      the fields of PackedNetwork that the graph does not know, see make_header
     temporal    layers of several levels stay as `fold` gives them, for twta.spikes
 
     Raises TwtaError if an activation is not quantised, or a parameter is no number.
@@ -41,7 +41,7 @@ def pack(net, session, header, temporal=False):
     stem, layers, weights, scale, shift = fold(net, session, header['network'])
     if not temporal or max(len(layer.upper) for layer in layers if isinstance(layer, Layer)) == 1:
         layers, weights = spatial(layers, weights)
-    return Packed(layers=tuple(layers), weights=weights, scale=scale, shift=shift, stem=stem, **header)
+    return PackedNetwork(layers=tuple(layers), weights=weights, scale=scale, shift=shift, stem=stem, **header)
 
 
 def make_header(script, dataset_name, dataset, record):

@@ -58,7 +58,7 @@ class Stem(NamedTuple):
     shift: np.ndarray
 
 
-class Packed(NamedTuple):
+class PackedNetwork(NamedTuple):
     network: str  # the name of its script
     dataset: str
     image: tuple  # height, width, channels of the uint8 images
@@ -186,7 +186,7 @@ class InvalidFile(Exception):
 
 
 def read(path):
-    """A .twta file as Packed; TwtaError where it is none, damaged, of a newer version, or contradicts itself."""
+    """A .twta file as a PackedNetwork; TwtaError where it is none, damaged, of a newer version, or contradicts itself."""
     try:
         if path.stat().st_size > LARGEST_FILE:
             raise InvalidFile(f'larger than {LARGEST_FILE:,} bytes')
@@ -200,7 +200,7 @@ def read(path):
 
 
 def parse(data):
-    """Packed from the bytes of a file; raises InvalidFile."""
+    """PackedNetwork from the bytes of a file; raises InvalidFile."""
     if data[:4] != MAGIC or len(data) < 44:
         raise InvalidFile('not a .twta file')
     version, length = struct.unpack('<II', data[4:12])
@@ -208,7 +208,8 @@ def parse(data):
         raise InvalidFile('damaged (its checksum is wrong)')
     if not 1 <= version <= VERSION:
         age = 'a newer' if version > VERSION else 'an unknown'
-        raise InvalidFile(f'written by {age} version of these scripts (format {version}, this one reads up to {VERSION})')
+        raise InvalidFile(f'written by {age} version of these scripts (format {version}, this one reads up to '
+                          f'{VERSION})')
     body = memoryview(data)[12:-32]
     try:
         header = json.loads(bytes(body[:length]).decode())
@@ -246,8 +247,8 @@ def parse(data):
         raise InvalidFile('its classifier holds NaN or infinity')
     if len(take.rest):
         raise InvalidFile(f'{len(take.rest)} bytes too many')
-    return Packed(header['network'], header['dataset'], (*image, channels), crop, tuple(classes), tuple(layers),
-                  weights, scale, shift, header['record'], stem)
+    return PackedNetwork(header['network'], header['dataset'], (*image, channels), crop, tuple(classes), tuple(layers),
+                         weights, scale, shift, header['record'], stem)
 
 
 def read_stem(entry, channels, take):
