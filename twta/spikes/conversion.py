@@ -7,7 +7,7 @@ from twta import TwtaError
 from twta.files import replacing
 from twta.packed import engines, inference, numpy_engine
 from twta.results import environment, save_picture, write_csv, write_json
-from twta.spikes.simulation import BATCH, FIELDS, Engine, deletion, simulate, store_and_release
+from twta.spikes.simulation import BATCH, FIELDS, PackedSimulator, deletion, simulate, store_and_release
 from twta.terminal import say
 
 
@@ -25,7 +25,7 @@ def convert(experiment, flags):
     steps = len(thresholds) if thresholds.ndim == 2 else 1
     if flags.conversion == 'temporal' and steps == 1:
         say('temporal: one level is one step, the same as spatial')
-    plain = Engine(packed) if steps == 1 else numpy_engine.NumpyEngine(packed, store_and_release)
+    plain = PackedSimulator(packed) if steps == 1 else numpy_engine.NumpyEngine(packed, store_and_release)
     report(flags, plain, steps, predicted, 'the graph', dataset, images)
 
 

@@ -99,7 +99,7 @@ def simulate(simulator, images, steps):
     return np.concatenate(predicted), spikes, operations, [*rows, {'layer': 'in all', **total}]
 
 
-class Engine:
+class PackedSimulator:
     """The packed engine as a simulator of one step without noise."""
 
     def __init__(self, packed):
