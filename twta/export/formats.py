@@ -9,7 +9,6 @@ import re
 import numpy as np
 
 from twta import UsageError
-from twta.export.onnx_format import write_onnx
 from twta.files import replacing
 from twta.packed.file_format import after, filter_major, input_shape, shapes
 from twta.packed.numpy_engine import NumpyEngine
@@ -135,6 +134,12 @@ def c_string(text):
 def guard(packed):
     return re.sub(r'\W', '_', packed.network, flags=re.ASCII).upper() + '_H'
 
+
+def write_onnx(path, packed, vectors):
+    """Write an ONNX model and its test vectors; return the model's size in bytes."""
+    from twta.export import onnx_format  # here: the package onnx is optional
+
+    return onnx_format.write_onnx(path, packed, vectors)
 
 
 WRITERS = {'npz': write_npz, 'c': write_c, 'onnx': write_onnx}
