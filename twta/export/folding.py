@@ -41,13 +41,13 @@ def fold(net, session, script):
         raise TwtaError(f'{script} {NOTHING_TO_PACK}')
     check_finite(net, session)
     stem = fold_stem(session, blocks.pop(0)) if has_stem else None
-    layers, before = [], None  # before: the probe of the layer before
+    layers, input_probe = [], None  # input_probe: of the layer that the block reads
     for block in blocks:
         probe = ActivationProbe.of(block, session)
-        layers.append(fold_maximum(block.layer, probe, before) if block.pooling == 'max' else
-                      fold_layer(session, block, probe, before))
-        before = probe
-    weights = session.run(classifier.layer.quantized) / np.float32(before.unit)
+        layers.append(fold_maximum(block.layer, probe, input_probe) if block.pooling == 'max' else
+                      fold_layer(session, block, probe, input_probe))
+        input_probe = probe
+    weights = session.run(classifier.layer.quantized) / np.float32(input_probe.unit)
     scale, shift = np.ones(weights.shape[1], np.float32), np.zeros(weights.shape[1], np.float32)
     if classifier.batch_norm:
         beta, gamma, mean, variance = read_parameters(session, classifier.batch_norm)
@@ -101,10 +101,10 @@ class ActivationProbe(NamedTuple):
         return np.rint(found[:len(values)] * self.unit).astype(np.int32)
 
 
-def fold_layer(session, block, probe, before):
+def fold_layer(session, block, probe, input_probe):
     """Return a convolution, dense layer or average-pooling as a Layer.
 
-    before    the probe of the layer that it reads; None: the layer is the encoder
+    input_probe    the probe of the layer that it reads; None: the layer is the encoder
     """
     layer, groups = block.layer, block.groups
     if block.pooling:  # an average: each channel is a group of its own
@@ -117,11 +117,11 @@ def fold_layer(session, block, probe, before):
         flat = getattr(layer.prev_layer, 'inputs', layer.inputs).shape[1:]  # FlattenLayer's, before it is flat
         shape = flat.as_list() if len(flat) == 3 else [1, 1, weights.shape[0]]
         weights = weights.reshape(*shape, -1)
-    if before is None:
+    if input_probe is None:
         upper, lower = real_thresholds(probe)
     else:
         weights = weights.astype(np.int8)
-        upper, lower = integer_thresholds(probe, before.steps * fan_in(weights), before.unit * area)
+        upper, lower = integer_thresholds(probe, input_probe.steps * fan_in(weights), input_probe.unit * area)
     return Layer(layer.name, weights * probe.sign, upper, lower, getattr(layer, 'stride', 1),
                  getattr(layer, 'padding', 'VALID'), groups)
 
@@ -168,8 +168,8 @@ def to_float(order):
     return np.copysign(np.abs(order).astype(np.int32).view(np.float32), order).astype(np.float32)
 
 
-def fold_maximum(layer, probe, before):
-    if before.unit != 1 or probe.steps != 1:
+def fold_maximum(layer, probe, input_probe):
+    if input_probe.unit != 1 or probe.steps != 1:
         raise TwtaError(f'{layer.name}: max-pooling is exported of ternary and of binary activations only; train with '
                         '--pooling conv or average')
     values = np.repeat(np.float32([[-1], [0], [1]]), len(probe.sign), axis=1)
