@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Spiking_CIFAR10: a trained network on CIFAR-10 as integrate-and-fire neurons, with the same predictions.
+"""Spiking_CIFAR10: a network trained on CIFAR-10, as integrate-and-fire neurons with the same predictions.
 
-It is converted, spatially or temporally, simulated on the test images and compared with its graph, image by image;
-spikes and synaptic operations are counted, layer by layer. Definitions: twta/spikes.py and README.md.
+The network is converted, spatially or temporally, and simulated on the test images. Its predictions are compared with
+those of its graph, image by image. Spikes and synaptic operations are counted, layer by layer. The definitions are in
+twta/spikes/simulation.py and README.md.
 
     python CIFAR10/Spiking_CIFAR10.py --network TWTA_3_3_CIFAR10_VGG13
     python CIFAR10/Spiking_CIFAR10.py --network Quant_CIFAR10 --conversion temporal

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Spiking_MNIST: a trained network on MNIST as integrate-and-fire neurons, with the same predictions.
+"""Spiking_MNIST: a network trained on MNIST, as integrate-and-fire neurons with the same predictions.
 
-It is converted, spatially or temporally, simulated on the test images and compared with its graph, image by image;
-spikes and synaptic operations are counted, layer by layer. Definitions: twta/spikes.py and README.md.
+The network is converted, spatially or temporally, and simulated on the test images. Its predictions are compared with
+those of its graph, image by image. Spikes and synaptic operations are counted, layer by layer. The definitions are in
+twta/spikes/simulation.py and README.md.
 
     python MNIST/Spiking_MNIST.py --network TWTA_4_4_MNIST
     python MNIST/Spiking_MNIST.py --network Quant_MNIST --conversion temporal
