@@ -84,7 +84,7 @@ def fold_stem(session, block):
 
 
 class ActivationProbe(NamedTuple):
-    """Runs a layer's batch normalisation and activation, in the graph, on given sums."""
+    """A layer's batch normalisation and activation, to be run in the graph on given sums."""
     session: object
     sums: object  # tensor [batch, ..., filters] that batch normalisation reads
     activations: object  # tensor of the same shape

@@ -11,11 +11,11 @@
 
 Numbers are little-endian. Weights of the stem and the layers are stored by filter, then row, column and channel.
 
-    stem         float32 weights, float64 scale and shift
-    encoder      (the first layer) float32 weights and thresholds
-    other layers ternary weights, five per byte: t0 + 3 t1 + 9 t2 + 27 t3 + 81 t4, where t = w + 1; the last byte is
-                 filled up with t = 0. int16 thresholds, or int32 if a sum can exceed 32,766
-    classifier   float32, its weights by feature, then class
+    stem            float32 weights, float64 scale and shift
+    first layer     float32 weights and thresholds; this is the encoder
+    other layers    ternary weights, five per byte: t0 + 3 t1 + 9 t2 + 27 t3 + 81 t4 with t = w + 1; the last byte is
+                    filled up with t = 0; int16 thresholds, or int32 if a sum can exceed 32,766
+    classifier      float32; its weights are stored by feature, then class
 
 docs/deployment.md describes each field.
 """
@@ -44,9 +44,9 @@ POWERS = 3 ** np.arange(5)
 class Layer(NamedTuple):
     """A convolution with two thresholds per filter; its fields are those of `layers` in the header.
 
-    An activation is +1 if sum >= upper, -1 if sum <= lower, else 0. A dense layer is a convolution whose kernel is the
-    whole map. If a filter's gamma in batch normalisation is negative, export has negated its weights: one rule serves
-    all filters.
+    An activation is +1 if sum >= upper, -1 if sum <= lower, else 0. This rule holds for all filters, because export
+    negates the weights of filters with a negative gamma in batch normalisation. A dense layer is a convolution whose
+    kernel is the whole map.
     """
     name: str
     weights: np.ndarray  # [height, width, channels / groups, filters], int8 in {-1, 0, +1}; in the encoder float32
@@ -67,7 +67,7 @@ class Stem(NamedTuple):
 class PackedNetwork(NamedTuple):
     """A network as integers, as a .twta file holds it.
 
-    Its logits are (activations @ weights) * scale + shift, where activations are those of the last layer.
+    Logits are (activations @ weights) * scale + shift, with the activations of the last layer as one row of features.
     """
     network: str  # name of its script
     dataset: str
@@ -210,7 +210,7 @@ class InvalidFile(Exception):
 
 
 class ArrayReader:
-    """Reads arrays from the front of some bytes."""
+    """A reader of arrays, from the front of some bytes to the end."""
 
     def __init__(self, rest):
         self.rest = rest

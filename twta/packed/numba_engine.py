@@ -70,7 +70,7 @@ def count_threads(threads=None):
 
 
 class NumbaEngine:
-    """Runs a packed network on bit planes with numba; threads None: one per available core."""
+    """The engine on bit planes, compiled by numba; threads None: one per available core."""
 
     name = 'numba'
 

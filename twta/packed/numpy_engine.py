@@ -57,7 +57,7 @@ def fire(sums, layer):
 
 
 class NumpyEngine:
-    """Runs a packed network with numpy; ternary sums are in float32, exact up to 2 ** 24.
+    """The engine on plain arrays; ternary sums are in float32, exact up to 2 ** 24.
 
     neuron     function of sums and layer that returns activations
     between    function of the encoder's activations that returns what the next layer reads; None: they are unchanged

@@ -47,7 +47,7 @@ def make_parser(script, description, datasets, default):
     parser = Parser(prog=script.name, description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('--network', choices=networks, help=f'trained network to convert: {", ".join(networks)} (default: {default})')
+    add('--network', choices=networks, help=f'trained network to convert (default: {default})')
     add('--conversion', choices=('spatial', 'temporal'), default='spatial',
         help='spatial: one neuron per level, one step; temporal: one step per level, store and release '
              '(default: spatial)')
