@@ -87,7 +87,8 @@ def any_or_none(layer, maximum):
     is_real = layer.upper.dtype == np.float32
     never, always = (np.inf, -np.inf) if is_real else (fan_in(layer.weights) + 1, -fan_in(layer.weights))
     above = np.nextafter(layer.lower, np.float32(np.inf)) if is_real else layer.lower + 1
-    at_least = np.stack([np.full_like(above, always), above, layer.upper[0], np.full_like(above, never)])  # -1, 0, 1, 2
+    # at_least[k]: the least sum whose activation is k - 1 or more
+    at_least = np.stack([np.full_like(above, always), above, layer.upper[0], np.full_like(above, never)])
     upper, signs, worth = [], [], []
     for value in (1, -1) if (maximum.response < 0).any() else (1,):
         gives = maximum.response == value  # [3, filters], true from some place on, or up to it

@@ -35,14 +35,14 @@ VERSION = 2
 KEYS = {'network': str, 'dataset': str, 'image': list, 'crop': int, 'classes': list, 'layers': list, 'record': dict}
 LAYER_KEYS = {'name': str, 'kernel': list, 'filters': int, 'stride': int, 'padding': str, 'groups': int}
 KINDS = {str: 'a string that prints in one line', int: 'a whole number', list: 'a list', dict: 'a JSON object'}
-LARGEST_FILE = 1 << 28  # bytes; the largest network of the scripts takes about one in two hundred of them
+LARGEST_FILE = 1 << 28  # bytes; the scripts' largest network is about 200 times smaller
 LARGEST_SIZE = 1 << 16  # limit of every size in the header
 LARGEST_MAPS = 1 << 22  # values; limit of an image, and of the bordered inputs of all layers together
 POWERS = 3 ** np.arange(5)
 
 
 class Layer(NamedTuple):
-    """A convolution with two thresholds per filter; its fields are those of `layers` in the header.
+    """A convolution with two thresholds per filter; in the file an entry of `layers` and three arrays.
 
     An activation is +1 if sum >= upper, -1 if sum <= lower, else 0. This rule holds for all filters, because export
     negates the weights of filters with a negative gamma in batch normalisation. A dense layer is a convolution whose
@@ -58,7 +58,10 @@ class Layer(NamedTuple):
 
 
 class Stem(NamedTuple):
-    """A real-valued convolution before the encoder: max(0, sums * scale + shift) in float64, SAME, stride 1."""
+    """A real-valued convolution before the encoder; in the file the entry `stem` and three arrays.
+
+    Its output is max(0, sums * scale + shift) in float64. Padding is SAME, the stride is 1.
+    """
     weights: np.ndarray  # float32 [height, width, channels, filters]
     scale: np.ndarray  # float64 [filters]
     shift: np.ndarray

@@ -26,7 +26,7 @@ from twta.packed.numpy_engine import encoder_input, scale_logits
 if numba.config.DISABLE_JIT:
     raise ImportError('NUMBA_DISABLE_JIT is set')
 MEMORY = 1 << 28  # bytes; limit of a batch of prepared images in float64
-SHARED = 1 << 25  # products per call; below this number, threads cost more than they save
+SHARED = 1 << 25  # products; a call with fewer gains nothing from threads and runs in one
 CHUNK = 32  # images that pass through all layers together: activations stay in the cache, weights are reused
 LOCK = threading.Lock()  # numba's thread pool serves one caller at a time
 
@@ -172,7 +172,7 @@ def address(array):
 def positions(span, image, out, row, column):
     """Return the byte offsets of all positions of `span` images, int64, image by image and row by row.
 
-    image, row, column    bytes from one image, row, column of the output to the next
+    image, row, column    bytes from one image, row, column of the output to the next, in the memory addressed
     out                   shape of the output
     """
     at = np.arange(span)[:, np.newaxis, np.newaxis] * image + np.arange(out[0])[:, np.newaxis] * row

@@ -58,7 +58,7 @@ def report(flags, plain, steps, expected, whose, dataset, images):
     flags       conversion, noise_ratio, seed, dataset, output
     plain       simulator without noise
     steps       time steps per image
-    expected    predicted classes [n] of the network, by `whose` words
+    expected    classes [n] that the network predicts; whose: its name in messages
     images      the first images of the data set's test split, uint8 [n, height, width, channels]
 
     Raises TwtaError if a prediction without noise differs.
