@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Spiking_CIFAR10: a trained network on CIFAR-10 as integrate-and-fire neurons, with the same predictions.
+"""Spiking_CIFAR10: a network trained on CIFAR-10, as integrate-and-fire neurons with the same predictions.
 
 The network is converted, spatially or temporally, and simulated on the test images. Each prediction is compared with
 that of the graph. Spikes and synaptic operations are counted, layer by layer. Definitions: docs/spikes.md.

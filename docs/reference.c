@@ -1,11 +1,11 @@
-/* Runs the network of a header from --mode export --format c on its test vectors; exit status 0 where all agree.
+/* Run the network of a header, written by --mode export --format c, on its test vectors.
 
-   Plain C99, nothing but the header and sqrt. Sums of ternary products are counted bit by bit, to be read and ported
-   rather than to be fast:
+   The exit status is 0 if all activations and predictions agree. The program is plain C99 and needs only the header and
+   sqrt. It sums ternary products bit by bit: it is meant to be read and ported, not to be fast.
 
        cc -O2 -ffp-contract=off -I. -DHEADER='"TWTA_4_4_MNIST.h"' docs/reference.c -lm -o reference && ./reference
 
-   (-ffp-contract=off: preprocessing rounds every product, as NumPy and TensorFlow do.)
+   -ffp-contract=off: preprocessing rounds every product, as NumPy and TensorFlow do.
 */
 #include <math.h>
 #include <stdio.h>
@@ -17,7 +17,7 @@
 static int8_t maps[2][TWTA_LARGEST_MAP];
 static float input[TWTA_LARGEST_MAP];
 
-/* Whole images: pixels / 256. With a crop: its pixels with mean 0 and standard deviation 1. */
+/* Write an image into input. Without a crop: pixels / 256. With one: its pixels, mean 0 and standard deviation 1. */
 static void prepare(const uint8_t *image)
 {
     const int height = TWTA_CROP ? TWTA_CROP : TWTA_HEIGHT, width = TWTA_CROP ? TWTA_CROP : TWTA_WIDTH;
@@ -43,7 +43,7 @@ static void prepare(const uint8_t *image)
     }
 }
 
-/* One layer: sums of real products in double for the encoder, of ternary ones in whole numbers for the others. */
+/* Run one layer. The encoder sums real products in double, the other layers sum ternary products in whole numbers. */
 static void run(const struct twta_layer *l, const int8_t *in, int8_t *out)
 {
     const int per_group = l->channels / l->groups, filters = l->filters / l->groups;

@@ -127,7 +127,7 @@ def random_packed(image, crop, specification, n_classes=3, stem=0):
     specification    per layer: filters, kernel (0: the whole map), stride, padding, groups
     stem             number of 3*3 filters before the encoder, or 0
     """
-    from twta.packed.file_format import Layer, Packed, Stem, fan_in, geometry
+    from twta.packed.file_format import Layer, PackedNetwork, Stem, fan_in, geometry
 
     rng = np.random.default_rng(0)
     shape, layers = (crop, crop, image[2]) if crop else image, []
@@ -148,8 +148,9 @@ def random_packed(image, crop, specification, n_classes=3, stem=0):
         layers.append(Layer(f'layer{index}', weights, upper, lower, stride, padding, groups))
         shape = geometry(shape, layers[-1])[1]
     weights = rng.standard_normal((np.prod(shape), n_classes)).astype(np.float32)
-    return Packed('network', 'data', image, crop, tuple(f'class{k}' for k in range(n_classes)), tuple(layers), weights,
-                  np.ones(n_classes, np.float32), np.zeros(n_classes, np.float32), {'epoch': 3}, stem or None)
+    return PackedNetwork('network', 'data', image, crop, tuple(f'class{k}' for k in range(n_classes)), tuple(layers),
+                         weights, np.ones(n_classes, np.float32), np.zeros(n_classes, np.float32), {'epoch': 3},
+                         stem or None)
 
 
 NETWORKS = {  # for random_packed: image, crop, layers (filters, kernel, stride, padding, groups), classes, stem

@@ -155,7 +155,7 @@ def test_five_trits_to_a_byte():
 
 def broken(data):
     """Return the message with which a reader refuses the bytes."""
-    with pytest.raises(file_format.Bad) as error:
+    with pytest.raises(file_format.InvalidFile) as error:
         file_format.parse(bytes(data))
     assert '\n' not in str(error.value)
     return str(error.value)
@@ -283,7 +283,7 @@ def test_noise_under_a_right_checksum_raises_nothing_but_bad(file):
                 noisy[at:at] = noisy[at:at + int(rng.integers(1, 50))]
         try:
             packed = file_format.parse(sealed(bytes(noisy)))
-        except file_format.Bad:
+        except file_format.InvalidFile:
             refused += 1
             continue
         x = random_images(packed, 1)  # what is accepted can be run

@@ -138,7 +138,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize('name', SMALL)
-@pytest.mark.parametrize('simulator', [simulation.Engine, numpy_engine.NumpyEngine])
+@pytest.mark.parametrize('simulator', [simulation.PackedSimulator, numpy_engine.NumpyEngine])
 def test_counts_against_a_slow_loop(name, simulator, monkeypatch):
     monkeypatch.setattr(simulation, 'BATCH', 3)
     packed = random_packed(*SMALL[name])
@@ -236,8 +236,8 @@ def test_a_packed_file_without_tensorflow(finished_run, tmp_path):
 
 
 def test_other_predictions_are_an_error_and_write_nothing(finished_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(numpy_engine, 'finish', lambda sums, packed: -sums)
-    monkeypatch.setattr(conversion, 'Engine', numpy_engine.NumpyEngine)
+    monkeypatch.setattr(numpy_engine, 'scale_logits', lambda sums, packed: -sums)
+    monkeypatch.setattr(conversion, 'PackedSimulator', numpy_engine.NumpyEngine)
     monkeypatch.setattr(pack_module, 'compare', None)
     with pytest.raises(TwtaError, match=r'predict .* images otherwise than the graph; nothing was written'):
         convert(tmp_path / 'out', '--run_dir', finished_run, '--images', 50)

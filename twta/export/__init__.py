@@ -1,1 +1,1 @@
-"""From the trained graph to integers, and out to the formats of other programs."""
+"""Export: a trained graph becomes integers, written as a .twta file or in the formats of other programs."""

@@ -1,11 +1,11 @@
 """Folding: batch normalisation and activation of a trained graph become integer thresholds.
 
-The thresholds are not computed from gamma, beta and the moments: they are read off the graph. Its own float32 batch
-normalisation and quantiser are run on every sum that a filter can reach, so that they agree with it on each, ties and
-rounding included. Equations and edge cases: docs/deployment.md.
+Thresholds are not derived by formula. The graph's own float32 batch normalisation and quantiser run on every integer
+sum that a filter can produce, so that thresholds and graph agree on each sum, ties and rounding included. The encoder's
+sums are real; its thresholds come from bisection over float32. Equations and edge cases: docs/deployment.md.
 
-Each activation becomes a whole number, how many thresholds the sum reaches; multi-level ones have several, and a
-maximum has a table. twta.export.spatial makes neurons of that.
+An activation becomes a whole number: how many thresholds its sum reaches. Activations of several levels have several
+thresholds; max-pooling has a table. twta.export.spatial then makes neurons with one threshold per sign.
 """
 from typing import NamedTuple
 
@@ -17,23 +17,29 @@ from twta.options import NOTHING_TO_PACK
 from twta.packed.file_format import Layer, Stem, fan_in
 from twta.training.weights import is_sound
 
-LARGEST_FLOAT = 2.0 ** 64  # beyond any real sum of the encoder
+LARGEST_FLOAT = 2.0 ** 64  # the encoder's sums stay below it
 
 
 class Maximum(NamedTuple):
-    """Max-pooling with the batch normalisation and the ternary or binary activation after it."""
+    """Max-pooling, with the batch normalisation and the ternary or binary activation after it."""
     name: str
     filter_size: int
     stride: int
     padding: str
-    response: np.ndarray  # int8 [3, channels]: the activation where the maximum is -1, 0, +1
+    response: np.ndarray  # int8 [3, channels]: the activation for a maximum of -1, 0, +1
 
 
 def fold(net, session, script):
-    """Stem or None, layers, and the classifier's weights, scale and shift, of the network in the session.
+    """Return stem (or None), layers, and the classifier's weights, scale and shift, of the network in the session.
 
-    The layers are Layers whose `upper` is [levels, filters], the sum that is needed for each, or Maximums. Activations
-    are whole numbers: how many of the thresholds are reached, -1 where the sum is <= lower.
+    net       its last TensorLayer layer
+    script    name for messages
+
+    Layers are of two kinds: Maximum, and Layer with upper [levels, filters] instead of [filters]. An activation is the
+    number of upper thresholds that its sum reaches, or -1 if the sum is <= lower. The results are the fields `stem`,
+    `layers`, `weights`, `scale` and `shift` of PackedNetwork, before twta.export.spatial.
+
+    Raises TwtaError if an activation is not quantised, a parameter is not finite or a variance is negative.
     """
     *blocks, classifier = read_blocks(net)
     has_stem = len(blocks) > 1 and not blocks[0].levels
@@ -41,13 +47,13 @@ def fold(net, session, script):
         raise TwtaError(f'{script} {NOTHING_TO_PACK}')
     check_finite(net, session)
     stem = fold_stem(session, blocks.pop(0)) if has_stem else None
-    layers, before = [], None  # before: the probe of the layer before
+    layers, input_probe = [], None  # input_probe: of the layer that the block reads
     for block in blocks:
         probe = ActivationProbe.of(block, session)
-        layers.append(fold_maximum(block.layer, probe, before) if block.pooling == 'max' else
-                      fold_layer(session, block, probe, before))
-        before = probe
-    weights = session.run(classifier.layer.quantized) / np.float32(before.unit)
+        layers.append(fold_maximum(block.layer, probe, input_probe) if block.pooling == 'max' else
+                      fold_layer(session, block, probe, input_probe))
+        input_probe = probe
+    weights = session.run(classifier.layer.quantized) / np.float32(input_probe.unit)
     scale, shift = np.ones(weights.shape[1], np.float32), np.zeros(weights.shape[1], np.float32)
     if classifier.batch_norm:
         beta, gamma, mean, variance = read_parameters(session, classifier.batch_norm)
@@ -58,6 +64,7 @@ def fold(net, session, script):
 
 
 def check_finite(net, session):
+    """Raise TwtaError if a parameter is not finite or a variance is negative."""
     for variable, value in zip(net.all_params, session.run(net.all_params), strict=True):
         if not is_sound(variable.name, value):
             raise TwtaError(f'{variable.name} holds NaN, infinity or a negative variance: the training has failed; '
@@ -70,19 +77,20 @@ def read_parameters(session, batch_norm):
 
 
 def fold_stem(session, block):
+    """Return the Stem of a block: batch normalisation as scale and shift, float64."""
     beta, gamma, mean, variance = (values.astype(np.float64) for values in read_parameters(session, block.batch_norm))
     scale = gamma * (1 / np.sqrt(variance + ternary_layers.EPSILON))
     return Stem(session.run(block.layer.quantized), scale, beta - mean * scale)
 
 
 class ActivationProbe(NamedTuple):
-    """Runs batch normalisation and activation of a layer, in the graph, on any sums."""
+    """A layer's batch normalisation and activation, to be run in the graph on given sums."""
     session: object
-    sums: object  # the tensor [batch, ..., filters] that batch normalisation reads
-    activations: object  # the tensor that the activation gives
-    sign: np.ndarray  # int8 [filters], of gamma: sums are taken times it, so that activations rise with them
-    steps: int  # thresholds of the activation above 0
-    unit: int  # thresholds that an activation of 1.0 has reached
+    sums: object  # tensor [batch, ..., filters] that batch normalisation reads
+    activations: object  # tensor of the same shape
+    sign: np.ndarray  # int8 [filters], of gamma; activations rise with sums * sign
+    steps: int  # number of positive levels, each with its threshold
+    unit: int  # number of thresholds that an activation of 1.0 reaches
 
     @classmethod
     def of(cls, block, session):
@@ -93,7 +101,7 @@ class ActivationProbe(NamedTuple):
                    round(steps / block.levels[-1]))
 
     def __call__(self, values):
-        """Activations as whole numbers [count, filters] of values float32 [count, filters], a column a filter."""
+        """Return the activations, int32 [count, filters], of sums float32 [count, filters], one column per filter."""
         shape = self.sums.shape[1:].as_list()
         per_image = int(np.prod(shape[:-1]))
         padded = np.pad(values, ((0, -len(values) % per_image), (0, 0)))
@@ -101,41 +109,43 @@ class ActivationProbe(NamedTuple):
         return np.rint(found[:len(values)] * self.unit).astype(np.int32)
 
 
-def fold_layer(session, block, probe, before):
-    """Return a convolution, dense layer or average-pooling as a Layer.
+def fold_layer(session, block, probe, input_probe):
+    """Return a convolution, dense layer or average-pooling as a Layer, its upper [levels, filters].
 
-    before    the probe of the layer that it reads; None: the layer is the encoder
+    input_probe    the probe of the layer that it reads; None: the layer is the encoder
     """
     layer, groups = block.layer, block.groups
-    if block.pooling:  # an average: each channel is a group of its own
+    if block.pooling:  # an average; each channel is a group of its own
         channels = int(layer.inputs.shape[-1])
         area = layer.filter_size ** 2
         weights, groups = np.ones((layer.filter_size, layer.filter_size, 1, channels), np.int8), channels
     else:
         weights, area = session.run(layer.quantized), 1
     if weights.ndim == 2:  # dense on a flattened map: a kernel as large as the map
-        flat = getattr(layer.prev_layer, 'inputs', layer.inputs).shape[1:]  # FlattenLayer's, before it is flat
+        flat = getattr(layer.prev_layer, 'inputs', layer.inputs).shape[1:]  # input of the FlattenLayer
         shape = flat.as_list() if len(flat) == 3 else [1, 1, weights.shape[0]]
         weights = weights.reshape(*shape, -1)
-    if before is None:
+    if input_probe is None:
         upper, lower = real_thresholds(probe)
     else:
         weights = weights.astype(np.int8)
-        upper, lower = integer_thresholds(probe, before.steps * fan_in(weights), before.unit * area)
+        upper, lower = integer_thresholds(probe, input_probe.steps * fan_in(weights), input_probe.unit * area)
     return Layer(layer.name, weights * probe.sign, upper, lower, getattr(layer, 'stride', 1),
                  getattr(layer, 'padding', 'VALID'), groups)
 
 
 def integer_thresholds(probe, most, divisor):
-    """For sums times sign from -most to most: the least that reaches each step, the greatest that gives -1.
+    """Return the thresholds of integer sums from -most to most: upper int32 [steps, filters], lower int32 [filters].
 
-    In the graph they are divided by the divisor. Returns upper [steps, filters], most + 1 where none does, and lower
-    [filters], -most - 1 where none does.
+    upper is the least sum that reaches a step (most + 1: none does), lower the greatest sum whose activation is -1
+    (-most - 1: none is). Both are for sums * probe.sign. The graph's sums are the integer sums / divisor.
+
+    Raises TwtaError if the activation does not rise with the sum.
     """
     values = np.arange(-most, most + 1)[:, np.newaxis]
     response = probe((values * probe.sign / divisor).astype(np.float32))
-    reached = [response > step for step in range(probe.steps)]
-    upper = np.stack([np.where(any_of.any(0), any_of.argmax(0) - most, most + 1) for any_of in reached])
+    steps = [response > step for step in range(probe.steps)]
+    upper = np.stack([np.where(reached.any(0), reached.argmax(0) - most, most + 1) for reached in steps])
     lower = np.where((response < 0).any(0), most - (response < 0)[::-1].argmax(0), -most - 1)
     if not np.array_equal(response, sum((values >= step).astype(int) for step in upper) - (values <= lower)):
         raise TwtaError(f'{probe.sums.name}: the activation does not rise with the sum; this is a fault of the scripts')
@@ -143,7 +153,10 @@ def integer_thresholds(probe, most, divisor):
 
 
 def real_thresholds(probe):
-    """For float32 sums times sign: the least that reaches each step (infinity: none), the greatest that gives -1."""
+    """Return the thresholds of real sums: upper float32 [steps, filters], lower float32 [filters].
+
+    They are as in integer_thresholds; infinity in upper and -infinity in lower mean that no sum reaches them.
+    """
     n_filters = len(probe.sign)
     upper = [bisect(lambda values, step=step: probe(values * probe.sign) > step, n_filters)
              for step in range(probe.steps)]
@@ -151,7 +164,10 @@ def real_thresholds(probe):
 
 
 def bisect(is_reached, n_filters):
-    """The least float32 of each filter that reaches; infinity where none does, -infinity where all do."""
+    """Return the least float32 per filter for which is_reached; infinity if there is none, -infinity if all are.
+
+    is_reached    function of float32 [1, filters] that returns bool [1, filters] and rises with its argument
+    """
     largest = int(np.float32(LARGEST_FLOAT).view(np.int32))
     below, above = np.full(n_filters, -largest), np.full(n_filters, largest)
     never = ~is_reached(to_float(above)[np.newaxis])[0]
@@ -164,13 +180,14 @@ def bisect(is_reached, n_filters):
 
 
 def to_float(order):
-    """The float32 that comes at that place, counted from 0.0 = 0."""
+    """Return the float32 of each place in the order of all float32 numbers; 0.0 is at 0."""
     return np.copysign(np.abs(order).astype(np.int32).view(np.float32), order).astype(np.float32)
 
 
-def fold_maximum(layer, probe, before):
-    if before.unit != 1 or probe.steps != 1:
-        raise TwtaError(f'{layer.name}: max-pooling is exported of ternary and of binary activations only; train with '
-                        '--pooling conv or average')
+def fold_maximum(layer, probe, input_probe):
+    """Return the Maximum of a max-pooling layer. Raises TwtaError if it reads or gives several levels."""
+    if input_probe.unit != 1 or probe.steps != 1:
+        raise TwtaError(f'{layer.name}: max-pooling can be exported for ternary and binary activations only; train '
+                        'with --pooling conv or average')
     values = np.repeat(np.float32([[-1], [0], [1]]), len(probe.sign), axis=1)
     return Maximum(layer.name, layer.filter_size, layer.stride, layer.padding, probe(values).astype(np.int8))

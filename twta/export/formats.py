@@ -1,6 +1,7 @@
-"""A packed network for other programs: plain arrays (npz), a C header, ONNX; docs/deployment.md has them by field.
+"""A packed network in the formats of other programs: plain arrays (npz), a C header, ONNX.
 
-Each comes with test vectors: a few images, every layer's activations and the logits as the numpy engine has them.
+docs/deployment.md describes each format. Each file comes with test vectors: a few images, and the activations and
+logits that the numpy engine computes from them.
 """
 import importlib.util
 import math
@@ -9,32 +10,37 @@ import re
 import numpy as np
 
 from twta import UsageError
-from twta.export.onnx_format import write_onnx
 from twta.files import replacing
 from twta.packed.file_format import after, filter_major, input_shape, shapes
 from twta.packed.numpy_engine import NumpyEngine
 
-VECTORS = 4  # images
+VECTORS = 4  # images among the test vectors
 
 
 def check_format(name, packed):
-    """UsageError where a format has no room for the network, or the package that writes it is not installed."""
+    """Raise UsageError if a format cannot hold the network, or if the package that writes it is not installed."""
     if name == 'c' and packed.stem:
-        raise UsageError(f'--format c: {packed.network} has two real-valued convolutions, the header has room for one; '
-                         'use npz or onnx')
+        raise UsageError(f'--format c: {packed.network} has two real-valued convolutions, but the header has room for '
+                         'one; use npz or onnx')
     if name == 'onnx' and not importlib.util.find_spec('onnx'):
         raise UsageError('--format onnx: the package onnx is not installed; pip install onnx')
 
 
 def make_vectors(packed, images):
-    """The test vectors by name: images, logits, and the activations of each layer under its name."""
+    """Return the test vectors by name: images uint8 NHWC, logits float32 [n, classes], and activations by layer.
+
+    The activations, int8 NHWC, have the name of their layer.
+    """
     logits, maps = NumpyEngine(packed).run(images)
     names = [layer.name for layer in packed.layers]
     return {'images': images, **dict(zip(names, maps, strict=True)), 'logits': logits}
 
 
 def write_npz(path, packed, vectors):
-    """Everything as plain arrays; returns the file's size in bytes."""
+    """Write network and test vectors as plain arrays; return the file's size in bytes.
+
+    `NAME/weights` are in the order of Layer.weights, not in that of a .twta file.
+    """
     arrays = {'network': np.array(packed.network), 'dataset': np.array(packed.dataset), 'image': np.array(packed.image),
               'crop': np.array(packed.crop), 'classes': np.array(packed.classes),
               'layers': np.array([layer.name for layer in packed.layers])}
@@ -53,7 +59,7 @@ def write_npz(path, packed, vectors):
 
 
 def write_c(path, packed, vectors):
-    """One C99 header: struct twta_layer, the layers, the classifier and the vectors; returns its size in bytes."""
+    """Write a C99 header of struct twta_layer, layers, classifier and test vectors; return its size in bytes."""
     lines = [
         f'/* {packed.network} on {packed.dataset}, written by --mode export --format c; see docs/deployment.md. */',
         f'#ifndef {guard(packed)}', f'#define {guard(packed)}', '#include <math.h>', '#include <stdint.h>', '',
@@ -69,24 +75,14 @@ def write_c(path, packed, vectors):
         '    int height, width, channels;              /* of its input */',
         '    int out_height, out_width, filters;       /* of its output */',
         '    int kernel_height, kernel_width, stride, top, left, groups;  /* top, left: zeros before the map */',
-        '    const float *real;                        /* the encoder: weights [filter][row][column][channel] */',
-        '    const uint32_t *nonzero, *negative;       /* the others: bits in that order, a new word a filter */',
-        '    const float *real_upper, *real_lower;     /* thresholds of the encoder */',
-        '    const int32_t *upper, *lower;             /* and of the others */', '};', '']
+        '    const float *real;                        /* encoder: weights [filter][row][column][channel] */',
+        '    const uint32_t *nonzero, *negative;       /* others: bits in that order, a new word per filter */',
+        '    const float *real_upper, *real_lower;     /* encoder: thresholds */',
+        '    const int32_t *upper, *lower;             /* others: thresholds */', '};', '']
     rows = []
-    for index, (layer, shape, before, out) in enumerate(shapes(packed)):
-        name, weights = f'twta_{index}', filter_major(layer.weights)
-        row = [c_string(layer.name), *shape, *out, *weights.shape[1:3], layer.stride, *before, layer.groups]
-        if not index:
-            lines += [c_array('float', f'{name}_weights', weights), c_array('float', f'{name}_upper', layer.upper),
-                      c_array('float', f'{name}_lower', layer.lower)]
-            row += [f'{name}_weights', 0, 0, f'{name}_upper', f'{name}_lower', 0, 0]
-        else:
-            for plane, bits in (('nonzero', weights != 0), ('negative', weights < 0)):
-                lines.append(c_array('uint32_t', f'{name}_{plane}', words(bits)))
-            for which in ('upper', 'lower'):
-                lines.append(c_array('int32_t', f'{name}_{which}', getattr(layer, which)))
-            row += [0, f'{name}_nonzero', f'{name}_negative', 0, 0, f'{name}_upper', f'{name}_lower']
+    for index, (layer, *geometry) in enumerate(shapes(packed)):
+        arrays, row = c_layer(f'twta_{index}', layer, *geometry, is_encoder=not index)
+        lines += arrays
         rows.append('    {' + ', '.join(map(str, row)) + '},')
     lines += ['static const struct twta_layer twta_layers[TWTA_LAYERS] = {', *rows, '};', '',
               f'static const char *const twta_classes[] = {{{", ".join(map(c_string, packed.classes))}}};',
@@ -103,14 +99,34 @@ def write_c(path, packed, vectors):
     return len(text)
 
 
+def c_layer(name, layer, shape, before, out, is_encoder):
+    """Return the C definitions of a layer's arrays, and the fields of its struct twta_layer.
+
+    shape, before, out    of the layer, as file_format.shapes yields them
+    """
+    weights = filter_major(layer.weights)
+    if is_encoder:
+        arrays = [c_array('float', f'{name}_{which}', values) for which, values in (
+            ('weights', weights), ('upper', layer.upper), ('lower', layer.lower))]
+        pointers = f'{name}_weights', 0, 0, f'{name}_upper', f'{name}_lower', 0, 0
+    else:
+        arrays = [c_array(kind, f'{name}_{which}', values) for kind, which, values in (
+            ('uint32_t', 'nonzero', words(weights != 0)), ('uint32_t', 'negative', words(weights < 0)),
+            ('int32_t', 'upper', layer.upper), ('int32_t', 'lower', layer.lower))]
+        pointers = 0, f'{name}_nonzero', f'{name}_negative', 0, 0, f'{name}_upper', f'{name}_lower'
+    return arrays, [c_string(layer.name), *shape, *out, *weights.shape[1:3], layer.stride, *before, layer.groups,
+                    *pointers]
+
+
 def words(bits):
-    """Bits [filters, ...] as 32 to a word, the first the lowest; each filter begins a word."""
+    """Return bits [filters, ...] as uint32 [filters, words], the first bit the lowest; each filter begins a word."""
     bits = bits.reshape(len(bits), -1)
     bits = np.pad(bits, ((0, 0), (0, -bits.shape[1] % 32)))
     return np.ascontiguousarray(np.packbits(bits, axis=1, bitorder='little')).view('<u4')
 
 
 def c_array(kind, name, values):
+    """Return the C definition of a constant array of a type."""
     flat = values.ravel()
     if kind == 'float':
         texts = [c_float(value) for value in flat.tolist()]
@@ -121,10 +137,12 @@ def c_array(kind, name, values):
 
 
 def c_float(value):
+    """Return a float32 as an exact C literal, in hexadecimal."""
     return value.hex() + 'f' if math.isfinite(value) else 'INFINITY' if value > 0 else '-INFINITY'
 
 
 def c_text(text):
+    """Return a text with _ for each character that a C string or comment in ASCII cannot hold."""
     return re.sub(r'[^ !#-\[\]-~]', '_', text)
 
 
@@ -133,13 +151,20 @@ def c_string(text):
 
 
 def guard(packed):
+    """Return the name of the header's include guard."""
     return re.sub(r'\W', '_', packed.network, flags=re.ASCII).upper() + '_H'
 
+
+def write_onnx(path, packed, vectors):
+    """Write an ONNX model and its test vectors; return the model's size in bytes."""
+    from twta.export import onnx_format  # here: the package onnx is optional
+
+    return onnx_format.write_onnx(path, packed, vectors)
 
 
 WRITERS = {'npz': write_npz, 'c': write_c, 'onnx': write_onnx}
 
 
 def write(name, path, packed, images):
-    """Write the network in the format of that name, with test vectors of the images; return the size in bytes."""
+    """Write a packed network in a format of WRITERS, with test vectors of images; return the size in bytes."""
     return WRITERS[name](path, packed, make_vectors(packed, images))

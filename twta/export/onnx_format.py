@@ -1,5 +1,10 @@
-"""A packed network as an ONNX model."""
+"""Export of a packed network as an ONNX model; docs/deployment.md, section ONNX, describes it.
+
+Real-valued sums are in float64, as in the evaluation graph. Ternary sums are whole numbers, exact in float32.
+"""
 import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
 
 from twta.files import replacing
 from twta.packed.file_format import Layer, after, geometry, input_shape, shapes
@@ -7,95 +12,134 @@ from twta.packed.file_format import Layer, after, geometry, input_shape, shapes
 OPSET, IR_VERSION = 17, 8  # of ONNX; old enough for the runtimes in use
 
 
-def write_onnx(path, packed, vectors):
-    """An ONNX model from uint8 images NHWC to logits, and its vectors beside it; returns the model's size in bytes.
+class OnnxBuilder:
+    """The nodes and constants of an ONNX graph. Each method adds to them and returns the name of a tensor."""
 
-    A layer's activations, float32 NCHW, go by its name. Real-valued sums are in float64, as in the evaluation graph.
-    """
-    import onnx  # here: only this needs it
-    from onnx import TensorProto, helper, numpy_helper
+    def __init__(self):
+        self.nodes = []
+        self.constants = {}  # initializers by type, shape and bytes
 
-    nodes, constants = [], {}
-
-    def constant(array):
-        """The name of an initializer, one for equal arrays."""
+    def constant(self, array):
+        """Add an initializer; equal arrays share one."""
         array = np.ascontiguousarray(array)
         key = array.dtype.str, array.shape, array.tobytes()
-        return constants.setdefault(key, numpy_helper.from_array(array, f'constant_{len(constants)}')).name
+        return self.constants.setdefault(key, numpy_helper.from_array(array, f'constant_{len(self.constants)}')).name
 
-    def node(kind, *inputs, output=None, **attributes):
-        inputs = [constant(item) if isinstance(item, np.ndarray) else item for item in inputs]
-        output = output or f'{kind}_{len(nodes)}'
-        nodes.append(helper.make_node(kind, inputs, [output], **attributes))
+    def node(self, kind, *inputs, output=None, **attributes):
+        """Add a node of a kind of ONNX operator.
+
+        inputs    names of tensors, or arrays, which become constants
+        output    name of the result (default: made from kind)
+        """
+        inputs = [self.constant(item) if isinstance(item, np.ndarray) else item for item in inputs]
+        output = output or f'{kind}_{len(self.nodes)}'
+        self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
         return output
 
-    def cast(x, kind):
-        return node('Cast', x, to=kind)
+    def cast(self, x, kind):
+        return self.node('Cast', x, to=kind)
 
-    def fire(sums, layer, output=None):
-        """Activations of sums, float32, whose filters are on the axis 1 or, of the encoder, on the last one."""
+    def fire(self, sums, layer, output=None):
+        """Add a layer's thresholds: from sums float32 to activations float32.
+
+        Filters are on the last axis in the encoder, on axis 1 in the other layers.
+        """
         shape = (-1, 1, 1) if layer.upper.dtype == np.int32 else (-1,)
         upper, lower = (thresholds.astype(np.float32).reshape(shape) for thresholds in (layer.upper, layer.lower))
-        positive = cast(node('GreaterOrEqual', sums, upper), TensorProto.FLOAT)
-        return node('Sub', positive, cast(node('LessOrEqual', sums, lower), TensorProto.FLOAT), output=output)
+        positive = self.cast(self.node('GreaterOrEqual', sums, upper), TensorProto.FLOAT)
+        negative = self.cast(self.node('LessOrEqual', sums, lower), TensorProto.FLOAT)
+        return self.node('Sub', positive, negative, output=output)
 
-    def prepare(x):
-        if not packed.crop:
-            return cast(node('Div', cast(x, TensorProto.FLOAT), np.float32([256])), TensorProto.DOUBLE)
-        top, left = ((side - packed.crop) // 2 for side in packed.image[:2])
-        x = node('Slice', x, np.array([top, left]), np.array([top + packed.crop, left + packed.crop]), np.array([1, 2]))
-        x = cast(x, TensorProto.DOUBLE)
-        count, axes = np.float64([packed.crop ** 2 * packed.image[2]]), np.array([1, 2, 3])
-        mean = node('Div', node('ReduceSum', x, axes), count)
-        square = node('Div', node('ReduceSum', node('Mul', x, x), axes), count)
-        deviation = node('Sqrt', node('Sub', square, node('Mul', mean, mean)))
-        x = node('Div', node('Sub', x, mean), node('Max', deviation, count ** -0.5))
-        return cast(cast(x, TensorProto.FLOAT), TensorProto.DOUBLE)
 
-    def convolve_real(x, shape, layer):
-        """Sums in float64 NHWC. Runtimes have no such convolution: the values under the kernel, times a matrix."""
-        before, out = geometry(shape, layer)
-        x = node('Pad', x, np.array([0, *before, 0, 0, *after(shape, layer), 0]), np.array(0.0))
-        under = []
-        for i, j in np.ndindex(layer.weights.shape[:2]):
-            ends = [i + (out[0] - 1) * layer.stride + 1, j + (out[1] - 1) * layer.stride + 1]
-            under.append(node('Slice', x, np.array([i, j]), np.array(ends), np.array([1, 2]),
-                              np.array([layer.stride] * 2)))
-        return node('MatMul', node('Concat', *under, axis=3), layer.weights.reshape(-1, out[2]).astype(np.float64))
+def prepare(builder, packed):
+    """Add what numpy_engine.prepare does to the input `images`; the result is float64 NHWC."""
+    if not packed.crop:
+        pixels = builder.cast('images', TensorProto.FLOAT)
+        return builder.cast(builder.node('Div', pixels, np.float32([256])), TensorProto.DOUBLE)
+    top, left = ((side - packed.crop) // 2 for side in packed.image[:2])
+    x = builder.node('Slice', 'images', np.array([top, left]), np.array([top + packed.crop, left + packed.crop]),
+                     np.array([1, 2]))
+    x = builder.cast(x, TensorProto.DOUBLE)
+    count, axes = np.float64([packed.crop ** 2 * packed.image[2]]), np.array([1, 2, 3])
+    mean = builder.node('Div', builder.node('ReduceSum', x, axes), count)
+    square = builder.node('Div', builder.node('ReduceSum', builder.node('Mul', x, x), axes), count)
+    deviation = builder.node('Sqrt', builder.node('Sub', square, builder.node('Mul', mean, mean)))
+    centred = builder.node('Sub', x, mean)
+    x = builder.node('Div', centred, builder.node('Max', deviation, count ** -0.5))
+    return builder.cast(builder.cast(x, TensorProto.FLOAT), TensorProto.DOUBLE)
 
-    def see(x):
-        if not packed.stem:
-            return x
-        weights, scale, shift = packed.stem
-        shape = (*input_shape(packed)[:2], packed.image[2])
-        sums = convolve_real(x, shape, Layer('stem', weights, None, None, 1, 'SAME', 1))
-        return node('Max', node('Add', node('Mul', sums, scale), shift), np.zeros(1))
 
-    for index, (layer, shape, before, _) in enumerate(shapes(packed)):
-        kernel = layer.weights.shape[:2]
-        if not index:
-            sums = convolve_real(see(prepare('images')), shape, layer)
-            activations = fire(cast(sums, TensorProto.FLOAT), layer)
-            x = node('Transpose', activations, perm=[0, 3, 1, 2], output=layer.name)
-            continue
-        if layer.groups > 1:  # ONNX's groups are blocks of neighbours
-            x = node('Gather', x, np.arange(shape[2]).reshape(-1, layer.groups).T.ravel(), axis=1)
-        weights = cast(constant(layer.weights.transpose(3, 2, 0, 1)), TensorProto.FLOAT)
-        sums = node('Conv', x, weights, kernel_shape=kernel, strides=[layer.stride] * 2, group=layer.groups,
-                    pads=[*before, *after(shape, layer)])
-        x = fire(sums, layer, output=layer.name)
-    features = node('Reshape', node('Transpose', x, perm=[0, 2, 3, 1]), np.array([-1, len(packed.weights)]))
-    sums = node('MatMul', cast(features, TensorProto.DOUBLE), packed.weights.astype(np.float64))
-    scaled = node('Mul', cast(sums, TensorProto.FLOAT), packed.scale)
-    node('Add', scaled, packed.shift, output='logits')
-    graph = helper.make_graph(
-        nodes, packed.network, [helper.make_tensor_value_info('images', TensorProto.UINT8, ['n', *packed.image])],
-        [helper.make_tensor_value_info('logits', TensorProto.FLOAT, ['n', len(packed.classes)])], constants.values())
+def convolve_real(builder, x, shape, layer):
+    """Add a convolution in float64 NHWC of maps [n, *shape].
+
+    Runtimes have no such convolution, so the values under the kernel are put side by side and times a matrix.
+    """
+    before, out = geometry(shape, layer)
+    x = builder.node('Pad', x, np.array([0, *before, 0, 0, *after(shape, layer), 0]), np.array(0.0))
+    under = []
+    for i, j in np.ndindex(layer.weights.shape[:2]):
+        ends = [i + (out[0] - 1) * layer.stride + 1, j + (out[1] - 1) * layer.stride + 1]
+        under.append(builder.node('Slice', x, np.array([i, j]), np.array(ends), np.array([1, 2]),
+                                  np.array([layer.stride] * 2)))
+    weights = layer.weights.reshape(-1, out[2]).astype(np.float64)
+    return builder.node('MatMul', builder.node('Concat', *under, axis=3), weights)
+
+
+def encoder_input(builder, packed):
+    """Add what numpy_engine.encoder_input does: the prepared images, or the stem's maps of them."""
+    x = prepare(builder, packed)
+    if not packed.stem:
+        return x
+    weights, scale, shift = packed.stem
+    shape = (*input_shape(packed)[:2], packed.image[2])
+    sums = convolve_real(builder, x, shape, Layer('stem', weights, None, None, 1, 'SAME', 1))
+    shifted = builder.node('Add', builder.node('Mul', sums, scale), shift)
+    return builder.node('Max', shifted, np.zeros(1))
+
+
+def convolve_ternary(builder, x, shape, before, layer):
+    """Add a ternary convolution in float32 NCHW; before: rows and columns of padding before the map."""
+    if layer.groups > 1:  # ONNX's groups are blocks of neighbours
+        x = builder.node('Gather', x, np.arange(shape[2]).reshape(-1, layer.groups).T.ravel(), axis=1)
+    weights = builder.cast(builder.constant(layer.weights.transpose(3, 2, 0, 1)), TensorProto.FLOAT)
+    return builder.node('Conv', x, weights, kernel_shape=layer.weights.shape[:2], strides=[layer.stride] * 2,
+                        group=layer.groups, pads=[*before, *after(shape, layer)])
+
+
+def classify(builder, x, packed):
+    """Add the classifier, from the last layer's activations NCHW to `logits`."""
+    features = builder.node('Reshape', builder.node('Transpose', x, perm=[0, 2, 3, 1]),
+                            np.array([-1, len(packed.weights)]))
+    sums = builder.node('MatMul', builder.cast(features, TensorProto.DOUBLE), packed.weights.astype(np.float64))
+    scaled = builder.node('Mul', builder.cast(sums, TensorProto.FLOAT), packed.scale)
+    return builder.node('Add', scaled, packed.shift, output='logits')
+
+
+def build_model(packed):
+    """Return the checked ModelProto, from `images` uint8 NHWC to `logits` float32 [n, classes].
+
+    Each layer's activations, float32 NCHW, have the layer's name.
+    """
+    builder = OnnxBuilder()
+    (encoder, shape, _, _), *others = shapes(packed)
+    sums = builder.cast(convolve_real(builder, encoder_input(builder, packed), shape, encoder), TensorProto.FLOAT)
+    x = builder.node('Transpose', builder.fire(sums, encoder), perm=[0, 3, 1, 2], output=encoder.name)
+    for layer, shape, before, _ in others:
+        x = builder.fire(convolve_ternary(builder, x, shape, before, layer), layer, output=layer.name)
+    classify(builder, x, packed)
+    images = helper.make_tensor_value_info('images', TensorProto.UINT8, ['n', *packed.image])
+    logits = helper.make_tensor_value_info('logits', TensorProto.FLOAT, ['n', len(packed.classes)])
+    graph = helper.make_graph(builder.nodes, packed.network, [images], [logits], builder.constants.values())
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', OPSET)], ir_version=IR_VERSION,
                               producer_name='TWTA-Net')
     helper.set_model_props(model, {'dataset': packed.dataset, 'classes': ','.join(packed.classes)})
     onnx.checker.check_model(model)
-    data = model.SerializeToString()
+    return model
+
+
+def write_onnx(path, packed, vectors):
+    """Write the model, and the test vectors as PATH.vectors.npz; return the model's size in bytes."""
+    data = build_model(packed).SerializeToString()
     with replacing(path) as part, replacing(path.with_suffix('.vectors.npz')) as beside:  # both or neither
         part.write_bytes(data)
         with open(beside, 'wb') as file:

@@ -1,4 +1,4 @@
-"""--mode export: a trained network becomes integers, is compared with its graph, and is written."""
+"""--mode export: turn a trained network into integers, compare them with the graph, write them."""
 import hashlib
 
 import numpy as np
@@ -9,18 +9,20 @@ from twta.export.folding import fold
 from twta.export.formats import check_format
 from twta.export.spatial import add_lanes, read_out, spatial
 from twta.packed import engines, file_format
-from twta.packed.file_format import Layer, Packed
+from twta.packed.file_format import Layer, PackedNetwork
 from twta.terminal import say
 from twta.training.evaluation import trained
 from twta.training.records import name_run
 
-COMPARED = 200  # test images whose activations export compares with the graph's, as it does all predictions
+COMPARED = 200  # test images whose activations are compared; predictions are compared on all of them
 
 
 def export(experiment, file, form):
-    """Write the network of a checkpoint, or of --weights, as integers, once these are seen to compute the same.
+    """Write the network of a checkpoint, or of --weights, as integers, after a comparison with its graph.
 
-    form    of the file, a key of options.SUFFIXES
+    form    format of the file, a key of options.SUFFIXES
+
+    Raises TwtaError if the network cannot be exported in this format or differs from its graph.
     """
     with trained(experiment) as (network, session):
         packed = pack(network.net, session, describe_run(experiment))
@@ -30,28 +32,31 @@ def export(experiment, file, form):
 
 
 def pack(net, session, header, temporal=False):
-    """Return the network in the session as a packed network.
+    """Return the network in the session as a PackedNetwork.
 
     net         its last TensorLayer layer
-    header      the fields of Packed that the graph does not know, see make_header
-    temporal    layers of several levels stay as `fold` gives them, for twta.spikes
+    header      the other fields of PackedNetwork, from make_header
+    temporal    keep layers of several levels as `fold` returns them, for twta.spikes
 
-    Raises TwtaError if an activation is not quantised, or a parameter is no number.
+    Raises TwtaError if an activation is not quantised, a parameter is not finite or a variance is negative.
     """
     stem, layers, weights, scale, shift = fold(net, session, header['network'])
     if not temporal or max(len(layer.upper) for layer in layers if isinstance(layer, Layer)) == 1:
         layers, weights = spatial(layers, weights)
-    return Packed(layers=tuple(layers), weights=weights, scale=scale, shift=shift, stem=stem, **header)
+    return PackedNetwork(layers=tuple(layers), weights=weights, scale=scale, shift=shift, stem=stem, **header)
 
 
 def make_header(script, dataset_name, dataset, record):
-    """Return what a packed network tells of itself: its script, its data set, and in record its training."""
+    """Return the fields `network` (a script's name), `dataset`, `image`, `crop`, `classes` and `record`.
+
+    record    dictionary that describes the training, see describe_run
+    """
     return {'network': script, 'dataset': dataset_name, 'image': dataset.test.images.shape[1:], 'crop': dataset.crop,
             'classes': tuple(dataset.classes), 'record': record}
 
 
 def describe_run(experiment):
-    """Return the header of the network of an experiment; its record tells of the training that it comes from."""
+    """Return make_header's fields for the network of an experiment, with the record of its training."""
     files = [experiment.weights] if experiment.weights else [
         experiment.run_dir / name for name in ('config.json', 'log.csv')]
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
@@ -62,7 +67,10 @@ def describe_run(experiment):
 
 
 def compare(packed, network, session, dataset):
-    """Runs both networks on test images; TwtaError where a prediction or, on some of them, an activation differs."""
+    """Run the packed network and the graph on all test images.
+
+    Raises TwtaError if a prediction differs, or an activation on the first COMPARED images.
+    """
     engine = engines.open_engine(packed)
     images = dataset.test.images[:COMPARED]
     found = zip(packed.layers, engine.activations(images), read_out(network.net), strict=True)
@@ -71,31 +79,31 @@ def compare(packed, network, session, dataset):
     for (layer, of_engine, _, groups, worth), of_graph in zip(found, expected, strict=True):
         if not np.array_equal(add_lanes(of_engine, groups, worth).reshape(of_graph.shape), of_graph):
             raise TwtaError(f'{layer.name}: the packed network computes other activations than the graph; nothing was '
-                            'written. This is a fault of the scripts')
+                            'written; this is a fault of the scripts')
     predicted = predict(network, session, dataset.test.images)
     differ = np.sum(engines.logits(engine, dataset.test.images).argmax(1) != predicted)
     if differ:
         raise TwtaError(f'the packed network predicts {differ} test images otherwise than the graph; nothing was '
-                        'written. This is a fault of the scripts')
+                        'written; this is a fault of the scripts')
     say(f'checked: the same predictions as the graph on all {len(dataset.test.images):,} test images, the same '
         f'activations on {len(images)} ({engine.name} engine)')
 
 
 def predict(network, session, images):
-    """The classes that the graph gives to any number of images."""
+    """Return the classes [n] that the graph predicts for any number of images."""
     return np.concatenate([session.run(network.evaluation.predicted, {network.images: images[start:start + COMPARED]})
                            for start in range(0, len(images), COMPARED)])
 
 
 def write(packed, dataset, file, form):
-    """Write the file and print its size."""
+    """Write the file in a format and print its size."""
     if form == 'twta':
         size = file_format.write(file, packed)
         ternary = packed.layers[1:]
         parameters = sum(layer.weights.size for layer in ternary)
         integers = sum(map(file_format.layer_bytes, ternary))
         say(f'quantised layers: {parameters:,} weights and their thresholds in {integers:,} bytes, '
-            + ('as neurons of one or two thresholds each' if file_format.is_expanded(packed) else
+            + ('as neurons with one or two thresholds each' if file_format.is_expanded(packed) else
                f'{4 * parameters / integers:.1f} times less than float32 weights'))
     else:
         size = formats.write(form, file, packed, dataset.test.images[:formats.VECTORS])

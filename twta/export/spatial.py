@@ -1,7 +1,10 @@
-"""Spatial conversion: each folded neuron becomes as many as it has thresholds, with the same weights.
+"""Spatial conversion: a neuron with several thresholds becomes several neurons with the same weights.
 
-The next layer adds them up (github.com/edwardzcl/Spatio_temporal_SNNs). What is left is a network of convolutions and
-of neurons that fire once at most, positively or negatively.
+The next layer adds them up. The result is a network of convolutions whose neurons fire at most once, positively or
+negatively. Source: github.com/edwardzcl/Spatio_temporal_SNNs.
+
+The neurons that stand for one activation are its lanes. A layer's filters are ordered by group, and in a group by lane.
+The worth of a lane is what its spike counts in the next layer.
 """
 import numpy as np
 
@@ -12,12 +15,13 @@ from twta.packed.file_format import Layer, fan_in
 
 
 def spatial(layers, weights):
-    """Folded layers and the classifier's weights as Layers of neurons that have one threshold or, ternary, two.
+    """Return folded layers and the classifier's weights as Layers with upper [filters], and weights to match.
 
-    The neurons that stand for one are `lanes`: filters stand by group, within a group by lane. Of each lane `worth`
-    tells what a spike counts in the next layer, +1 or -1.
+    layers, weights    as fold returns them; each Maximum becomes a Layer of neurons that count spikes
+
+    Raises TwtaError if a maximum reads a maximum, or groups cannot be divided among lanes.
     """
-    physical, groups, worth = [], 1, np.ones(1, np.int8)  # of the map before: groups of its writer, its lanes
+    physical, groups, worth = [], 1, np.ones(1, np.int8)  # groups, worth: of the layer before
     for index, layer in enumerate(layers):
         if isinstance(layer, Maximum):  # built with the layer before it
             if isinstance(layers[index - 1], Maximum):
@@ -45,24 +49,27 @@ def spatial(layers, weights):
 
 
 def gather(weights, groups, writer_groups, worth):
-    """Weights [height, width, channels / groups, filters] for a map of lanes that was written in writer_groups."""
+    """Return weights [height, width, channels / groups * lanes, filters] that read all lanes of each channel.
+
+    writer_groups, worth    groups of the layer that writes the map, and worth of its lanes
+    """
     if len(worth) == 1:
         return weights * worth
     height, width, channels, filters = weights.shape
     if channels % writer_groups:
-        raise TwtaError(f'{len(worth)} neurons for one and {writer_groups} groups that {groups} groups read: the '
+        raise TwtaError(f'{groups} groups read {writer_groups} groups of {len(worth)} neurons per activation: the '
                         'channels do not divide; this network cannot be exported')
     by_group = weights.reshape(height, width, writer_groups, 1, -1, filters)
     return (by_group * worth[:, np.newaxis, np.newaxis]).reshape(height, width, -1, filters)
 
 
 def by_lane(values, groups):
-    """Values [lanes, filters] in the order of the lanes' filters: by group, within a group by lane."""
+    """Return values [lanes, filters] in the order of the converted filters: by group, and in a group by lane."""
     return values.reshape(len(values), groups, -1).swapaxes(0, 1).ravel()
 
 
 def split(layer, upper):
-    """A layer with a filter for each threshold in upper [lanes, filters]."""
+    """Return a layer with one filter per threshold in upper [lanes, filters]."""
     lanes, filters = upper.shape
     order = by_lane(np.broadcast_to(np.arange(filters), (lanes, filters)), layer.groups)
     never = -np.inf if upper.dtype == np.float32 else -fan_in(layer.weights) - 1
@@ -71,18 +78,20 @@ def split(layer, upper):
 
 
 def any_or_none(layer, maximum):
-    """Thresholds [lanes, filters] of a layer, and signs [lanes, filters], from which a maximum's activations come.
+    """Return what makes a maximum from neurons that count spikes: thresholds and signs [lanes, filters], and worth.
 
-    It is +1 where any neuron of the first lane fires, or where none does (sign -1); and -1, likewise, by the second
-    lane, which binary activations need not. So it takes no more than neurons that count spikes. worth: of the lanes.
+    The thresholds are those of the layer before the maximum. The first lane says if the activation is +1: it is if any
+    neuron of the window fires (sign +1), or if none does (sign -1). The second lane says the same of -1; binary
+    activations do without it.
     """
     is_real = layer.upper.dtype == np.float32
     never, always = (np.inf, -np.inf) if is_real else (fan_in(layer.weights) + 1, -fan_in(layer.weights))
     above = np.nextafter(layer.lower, np.float32(np.inf)) if is_real else layer.lower + 1
-    at_least = np.stack([np.full_like(above, always), above, layer.upper[0], np.full_like(above, never)])  # -1, 0, 1, 2
+    # at_least[k]: the least sum whose activation is k - 1 or more
+    at_least = np.stack([np.full_like(above, always), above, layer.upper[0], np.full_like(above, never)])
     upper, signs, worth = [], [], []
     for value in (1, -1) if (maximum.response < 0).any() else (1,):
-        gives = maximum.response == value  # [3, filters], monotonous: from some place on, or up to it
+        gives = maximum.response == value  # [3, filters], true from some place on, or up to it
         rises = gives[2] & ~gives[0] | gives.all(0) | ~gives.any(0)
         place = np.where(rises, (~gives).sum(0), gives.sum(0))
         upper.append(np.take_along_axis(at_least, place[np.newaxis], 0)[0])
@@ -92,8 +101,10 @@ def any_or_none(layer, maximum):
 
 
 def read_out(net):
-    """Of each layer of the spatial network, the activations in the graph, and groups and worth of the lanes that they
-    are the sum of; None where the lanes feed a maximum."""
+    """Yield, per layer of the spatial network, its activations in the graph, and groups and worth of its lanes.
+
+    The activations are a tensor. Yield None if the lanes feed a maximum: the graph has no such activations.
+    """
     blocks = [block for block in read_blocks(net)[:-1] if block.levels]
     for index, block in enumerate(blocks):
         positive = [level for level in block.levels if level > 0]
@@ -108,6 +119,6 @@ def read_out(net):
 
 
 def add_lanes(spikes, groups, worth):
-    """Activations [n, height, width, channels] of the spikes [n, height, width, lanes * channels] of a layer."""
+    """Return activations [n, height, width, channels] of a layer's spikes [n, height, width, lanes * channels]."""
     lanes = spikes.reshape(*spikes.shape[:3], groups, len(worth), -1)
     return np.tensordot(lanes, worth, (4, 0)).reshape(*spikes.shape[:3], -1)

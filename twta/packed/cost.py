@@ -1,11 +1,13 @@
-"""What a packed network costs: bits, sparsity, additions performed, energy, layer by layer.
+"""What a packed network costs: bits, sparsity, additions and energy, layer by layer.
 
-Energy is an estimate of the arithmetic alone, in 45 nm, without memory: M. Horowitz, "Computing's energy problem (and
-what we can do about it)", ISSCC 2014, figure 1.1.9: a 32-bit floating-point multiplication 3.7 pJ and addition 0.9 pJ,
-a 32-bit integer addition 0.1 pJ. The float network multiplies and adds everywhere, on the zeros of the border as well;
-the packed one adds where weight and activation are both non-zero, as hardware does that skips zeros (the words of bits
-here do not). Encoder and classifier stay real-valued and are charged as float32, though the engine here sums them in
-float64. Comparisons with thresholds are not counted.
+Energy is an estimate of the arithmetic alone, in 45 nm, without memory. Its source is M. Horowitz, "Computing's energy
+problem (and what we can do about it)", ISSCC 2014, figure 1.1.9: a float32 multiplication takes 3.7 pJ, a float32
+addition 0.9 pJ, an int32 addition 0.1 pJ.
+
+The float network multiplies and adds everywhere, even on the zeros of the border. The packed network adds only if
+weight and activation are both non-zero. Hardware that skips zeros does so; the bit planes of the engines here do not.
+Stem, encoder and classifier stay real-valued and are counted as float32, although the engines sum in float64.
+Comparisons with thresholds are not counted.
 """
 import math
 
@@ -19,30 +21,34 @@ from twta.terminal import say
 
 PICOJOULES_MULTIPLY_ADD = 3.7 + 0.9  # float32
 PICOJOULES_ADD = 0.1  # int32
-IMAGES = 1000  # that activations are counted on, at most
+IMAGES = 1000  # the activations of at most so many images are counted
 FIELDS = ('layer', 'weights', 'bits', 'zero_weights', 'zero_inputs', 'multiply_adds', 'additions', 'float_nJ',
           'packed_nJ')
 
 
 def report(engine, dataset, run_dir):
-    """Prints the table of an engine's network on a data set and writes it as cost.csv and cost.png."""
+    """Print the costs of an engine's network on test images of a data set; write cost.csv and cost.png to run_dir."""
     rows = measure(engine, dataset.test.images[:IMAGES])
     for line in table(rows):
         say(line)
     if is_expanded(engine.packed):
-        say('levels and pooling have become neurons: the float32 network here has as many, which is more than the one '
-            'that was trained')
-    say('zero x: of the inputs; nJ: an estimate of the arithmetic alone, 45 nm (Horowitz, ISSCC 2014)')
+        say('levels and pooling have become neurons: the float32 network of this table has as many neurons, more than '
+            'the trained network')
+    say('zero w, zero x: fraction of weights and inputs that are 0; nJ: estimate of the arithmetic alone, 45 nm '
+        '(Horowitz, ISSCC 2014)')
     results.write_csv(run_dir / 'cost.csv', FIELDS, rows)
-    say(f'the table: {run_dir / "cost.csv"}')
+    say(f'table: {run_dir / "cost.csv"}')
     if results.save_picture(run_dir / 'cost.png', draw, engine.packed, dataset, rows):
-        say(f'its picture: {run_dir / "cost.png"}')
+        say(f'picture: {run_dir / "cost.png"}')
 
 
 def measure(engine, images):
-    """A row a layer and one in all, each a dictionary of FIELDS, per image; the mean over the images."""
+    """Return one row per layer and one in all, each a dictionary of FIELDS: means per image over the images.
+
+    images    uint8 [n, height, width, channels]
+    """
     packed = engine.packed
-    inputs = np.zeros(len(packed.layers) + 1)  # zeros among the inputs of each layer and the classifier, summed
+    inputs = np.zeros(len(packed.layers) + 1)  # fractions of zeros, by layer and classifier, summed over images
     additions = np.zeros(len(packed.layers))
     for start in range(0, len(images), engine.batch):
         batch = images[start:start + engine.batch]
@@ -68,7 +74,7 @@ def measure(engine, images):
 
 
 def row(name, weights, bits, zero_inputs, multiply_adds, additions):
-    """A row of FIELDS; additions None: the layer is real-valued and multiplies."""
+    """Return a row of FIELDS; additions are None if the layer is real-valued and multiplies."""
     real = multiply_adds * PICOJOULES_MULTIPLY_ADD / 1000
     return dict(zip(FIELDS, (
         name, weights.size, bits, float(np.mean(weights == 0)), zero_inputs, multiply_adds, additions, real,
@@ -76,19 +82,19 @@ def row(name, weights, bits, zero_inputs, multiply_adds, additions):
 
 
 def remaining_multiply_adds(rows):
-    """Multiply-adds of the real-valued layers, an image."""
+    """Return the multiply-adds per image of the real-valued layers."""
     return sum(entry['multiply_adds'] for entry in rows if entry['additions'] is None)
 
 
 def count_additions(x, layer):
-    """Products of a non-zero weight and a non-zero activation, summed over maps x [n, height, width, channels]."""
+    """Return how many products of non-zero weight and non-zero activation maps x [n, height, width, channels] take."""
     height, width, channels, _ = layer.weights.shape
     counts = np.count_nonzero(layer.weights.reshape(height, width, channels, layer.groups, -1), axis=4)
     return convolve((x != 0).astype(np.float64), layer._replace(weights=counts)).sum()
 
 
 def table(rows):
-    """Lines for the terminal."""
+    """Yield the lines of the table for the terminal."""
     yield 'per image       weights   kbit  zero w  zero x  multiply-adds     additions  float32 nJ  packed nJ'
     for entry in rows:
         zero_inputs, additions = entry['zero_inputs'], entry['additions']
@@ -100,11 +106,11 @@ def table(rows):
 
 
 def draw(packed, dataset, rows):
-    """Operations of the float network and of the packed one, by layer, and the energy of both.
+    """Return the picture: operations and energy of the float network and of the packed network, by layer.
 
-    Those of the packed one are additions; its real-valued layers, whose additions are None, multiply as before.
+    The packed network adds, but its real-valued layers, whose additions are None, multiply and add as before.
     """
-    from matplotlib.figure import Figure  # here: only some commands draw
+    from matplotlib.figure import Figure  # here: few commands draw
 
     total = rows[-1]
     names = [entry['layer'] for entry in rows[:-1]]
@@ -125,12 +131,12 @@ def draw(packed, dataset, rows):
         axes.legend()
     left.set_yticks(places, names)
     left.invert_yaxis()
-    left.set(xlabel='operations an image (millions)')
-    right.set(xlabel='energy an image (µJ): arithmetic only, 45 nm, Horowitz 2014', xscale='log')
+    left.set(xlabel='operations per image (millions)')
+    right.set(xlabel='energy per image (µJ): arithmetic only, 45 nm, Horowitz 2014', xscale='log')
     less = total['float_nJ'] / total['packed_nJ']
     neurons = ', levels and pooling as neurons' if is_expanded(packed) else ''
     figure.suptitle(f'{packed.network} on {dataset.title}{neurons}, {total["bits"] / 8000:,.0f} KB\n'
                     f'{total["additions"] / 1e6:,.1f} M additions and {remaining_multiply_adds(rows) / 1e6:,.1f} M '
-                    f'multiply-adds for {total["multiply_adds"] / 1e6:,.1f} M, {less:.0f} times less energy for the '
-                    'arithmetic (estimate)')
+                    f'multiply-adds instead of {total["multiply_adds"] / 1e6:,.1f} M, {less:.0f} times less energy for '
+                    'the arithmetic (estimate)')
     return figure

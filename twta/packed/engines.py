@@ -1,8 +1,9 @@
 """The engines that run a packed network.
 
-Two engines have the same activations, and the same logits but for roundings. `numba`: bit planes, compiled
-(twta.packed.numba_engine). `numpy`: the same integers as arrays, slower: the fall-back, and the plain statement of what
-a packed network computes (twta.packed.numpy_engine).
+numba    bit planes and compiled kernels (twta.packed.numba_engine)
+numpy    plain arrays, slower; the reference for what a packed network computes (twta.packed.numpy_engine)
+
+Their activations are the same; their logits differ by rounding.
 """
 import sys
 import time
@@ -14,31 +15,36 @@ from twta.packed.numpy_engine import NumpyEngine
 
 
 def open_engine(packed, engine='auto', threads=None):
-    """The engine of that name for a packed network; 'auto' is numba where it is installed, else numpy.
+    """Return an engine for a packed network: 'numba', 'numpy', or 'auto', which is numba if it is installed.
 
-    It has name, batch (the most images that logits and activations take at once), logits(images) and
-    activations(images). UsageError where numba is asked for and cannot be had.
+    threads    of the numba engine; None: one per core
+
+    An engine has name, batch (the largest number of images per call), logits(images) and activations(images).
+    Raises UsageError if engine is 'numba' and numba cannot be imported.
     """
     if engine != 'numpy':
         try:
-            from twta.packed.numba_engine import NumbaEngine  # here: it compiles
+            from twta.packed.numba_engine import NumbaEngine  # here: numba is optional, and its import compiles
 
             return NumbaEngine(packed, threads)
         except ImportError as error:
             if engine == 'numba':
                 raise UsageError(f'--engine numba: {error}; use --engine numpy') from None
-            print(f'without numba, which is much faster: {error}', file=sys.stderr)
+            print(f'numba, which is much faster, cannot be used: {error}', file=sys.stderr)
     return NumpyEngine(packed)
 
 
 def logits(engine, images):
-    """Logits float32 [n, classes] of any number of images, uint8 [n, height, width, channels]."""
-    parts = [engine.logits(images[start:start + engine.batch]) for start in range(0, len(images), engine.batch)]
-    return np.concatenate(parts)
+    """Return logits, float32 [n, classes], of any number of images, uint8 [n, height, width, channels]."""
+    batches = [engine.logits(images[start:start + engine.batch]) for start in range(0, len(images), engine.batch)]
+    return np.concatenate(batches)
 
 
-def started(packed, engine, threads):
-    """open_engine's, warmed up; a line tells how long that took."""
+def warm_engine(packed, engine, threads):
+    """Return open_engine's engine after a first image has compiled it; print to stderr how long that took.
+
+    Raises UsageError as open_engine does, and TwtaError if there is too little memory.
+    """
     start = time.perf_counter()
     try:
         engine = open_engine(packed, engine, threads)

@@ -1,19 +1,23 @@
 """The .twta file: a trained network as integers, ternary weights at 1.6 bits, read and written without TensorFlow.
 
-    bytes      holds
-    0..3       b'TWTA'
-    4..7       version of the format, 1, or 2 where there is a stem
-    8..11      length of the header in bytes, n
-    12..       the header, n bytes of JSON in UTF-8, see KEYS and LAYER_KEYS
-    then       the arrays, one after the other: of the stem weights, scale, shift; of each layer weights, upper, lower;
-               of the classifier weights, scale, shift
-    last 32    SHA-256 of everything before
+    bytes        content
+    0 .. 3       b'TWTA'
+    4 .. 7       version of the format: 1, or 2 if the network has a stem
+    8 .. 11      n, length of the header in bytes
+    12 .. 11+n   the header: JSON in UTF-8, with KEYS and, per layer, LAYER_KEYS; version 2 has `stem` too
+    then         the arrays, without gaps: weights, scale, shift of the stem; weights, upper, lower of each layer;
+                 weights, scale, shift of the classifier
+    last 32      SHA-256 of all bytes before
 
-Numbers are little-endian. A header of version 2 has an entry `stem`. The first layer, the encoder, has float32 weights
-and thresholds; the stem float32 weights, float64 scale and shift. The others have ternary weights, five to a byte: t0 +
-3 t1 + 9 t2 + 27 t3 + 81 t4 with t = w + 1, filter by filter, in a filter row by row, from left to right, channel by
-channel, the last byte filled up with 0; and int16 thresholds (int32 where a sum may pass 32,766). docs/deployment.md
-has it field by field.
+Numbers are little-endian. Weights of the stem and the layers are stored by filter, then row, column and channel.
+
+    stem            float32 weights, float64 scale and shift
+    first layer     float32 weights and thresholds; this is the encoder
+    other layers    ternary weights, five per byte: t0 + 3 t1 + 9 t2 + 27 t3 + 81 t4 with t = w + 1; the last byte is
+                    filled up with t = 0; int16 thresholds, or int32 if a sum can exceed 32,766
+    classifier      float32; its weights are stored by feature, then class
+
+docs/deployment.md describes each field.
 """
 import hashlib
 import json
@@ -30,56 +34,68 @@ MAGIC = b'TWTA'
 VERSION = 2
 KEYS = {'network': str, 'dataset': str, 'image': list, 'crop': int, 'classes': list, 'layers': list, 'record': dict}
 LAYER_KEYS = {'name': str, 'kernel': list, 'filters': int, 'stride': int, 'padding': str, 'groups': int}
-LARGEST_FILE = 1 << 28  # bytes, two hundred times the largest of these scripts' networks
-LARGEST = 1 << 16  # of any size in the header
-LARGEST_MAPS = 1 << 22  # values in an image, and in the inputs of all layers with their borders
+KINDS = {str: 'a string that prints in one line', int: 'a whole number', list: 'a list', dict: 'a JSON object'}
+LARGEST_FILE = 1 << 28  # bytes; the scripts' largest network is about 200 times smaller
+LARGEST_SIZE = 1 << 16  # limit of every size in the header
+LARGEST_MAPS = 1 << 22  # values; limit of an image, and of the bordered inputs of all layers together
 POWERS = 3 ** np.arange(5)
 
 
 class Layer(NamedTuple):
-    """A convolution and the two thresholds of each filter: +1 where the sum >= upper, -1 where <= lower, else 0.
+    """A convolution with two thresholds per filter; in the file an entry of `layers` and three arrays.
 
-    A dense layer is a convolution whose kernel is the whole map. Filters with a negative gamma in the batch
-    normalisation have their weights negated, so that one rule does for all.
+    An activation is +1 if sum >= upper, -1 if sum <= lower, else 0. This rule holds for all filters, because export
+    negates the weights of filters with a negative gamma in batch normalisation. A dense layer is a convolution whose
+    kernel is the whole map.
     """
     name: str
-    weights: np.ndarray  # [height, width, channels / groups, filters], int8 in {-1, 0, +1}; of the encoder float32
-    upper: np.ndarray  # [filters], int32; of the encoder float32
+    weights: np.ndarray  # [height, width, channels / groups, filters], int8 in {-1, 0, +1}; in the encoder float32
+    upper: np.ndarray  # [filters], int32; in the encoder float32
     lower: np.ndarray
     stride: int
     padding: str  # 'SAME' or 'VALID', as in TensorFlow
-    groups: int  # group g of G reads the channels g, g + G, g + 2G, ...; the filters stand group by group
+    groups: int  # group g of G reads the channels g, g + G, g + 2G, ...; filters are ordered by group
 
 
 class Stem(NamedTuple):
-    """A convolution before the encoder, real-valued: max(0, sums * scale + shift) in float64, SAME, stride 1."""
+    """A real-valued convolution before the encoder; in the file the entry `stem` and three arrays.
+
+    Its output is max(0, sums * scale + shift) in float64. Padding is SAME, the stride is 1.
+    """
     weights: np.ndarray  # float32 [height, width, channels, filters]
     scale: np.ndarray  # float64 [filters]
     shift: np.ndarray
 
 
-class Packed(NamedTuple):
-    network: str  # the name of its script
+class PackedNetwork(NamedTuple):
+    """A network as integers, as a .twta file holds it.
+
+    Logits are (activations @ weights) * scale + shift, with the activations of the last layer as one row of features.
+    """
+    network: str  # name of its script
     dataset: str
     image: tuple  # height, width, channels of the uint8 images
-    crop: int  # 0: pixels / 256; else the central crop, standardised
-    classes: tuple
+    crop: int  # 0: pixels / 256; else side of the central crop, in pixels, which is standardised
+    classes: tuple  # names
     layers: tuple  # of Layer, the encoder first
-    weights: np.ndarray  # float32 [features, classes]; logits = (activations @ weights) * scale + shift
+    weights: np.ndarray  # of the classifier: float32 [features, classes], features by row, column, channel
     scale: np.ndarray  # float32 [classes]
     shift: np.ndarray
-    record: dict  # of the training: name of its record, epoch, choices, SHA-256 of its files
+    record: dict  # of the training: run, epoch, choices (its options), sha256 of its files
     stem: Stem | None = None
 
 
 def input_shape(packed):
-    """Height, width, channels of what the encoder sees."""
+    """Return height, width and channels of what the encoder reads."""
     shape = (packed.crop, packed.crop, packed.image[2]) if packed.crop else packed.image
     return (*shape[:2], packed.stem.weights.shape[3]) if packed.stem else shape
 
 
 def geometry(shape, layer):
-    """Of a layer on a map (height, width, channels): rows and columns of padding before it, and its output's shape."""
+    """Return a layer's padding before a map, (rows, columns), and the shape of its output.
+
+    shape    height, width, channels of the map
+    """
     before, out = [], []
     for size, kernel in zip(shape, layer.weights.shape[:2], strict=False):
         if layer.padding == 'SAME':
@@ -92,20 +108,20 @@ def geometry(shape, layer):
 
 
 def border(shape, layer):
-    """Rows and columns of padding before a map for the layer that reads it, and the map's size with its border."""
+    """Return a layer's padding before a map, (rows, columns), and (height, width) of the padded map."""
     before, out = geometry(shape, layer)
     return before, tuple(max(before[axis] + shape[axis], (out[axis] - 1) * layer.stride + layer.weights.shape[axis])
                          for axis in (0, 1))
 
 
 def after(shape, layer):
-    """Rows and columns of padding after a map."""
-    before, whole = border(shape, layer)
-    return [whole[axis] - shape[axis] - before[axis] for axis in (0, 1)]
+    """Return a layer's padding after a map, [rows, columns]."""
+    before, padded = border(shape, layer)
+    return [padded[axis] - shape[axis] - before[axis] for axis in (0, 1)]
 
 
 def shapes(packed):
-    """Each layer with the shape of its input, rows and columns of padding before it, and the shape of its output."""
+    """Yield each layer, the shape of its input, its padding before the map, (rows, columns), and its output's shape."""
     shape = input_shape(packed)
     for layer in packed.layers:
         before, out = geometry(shape, layer)
@@ -114,8 +130,15 @@ def shapes(packed):
 
 
 def fan_in(weights):
-    """The most that a sum of ternary products can come to."""
+    """Return the number of weights per filter, which is the largest sum of a ternary filter."""
     return math.prod(weights.shape[:3])
+
+
+def is_expanded(packed):
+    """Return whether neurons stand for activations of several levels or for pooling without weights."""
+    choices = packed.record.get('choices') or {}
+    return (choices.get('k', 0), choices.get('B', 1), choices.get('levels', 2), choices.get('pooling', 'conv')) != (
+        0, 1, 2, 'conv')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -123,13 +146,16 @@ def fan_in(weights):
 
 
 def pack_trits(weights):
-    """Values in {-1, 0, +1}, in C order, five to a byte."""
+    """Return values in {-1, 0, +1} as bytes, five values per byte, in C order; the last byte is filled up with -1."""
     trits = np.append(weights.ravel() + 1, np.zeros(-weights.size % 5, np.int8))
     return (trits.reshape(-1, 5) @ POWERS).astype(np.uint8)
 
 
 def unpack_trits(data, count):
-    """The first count values of pack_trits as int8; ValueError where a byte or the filling is none."""
+    """Return the first count values of pack_trits as int8.
+
+    Raises ValueError if a byte is above 242 or the last one is not filled up with -1.
+    """
     trits = data[:, np.newaxis] // POWERS.astype(np.uint8) % 3
     if (data.size and data.max() >= 3 ** 5) or trits.ravel()[count:].any():
         raise ValueError
@@ -137,11 +163,12 @@ def unpack_trits(data, count):
 
 
 def threshold_type(weights):
+    """Return the type of a ternary layer's thresholds in the file, which go up to fan_in + 1."""
     return np.dtype('<i2' if fan_in(weights) < 32767 else '<i4')
 
 
 def layer_bytes(layer):
-    """Bytes that the weights and thresholds of a layer take in the file."""
+    """Return how many bytes the weights and thresholds of a layer take in the file."""
     if layer.weights.dtype == np.float32:
         return 4 * (layer.weights.size + 2 * len(layer.upper))
     return -(-layer.weights.size // 5) + 2 * len(layer.upper) * threshold_type(layer.weights).itemsize
@@ -152,7 +179,7 @@ def filter_major(weights):
 
 
 def write(path, packed):
-    """Writes the file whole, or not at all; returns its size in bytes."""
+    """Write a .twta file, whole or not at all; return its size in bytes."""
     header = {'network': packed.network, 'dataset': packed.dataset, 'image': packed.image, 'crop': packed.crop,
               'classes': packed.classes, 'record': packed.record, 'layers': [
                   {'name': layer.name, 'kernel': layer.weights.shape[:2], 'filters': layer.weights.shape[3],
@@ -178,171 +205,174 @@ def write(path, packed):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Reading
+# Reading. A file may come from a stranger: every field is checked before it is used. Functions raise InvalidFile.
 
 
-class Bad(Exception):
-    """What is wrong with a file."""
+class InvalidFile(Exception):
+    """What is wrong with a file, in one line."""
+
+
+class ArrayReader:
+    """A reader of arrays, from the front of some bytes to the end."""
+
+    def __init__(self, rest):
+        self.rest = rest
+
+    def read(self, kind, count):
+        """Return the next count numbers of a NumPy type; raises InvalidFile if fewer are left."""
+        n_bytes = count * np.dtype(kind).itemsize
+        if n_bytes > len(self.rest):
+            raise InvalidFile('its arrays are shorter than its header says')
+        array = np.frombuffer(self.rest[:n_bytes], kind)
+        self.rest = self.rest[n_bytes:]
+        return array
 
 
 def read(path):
-    """A .twta file as Packed; TwtaError where it is none, damaged, of a newer version, or contradicts itself."""
+    """Return the PackedNetwork of a .twta file.
+
+    Raises TwtaError if it cannot be read, is no .twta file, is damaged, is of a newer version or contradicts itself.
+    """
     try:
         if path.stat().st_size > LARGEST_FILE:
-            raise Bad(f'larger than {LARGEST_FILE:,} bytes')
+            raise InvalidFile(f'larger than {LARGEST_FILE:,} bytes')
         with path.open('rb') as file:
             data = file.read(len(MAGIC))
-            return parse(data + file.read() if data == MAGIC else data)  # what is none may have no end
+            return parse(data + file.read() if data == MAGIC else data)  # any other file may have no end
     except OSError as error:
         raise TwtaError(f'{path}: {error.strerror}; --mode export writes such a file') from None
-    except Bad as error:
+    except InvalidFile as error:
         raise TwtaError(f'{path}: {error}; give a file that --mode export has written') from None
 
 
 def parse(data):
-    """Packed from the bytes of a file; raises Bad."""
+    """Return the PackedNetwork that the bytes of a file hold."""
+    version, header, arrays = read_header(data)
+    *image, channels = sizes('image', header['image'], 3)
+    crop, classes = size('crop', header['crop'], least=0), header['classes']
+    if math.prod(image) * channels > LARGEST_MAPS:
+        raise InvalidFile(f'its images are too large, {[*image, channels]}')
+    if crop > min(image):
+        raise InvalidFile(f'crop {crop} is larger than its images, {[*image, channels]}')
+    if not classes or len(classes) > LARGEST_SIZE or not all(map(is_name, classes)):
+        raise InvalidFile('its classes are not names')
+    if not header['layers']:
+        raise InvalidFile('it has no layers')
+    stem = read_stem(header.get('stem'), channels, arrays) if version > 1 else None
+    shape = (*((crop, crop) if crop else image), stem.weights.shape[3] if stem else channels)
+    layers, shape = read_layers(header['layers'], shape, arrays)
+    n_classes = len(classes)
+    weights = arrays.read('<f4', math.prod(shape) * n_classes).reshape(-1, n_classes)
+    scale, shift = arrays.read('<f4', n_classes), arrays.read('<f4', n_classes)
+    if not all(np.isfinite(array).all() for array in (weights, scale, shift)):
+        raise InvalidFile('its classifier holds NaN or infinity')
+    if len(arrays.rest):
+        raise InvalidFile(f'{len(arrays.rest)} bytes too many')
+    return PackedNetwork(header['network'], header['dataset'], (*image, channels), crop, tuple(classes), tuple(layers),
+                         weights, scale, shift, header['record'], stem)
+
+
+def read_header(data):
+    """Return the version, the header as a dictionary and an ArrayReader on the arrays; checks the SHA-256 first."""
     if data[:4] != MAGIC or len(data) < 44:
-        raise Bad('not a .twta file')
+        raise InvalidFile('not a .twta file')
     version, length = struct.unpack('<II', data[4:12])
     if hashlib.sha256(memoryview(data)[:-32]).digest() != data[-32:]:
-        raise Bad('damaged (its checksum is wrong)')
+        raise InvalidFile('damaged (its checksum is wrong)')
     if not 1 <= version <= VERSION:
         age = 'a newer' if version > VERSION else 'an unknown'
-        raise Bad(f'written by {age} version of these scripts (format {version}, this one reads up to {VERSION})')
+        raise InvalidFile(f'written by {age} version of these scripts (format {version}, this one reads up to '
+                          f'{VERSION})')
     body = memoryview(data)[12:-32]
     try:
         header = json.loads(bytes(body[:length]).decode())
     except (ValueError, RecursionError):
-        raise Bad('its header is not JSON') from None
+        raise InvalidFile('its header is not JSON') from None
     check_keys('header', header, KEYS)
     choices = header['record'].get('choices') or {}  # older files have none
     if not isinstance(choices, dict) or not all(is_name(str(value)) for item in choices.items() for value in item):
-        raise Bad('choices of its record are no JSON object of names')
-    take = Taker(body[length:])
-    *image, channels = sizes('image', header['image'], 3)
-    crop, classes = size('crop', header['crop'], least=0), header['classes']
-    if math.prod(image) * channels > LARGEST_MAPS:
-        raise Bad(f'its images are too large, {[*image, channels]}')
-    if crop > min(image):
-        raise Bad(f'crop {crop} of images {[*image, channels]}')
-    if not classes or len(classes) > LARGEST or not all(map(is_name, classes)):
-        raise Bad('its classes are not names')
-    if not header['layers']:
-        raise Bad('it has no layers')
-    shape, layers, values = (*((crop, crop) if crop else image), channels), [], 0
-    stem = read_stem(header.get('stem'), channels, take) if version > 1 else None
-    if stem:
-        shape = (*shape[:2], stem.weights.shape[3])
-    for index, entry in enumerate(header['layers']):
-        layers.append(read_layer(entry, shape, take, is_encoder=not index))
-        values += math.prod(border(shape, layers[-1])[1]) * shape[2]
-        shape = geometry(shape, layers[-1])[1]
-        if max(values, math.prod(shape)) > LARGEST_MAPS:
-            raise Bad(f'its maps are too large, at {layers[-1].name[:80]}')
-    n_classes = len(classes)
-    weights = take('<f4', math.prod(shape) * n_classes).reshape(-1, n_classes)
-    scale, shift = take('<f4', n_classes), take('<f4', n_classes)
-    if not all(np.isfinite(array).all() for array in (weights, scale, shift)):
-        raise Bad('its classifier holds NaN or infinity')
-    if len(take.rest):
-        raise Bad(f'{len(take.rest)} bytes too many')
-    return Packed(header['network'], header['dataset'], (*image, channels), crop, tuple(classes), tuple(layers),
-                  weights, scale, shift, header['record'], stem)
+        raise InvalidFile('choices of its record are not a JSON object of names')
+    return version, header, ArrayReader(body[length:])
 
 
-def read_stem(entry, channels, take):
-    """The stem on a map of so many channels; raises Bad."""
+def read_stem(entry, channels, arrays):
+    """Return the Stem of a header's entry, for images of so many channels."""
     check_keys('stem', entry, {'kernel': list, 'filters': int})
     kernel, filters = sizes('kernel of the stem', entry['kernel'], 2), size('filters of the stem', entry['filters'])
-    weights = take('<f4', math.prod(kernel) * channels * filters).reshape(filters, *kernel, channels)
-    scale, shift = take('<f8', filters), take('<f8', filters)
+    weights = arrays.read('<f4', math.prod(kernel) * channels * filters).reshape(filters, *kernel, channels)
+    scale, shift = arrays.read('<f8', filters), arrays.read('<f8', filters)
     if not all(np.isfinite(array).all() for array in (weights, scale, shift)):
-        raise Bad('its stem holds NaN or infinity')
+        raise InvalidFile('its stem holds NaN or infinity')
     return Stem(np.ascontiguousarray(np.moveaxis(weights, 0, 3)), scale, shift)
 
 
-def read_layer(entry, shape, take, is_encoder):
-    """A layer on a map of that shape; raises Bad."""
+def read_layers(entries, shape, arrays):
+    """Return the Layers of a header's entries, and the shape of the last one's output."""
+    layers, values = [], 0
+    for index, entry in enumerate(entries):
+        layers.append(read_layer(entry, shape, arrays, is_encoder=not index))
+        values += math.prod(border(shape, layers[-1])[1]) * shape[2]
+        shape = geometry(shape, layers[-1])[1]
+        if max(values, math.prod(shape)) > LARGEST_MAPS:
+            raise InvalidFile(f'its maps are too large, at {layers[-1].name[:80]}')
+    return layers, shape
+
+
+def read_layer(entry, shape, arrays, is_encoder):
+    """Return the Layer of a header's entry that reads maps of a shape."""
     check_keys('layer', entry, LAYER_KEYS)
     name = entry['name'][:80]
     kernel = sizes(f'kernel of {name}', entry['kernel'], 2)
     filters, stride, groups = (size(f'{key} of {name}', entry[key]) for key in ('filters', 'stride', 'groups'))
     does_not_fit = entry['padding'] == 'VALID' and (kernel[0] > shape[0] or kernel[1] > shape[1])
     if entry['padding'] not in ('SAME', 'VALID') or does_not_fit:
-        raise Bad(f'padding of {name} is {entry["padding"][:80]!r}, on a map {list(shape)}')
+        raise InvalidFile(f'padding of {name} is {entry["padding"][:80]!r}, on a map {list(shape)}')
     if shape[2] % groups or filters % groups or (is_encoder and groups > 1):
-        raise Bad(f'{shape[2]} channels and {filters} filters of {name} do not divide into {groups} groups')
+        raise InvalidFile(f'{shape[2]} channels and {filters} filters of {name} do not divide into {groups} groups')
     count = math.prod(kernel) * (shape[2] // groups) * filters
-    packed_shape = filters, *kernel, shape[2] // groups
+    stored_shape = filters, *kernel, shape[2] // groups
     if is_encoder:
-        weights = take('<f4', count).reshape(packed_shape)
-        kind, is_good = '<f4', np.isfinite(weights).all()
+        weights = np.moveaxis(arrays.read('<f4', count).reshape(stored_shape), 0, 3)
+        upper, lower = arrays.read('<f4', filters), arrays.read('<f4', filters)
+        is_constant = np.isinf(upper) & (lower == upper)  # always -1 or, if negative, always +1
+        is_valid = np.isfinite(weights).all() and ((lower < upper) | is_constant).all()
     else:
         try:
-            weights = unpack_trits(take('u1', -(-count // 5)), count).reshape(packed_shape)
+            weights = unpack_trits(arrays.read('u1', -(-count // 5)), count)
         except ValueError:
-            raise Bad(f'the weights of {name} are not ternary') from None
-        kind, is_good = threshold_type(np.moveaxis(weights, 0, 3)), True
-    upper, lower = take(kind, filters), take(kind, filters)
-    if is_encoder:
-        is_constant = np.isinf(upper) & (lower == upper)
-        is_good = is_good and ((lower < upper) | is_constant).all()
-    else:
-        most = count // filters
-        upper, lower = upper.astype(np.int32), lower.astype(np.int32)
-        is_good = (lower < upper).all() and upper.max() <= most + 1 and upper.min() >= -most \
+            raise InvalidFile(f'the weights of {name} are not ternary') from None
+        weights = np.moveaxis(weights.reshape(stored_shape), 0, 3)
+        upper, lower = (arrays.read(threshold_type(weights), filters).astype(np.int32) for _ in range(2))
+        most = fan_in(weights)
+        is_valid = (lower < upper).all() and upper.max() <= most + 1 and upper.min() >= -most \
             and lower.max() <= most and lower.min() >= -most - 1
-    if not is_good:
-        raise Bad(f'weights or thresholds of {name} are out of range')
-    return Layer(entry['name'], np.ascontiguousarray(np.moveaxis(weights, 0, 3)), upper, lower, stride,
-                 entry['padding'], groups)
-
-
-class Taker:
-    """Takes arrays off the front of some bytes."""
-
-    def __init__(self, rest):
-        self.rest = rest
-
-    def __call__(self, kind, count):
-        n_bytes = count * np.dtype(kind).itemsize
-        if n_bytes > len(self.rest):
-            raise Bad('its arrays are shorter than its header says')
-        array = np.frombuffer(self.rest[:n_bytes], kind)
-        self.rest = self.rest[n_bytes:]
-        return array
+    if not is_valid:
+        raise InvalidFile(f'weights or thresholds of {name} are out of range')
+    return Layer(entry['name'], np.ascontiguousarray(weights), upper, lower, stride, entry['padding'], groups)
 
 
 def check_keys(what, entry, keys):
     if not isinstance(entry, dict):
-        raise Bad(f'its {what} is no JSON object')
+        raise InvalidFile(f'its {what} is not a JSON object')
     for key, kind in keys.items():
         if type(entry.get(key)) is not kind or (kind is str and not is_name(entry[key])):
-            printable = ' that can be printed in a line' if kind is str else ''
-            raise Bad(f'{key} of its {what} is missing or no {kind.__name__}{printable}')
+            raise InvalidFile(f'{key} of its {what} is missing or not {KINDS[kind]}')
 
 
 def is_name(text):
-    """Whether it can be printed in a line."""
-    return isinstance(text, str) and text.isprintable() and len(text) <= LARGEST
+    """Return whether a value is a string that prints in one line."""
+    return isinstance(text, str) and text.isprintable() and len(text) <= LARGEST_SIZE
 
 
 def sizes(what, values, count):
+    """Return a list of so many sizes."""
     if len(values) != count:
-        raise Bad(f'{what} is not {count} sizes')
+        raise InvalidFile(f'{what} is not {count} sizes')
     return [size(what, value) for value in values]
 
 
 def size(what, value, least=1):
-    if type(value) is not int or not least <= value <= LARGEST:
-        raise Bad(f'{what}: {str(value)[:80]} is not a whole number from {least} to {LARGEST}')
+    """Return a size; bool is no whole number here."""
+    if type(value) is not int or not least <= value <= LARGEST_SIZE:
+        raise InvalidFile(f'{what}: {str(value)[:80]} is not a whole number from {least} to {LARGEST_SIZE}')
     return value
-
-
-def is_expanded(packed):
-    """Whether its layers are not those that were trained: one neuron per level, pooling as neurons."""
-    choices = packed.record.get('choices') or {}
-    return (choices.get('k', 0), choices.get('B', 1), choices.get('levels', 2), choices.get('pooling', 'conv')) != (
-        0, 1, 2, 'conv')
-
-

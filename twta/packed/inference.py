@@ -1,4 +1,4 @@
-"""--mode inference --engine packed: a packed network on the test images of its data set, without TensorFlow."""
+"""--mode inference --engine packed: evaluation of a packed network, without TensorFlow."""
 import time
 
 import numpy as np
@@ -10,15 +10,21 @@ from twta.terminal import say
 
 
 def infer(script, args):
-    """--mode inference --engine packed: evaluates the network of --file on the test images of its data set."""
+    """Evaluate the network of --file on the test images; write result-packed.json and, for --report, its cost.
+
+    script    name of the script, whose network the file must hold
+    args      flags: file, dataset, data_dir, run_dir, threads, report
+
+    Raises TwtaError if the file is invalid or holds another network.
+    """
     packed = file_format.read(args.file)
     if (packed.network, packed.dataset) != (script, args.dataset):
         raise TwtaError(f'{args.file}: {packed.network} on {packed.dataset}, not {script} on {args.dataset}; choose '
-                        'another --file, perhaps of those in pretrained/')
+                        'another --file; pretrained/ has some')
     dataset = datasets.load(args.dataset, args.data_dir, None)
     check_images(packed, dataset, args)
     say(f'data: {dataset}')
-    engine = engines.started(packed, 'auto', args.threads)
+    engine = engines.warm_engine(packed, 'auto', args.threads)
     epoch = packed.record.get('epoch') if isinstance(packed.record.get('epoch'), int) else None
     say(f'network: {script}, {args.file}' + ('' if epoch is None else f', epoch {epoch}'))
     images, labels = dataset.test.images, dataset.test.labels
@@ -35,7 +41,7 @@ def infer(script, args):
 
 
 def check_images(packed, dataset, args):
-    """Raises TwtaError where a network of --file is for other images than those of --dataset."""
+    """Raise TwtaError if images or classes of a packed network (fields `image`, `classes`) are not the data set's."""
     shape = dataset.test.images.shape[1:]
     if packed.image != shape:
         raise TwtaError(f'{args.file}: for images {list(packed.image)}, but those of {args.dataset} are {list(shape)}; '

@@ -1,17 +1,18 @@
-"""The packed engine's inner loops: ternary sums as AND, XOR and population counts of bit planes, compiled by numba.
+"""The kernels of the numba engine: ternary sums as AND, XOR and population counts of bit planes.
 
-A ternary vector is two planes of bits, non-zero and negative, so that 64 products and their sum are
+A ternary vector is two planes of bits, non-zero and negative. 64 products and their sum are
 
-    m = x.nonzero & w.nonzero                          products that count
-    n = m & (x.negative ^ w.negative)                  those that are -1
+    m = x.nonzero & w.nonzero                          products that are not 0
+    n = m & (x.negative ^ w.negative)                  products that are -1
     sum = popcount(m) - 2 popcount(n)
 
-Eight filters stand in the lanes of a vector and eight positions of the map in registers: each word of weights that is
-loaded meets eight positions. The thresholds turn the eight sums of a position into eight bits of the next layer's
-planes, one byte each, so nothing is ever expanded. Numba emits LLVM's generic vectors; AVX-512, AVX2 or NEON code
-comes out of them. The compiled code is cached beside this file or in the user's cache.
+A block of eight filters fills the lanes of a vector, and a strip of up to eight positions of the map stays in
+registers, so that each loaded word of weights serves the whole strip. Thresholds turn the eight sums of a position
+into one byte of each of the next layer's planes. Activations are never expanded to one byte each.
 
-Kernels take addresses: twta.packed.numba_engine lays out the memory, as BLOCK and COLUMNS say, and keeps it alive.
+The kernels emit LLVM's generic vectors, which LLVM compiles to AVX-512, AVX2 or NEON. Numba caches the compiled code
+beside this file or in the user's cache folder. The kernels take addresses: twta.packed.numba_engine lays out the
+memory as BLOCK and COLUMNS say, and keeps it alive.
 """
 import numpy as np
 from llvmlite import ir
@@ -19,32 +20,32 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-LANES = 8  # filters side by side, a byte of each output plane
-STRIP = 8  # positions at once
+LANES = 8  # filters of a block: one byte of each output plane
+STRIP = 8  # positions per call
 
 BYTE, INT, LONG = (ir.IntType(bits) for bits in (8, 32, 64))
 DOUBLE = ir.DoubleType()
 
-# What is known of a block of eight filters, in bytes from its address
-UPPER, LOWER = 0, 64  # thresholds, eight int64 (float32 in the encoder)
-OUTPUT = 128  # int64: where in an image of the output its byte of the first position is
-SOURCES = 136  # int64, one to eight: where in an image of the input its groups of channels begin
-BLOCK = 256
+# The description of a block of eight filters: byte offsets of its fields
+UPPER, LOWER = 0, 64  # thresholds, eight int64; in the encoder eight float32
+OUTPUT = 128  # int64; offset of the block's byte at the first position, in an image of the output
+SOURCES = 136  # one to eight int64; offsets of the groups of channels that it reads, in an image of the input
+BLOCK = 256  # bytes of a description
 
-# The columns of the table of layers, int64
+# The columns of the table of layers, int64; one row per layer
 COLUMNS = (
-    'kind',  # how many groups of channels eight filters read, 1, 2, 4 or 8; 0: the encoder
-    'x', 'x_image', 'x_plane', 'x_at',  # input: address, bytes an image, a plane; address of the positions' offsets
-    'w', 'w_block',  # weights: address, bytes a block
-    'words', 'words_at',  # words under the kernel; address of their offsets from a position in the input
-    'blocks', 'n_blocks',  # address of what is known of each block of eight filters, and their number
-    'y', 'y_image', 'y_plane', 'y_at',  # output, as the input
-    'positions', 'span')  # positions of an image; images that x_at and y_at cover
+    'kind',  # groups of channels that a block reads: 1, 2, 4 or 8; 0: the encoder
+    'x', 'x_image', 'x_plane', 'x_at',  # input: address, bytes per image and per plane, address of positions' offsets
+    'w', 'w_block',  # weights: address, bytes per block
+    'words', 'words_at',  # words under the kernel: number, address of their offsets from a position of the input
+    'blocks', 'n_blocks',  # descriptions of the blocks: address, number
+    'y', 'y_image', 'y_plane', 'y_at',  # output: as for the input
+    'positions', 'span')  # positions per image; number of images that x_at and y_at cover
 N_BLOCKS = COLUMNS.index('n_blocks')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A strip: so many positions of eight filters, in LLVM
+# A strip: eight filters at a few positions, in LLVM
 
 
 def load(builder, address, kind, alignment):
@@ -53,8 +54,8 @@ def load(builder, address, kind, alignment):
     return instruction
 
 
-def moved(builder, base, table, index):
-    """base + table[index], the table of int64."""
+def offset_address(builder, base, table, index):
+    """Return base + table[index]; table is the address of int64 numbers."""
     return builder.add(base, load(builder, builder.add(table, LONG(8 * index)), LONG, 8))
 
 
@@ -62,22 +63,22 @@ def vector(kind, lanes):
     return ir.VectorType(kind, lanes)
 
 
-def everywhere(builder, scalar, lanes):
-    """A vector with the scalar in every lane."""
+def splat(builder, scalar, lanes):
+    """Return a vector with the scalar in every lane."""
     undefined = ir.Constant(vector(scalar.type, lanes), ir.Undefined)
     first = builder.insert_element(undefined, scalar, INT(0))
     return builder.shuffle_vector(first, undefined, ir.Constant(vector(INT, lanes), [0] * lanes))
 
 
-def zeros(builder, kind):
-    """A cell that LLVM keeps in a register, zero here."""
+def accumulator(builder, kind):
+    """Return a stack slot that holds 0; LLVM keeps it in a register."""
     cell = cgutils.alloca_once(builder, kind)
     builder.store(ir.Constant(kind, [0] * kind.count), cell)
     return cell
 
 
-def join(builder, vectors):
-    """One vector of a power of two of them."""
+def concatenate(builder, vectors):
+    """Return one vector of the lanes of several vectors; their number is a power of two."""
     while len(vectors) > 1:
         order = ir.Constant(vector(INT, 2 * vectors[0].type.count), list(range(2 * vectors[0].type.count)))
         vectors = [builder.shuffle_vector(*pair, order) for pair in zip(vectors[::2], vectors[1::2], strict=True)]
@@ -85,18 +86,18 @@ def join(builder, vectors):
 
 
 def intrinsic_function(builder, name, kind, count):
-    """LLVM's function llvm.NAME of so many vectors."""
+    """Return LLVM's intrinsic llvm.NAME with so many vectors as arguments."""
     letter = 'f' if kind.element == DOUBLE else 'i'
     return cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * count),
                                           f'llvm.{name}.v{kind.count}{letter}64')
 
 
 def sum_ternary(builder, at, x_plane, w, words, words_at):
-    """Sums int64 of eight filters at positions; at[position][source] are addresses."""
+    """Return a block's sums, a vector of eight int64 per position; at[position][source] are addresses."""
     lanes = LANES // len(at[0])
     kind = vector(LONG, lanes)
     popcount = intrinsic_function(builder, 'ctpop', kind, 1)
-    counts = [[(zeros(builder, kind), zeros(builder, kind)) for _ in starts] for starts in at]
+    counts = [[(accumulator(builder, kind), accumulator(builder, kind)) for _ in starts] for starts in at]
     with cgutils.for_range(builder, words) as loop:
         word = load(builder, builder.add(words_at, builder.shl(loop.index, LONG(3))), LONG, 8)
         for source in range(len(at[0])):
@@ -104,43 +105,46 @@ def sum_ternary(builder, at, x_plane, w, words, words_at):
             w_nonzero, w_negative = load(builder, here, kind, 8), load(builder, builder.add(here, LONG(64)), kind, 8)
             for starts, cells in zip(at, counts, strict=True):
                 address = builder.add(starts[source], word)
-                nonzero, negative = (everywhere(builder, load(builder, builder.add(address, plane), LONG, 1), lanes)
+                nonzero, negative = (splat(builder, load(builder, builder.add(address, plane), LONG, 1), lanes)
                                      for plane in (LONG(0), x_plane))
                 m = builder.and_(nonzero, w_nonzero)
                 n = builder.and_(m, builder.xor(negative, w_negative))
                 for cell, bits in zip(cells[source], (m, n), strict=True):
                     builder.store(builder.add(builder.load(cell), builder.call(popcount, [bits])), cell)
     one = ir.Constant(kind, [1] * lanes)
-    return [join(builder, [builder.sub(builder.load(products), builder.shl(builder.load(negatives), one))
+    return [concatenate(builder, [builder.sub(builder.load(products), builder.shl(builder.load(negatives), one))
                            for products, negatives in cells]) for cells in counts]
 
 
 def sum_real(builder, at, w, words, words_at):
-    """The encoder's sums of eight filters at positions: of float64 products in float64, rounded to float32 once."""
+    """Return a block's sums in the encoder, a vector of eight float32 per position.
+
+    Products and sums are in float64; the sum is rounded once, to float32.
+    """
     kind = vector(DOUBLE, LANES)
     fma = intrinsic_function(builder, 'fma', kind, 3)
-    sums = [zeros(builder, kind) for _ in at]
+    sums = [accumulator(builder, kind) for _ in at]
     with cgutils.for_range(builder, words) as loop:
         weights = load(builder, builder.add(w, builder.shl(loop.index, LONG(6))), kind, 8)
         word = load(builder, builder.add(words_at, builder.shl(loop.index, LONG(3))), LONG, 8)
         for (start,), cell in zip(at, sums, strict=True):
-            values = everywhere(builder, load(builder, builder.add(start, word), DOUBLE, 8), LANES)
+            values = splat(builder, load(builder, builder.add(start, word), DOUBLE, 8), LANES)
             builder.store(builder.call(fma, [values, weights, builder.load(cell)]), cell)
     return [builder.fptrunc(builder.load(cell), vector(ir.FloatType(), LANES)) for cell in sums]
 
 
 def strip(positions, kind):
-    """An intrinsic: the sums at so many positions and their bits, stored in the output's planes.
+    """Return an intrinsic that computes a block at so many positions and stores its bits in the output's planes.
 
-    Non-zero where a sum >= upper or <= lower, negative where <= lower. kind as in COLUMNS.
+    Bits are non-zero if a sum >= upper or <= lower, negative if a sum <= lower. kind is that of COLUMNS.
     """
     @intrinsic
     def strip(context, x, x_plane, x_at, w, words, words_at, block, y, y_plane, y_at):
         def emit(context, builder, signature, arguments):
             x, x_plane, x_at, w, words, words_at, block, y, y_plane, y_at = arguments
             sources = builder.add(block, LONG(SOURCES))
-            at = [[moved(builder, moved(builder, x, x_at, position), sources, source) for source in range(max(kind, 1))]
-                  for position in range(positions)]
+            at = [[offset_address(builder, offset_address(builder, x, x_at, position), sources, source)
+                   for source in range(max(kind, 1))] for position in range(positions)]
             if kind:
                 sums = sum_ternary(builder, at, x_plane, w, words, words_at)
                 compare = builder.icmp_signed
@@ -148,11 +152,11 @@ def strip(positions, kind):
                 sums = sum_real(builder, at, w, words, words_at)
                 compare = builder.fcmp_ordered
             upper, lower = (load(builder, builder.add(block, LONG(where)), sums[0].type, 4) for where in (UPPER, LOWER))
-            y = moved(builder, y, builder.add(block, LONG(OUTPUT)), 0)
+            y = offset_address(builder, y, builder.add(block, LONG(OUTPUT)), 0)
             for position, total in enumerate(sums):
                 negative = compare('<=', total, lower)
                 nonzero = builder.or_(compare('>=', total, upper), negative)
-                place = moved(builder, y, y_at, position)
+                place = offset_address(builder, y, y_at, position)
                 for plane, bits in ((place, nonzero), (builder.add(place, y_plane), negative)):
                     builder.store(builder.bitcast(bits, BYTE), builder.inttoptr(plane, BYTE.as_pointer()))
             return context.get_dummy_value()
@@ -163,8 +167,8 @@ def strip(positions, kind):
 
 
 def block_of(kind):
-    """A function: the bits of a block of eight filters at n positions."""
-    width = STRIP // max(kind, 1)  # more would not find room in the registers
+    """Return a function that computes a block at n positions."""
+    width = STRIP // max(kind, 1)  # more positions do not fit in the registers
     wide, narrow = strip(width, kind), strip(1, kind)
 
     @njit
@@ -172,7 +176,7 @@ def block_of(kind):
         whole = n // width * width
         for p in range(0, whole, width):
             wide(x, x_plane, x_at + 8 * p, w, words, words_at, block, y, y_plane, y_at + 8 * p)
-        if whole and n - whole > width // 4:  # some positions twice are less work than one at a time
+        if whole and n - whole > width // 4:  # computing some positions twice takes less time
             p = n - width
             wide(x, x_plane, x_at + 8 * p, w, words, words_at, block, y, y_plane, y_at + 8 * p)
         else:
@@ -191,7 +195,7 @@ real_block, block_1, block_2, block_4, block_8 = (block_of(kind) for kind in (0,
 
 @njit
 def run_layer(row, first, last, first_block, last_block):
-    """A layer, a row of the table, on the images from first to last - 1, for the blocks of filters in that range."""
+    """Compute blocks first_block to last_block - 1 of a layer, a row of the table, on images first to last - 1."""
     (kind, x, x_image, x_plane, x_at, w, w_block, words, words_at, blocks, _, y, y_image, y_plane, y_at, positions,
      span) = row
     for b in range(first_block, last_block):
@@ -213,9 +217,12 @@ def run_layer(row, first, last, first_block, last_block):
 
 @njit
 def prepare(images, first, last, crop, x, before):
-    """Do what numpy_engine.prepare does to images uint8 [n, height, width, channels], into x float64 with its border.
+    """Write what numpy_engine.prepare returns of images first to last - 1 into x.
 
-    crop -1: x is prepared.
+    images    uint8 [n, height, width, channels]
+    crop      as for numpy_engine.prepare; -1: x is prepared already
+    x         float64 [n, padded height, padded width, channels]
+    before    rows and columns of padding before the map
     """
     if crop < 0:
         return
@@ -244,7 +251,7 @@ def prepare(images, first, last, crop, x, before):
 
 @njit(fastmath={'reassoc'})
 def dot(a, b):
-    """In any order: the logits of the engines differ by roundings."""
+    """Return the sum of products, in any order: logits of the engines differ by rounding."""
     total = 0.0
     for i in range(len(a)):
         total += a[i] * b[i]
@@ -253,7 +260,11 @@ def dot(a, b):
 
 @njit
 def classify(planes, bytes_per_image, weights, first, last, sums):
-    """sums[n] = activations of image n times weights float64 [classes, features]; planes uint8 [2, bytes]."""
+    """Write the classifier's sums of images first to last - 1 into sums, float64 [n, classes].
+
+    planes     of the last layer's activations, uint8 [2, bytes]
+    weights    float64 [classes, features]
+    """
     features = np.empty(8 * bytes_per_image)
     for n in range(first, last):
         for byte in range(bytes_per_image):
@@ -265,7 +276,7 @@ def classify(planes, bytes_per_image, weights, first, last, sums):
 
 
 def compiled(function):
-    """Compiled for several threads, and kept for the next process where there is a folder to keep it in."""
+    """Return a function compiled for several threads, and cached if there is a folder for the cache."""
     try:
         return njit(parallel=True, cache=True)(function)
     except RuntimeError:
@@ -274,9 +285,13 @@ def compiled(function):
 
 @compiled
 def run(images, crop, x, before, table, threads, chunk, planes, bytes_per_image, weights, sums):
-    """From images to the classifier's sums float64 [n, classes]: prepare, the layers of the table, classify.
+    """Write the classifier's sums of images, uint8 [n, height, width, channels], into sums, float64 [n, classes].
 
-    table is int64 [layers, COLUMNS]. So many threads each take `chunk` images at most through all layers, and again.
+    table      int64 [layers, COLUMNS]
+    threads    each of them takes at most `chunk` images through all layers, then the next ones; if there are fewer
+               images than threads, the threads share the blocks of each layer
+
+    The other arguments are those of prepare and classify.
     """
     count = len(images)
     if count < threads:  # the threads share the filters of each layer
@@ -288,7 +303,7 @@ def run(images, crop, x, before, table, threads, chunk, planes, bytes_per_image,
         classify(planes, bytes_per_image, weights, 0, count, sums)
     else:
         share = -(-count // threads)
-        chunk = -(-share // -(-share // chunk))  # as many chunks for each thread, as equal as can be
+        chunk = -(-share // -(-share // chunk))  # the same number of chunks per thread, of nearly equal sizes
         for task in prange(-(-count // chunk)):
             first, last = task * chunk, min(count, (task + 1) * chunk)
             prepare(images, first, last, crop, x, before)

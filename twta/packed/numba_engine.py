@@ -1,10 +1,17 @@
-"""The numba engine: how a packed network lies in memory as bit planes, for the kernels to run over.
+"""The numba engine: the memory layout of a packed network as bit planes, for twta.packed.kernels.
 
-A map of ternary activations is two planes of bits, non-zero and negative. An image of a plane holds, for each group of
-channels of the layer that reads it, rows of cells, a cell the group's channels at one position in whole bytes, with
-the border that the reader's padding asks for. So one row of the reader's kernel is a run of neighbouring bits, read as
-words of 64; where a word reads beyond it, the weights are zero. The writer's filters are taken eight at a time in the
-order of the reader's bytes, so that what they write is that layout; eight filters then read one to eight groups.
+A map of ternary activations is two planes of bits: non-zero and negative. Its layout serves the layer that reads it,
+here called the reader; the layer that writes it is the writer.
+
+    plane    the images of a batch, one after the other
+    image    the reader's groups of channels, one after the other
+    group    rows of cells, with the border that the reader's padding needs
+    cell     the group's channels at one position, one bit each, in whole bytes
+
+One row of the reader's weights thus meets a run of neighbouring bits, read as 64-bit words. If a word reads beyond the
+run, its weights there are zero. The compiled code computes a block of eight filters at once: one byte of a cell in each
+plane. So the writer takes its filters in the order of the reader's bytes. Eight filters in that order read one, two,
+four or eight groups of the writer's own input.
 """
 import math
 import threading
@@ -14,35 +21,40 @@ import numpy as np
 
 from twta import processor
 from twta.packed import file_format, kernels
-from twta.packed.numpy_engine import finish, see
+from twta.packed.numpy_engine import encoder_input, scale_logits
 
 if numba.config.DISABLE_JIT:
     raise ImportError('NUMBA_DISABLE_JIT is set')
-MEMORY = 1 << 28  # bytes that the images of a batch may take, as float64
-SHARED = 1 << 25  # ternary products of an image from which on threads gain by sharing its filters
-CHUNK = 32  # images that go through all layers together: activations stay in the cache, weights serve them all
-LOCK = threading.Lock()  # numba's own thread pool may serve one caller at a time
+MEMORY = 1 << 28  # bytes; limit of a batch of prepared images in float64
+SHARED = 1 << 25  # products; a call with fewer gains nothing from threads and runs in one
+CHUNK = 32  # images that pass through all layers together: activations stay in the cache, weights are reused
+LOCK = threading.Lock()  # numba's thread pool serves one caller at a time
 
 
 class Planes:
-    """Memory for the activations of a batch, laid out for a reader.
+    """The memory for a map's activations, laid out for its reader.
 
-    shape, groups    of the map and of the reader
-    before, padded   rows and columns before the map, and with the whole border
+    batch     number of images
+    shape     height, width, channels of the map
+    groups    of the reader
+    before    rows and columns of padding before the map
+    padded    height and width with padding
+
+    Its sizes cell, row, group, image and plane are in bytes.
     """
 
     def __init__(self, batch, shape, groups, before, padded):
         self.shape, self.groups, self.before = shape, groups, before
-        self.channels = shape[2] // groups  # in a cell
+        self.channels = shape[2] // groups  # per cell
         self.cell = -(-self.channels // 8)
         self.row = padded[1] * self.cell
         self.group = padded[0] * self.row
         self.image = groups * self.group
-        self.plane = batch * self.image + 64  # the last word may be read beyond the last row
+        self.plane = batch * self.image + 64  # a word may read beyond the last row
         self.data = np.zeros((2, self.plane), np.uint8)
 
     def unpack(self, n):
-        """Activations of n images, int8 [n, height, width, channels]."""
+        """Return the activations of the first n images, int8 [n, height, width, channels]."""
         height, width, _ = self.shape
         cells = self.data[:, :n * self.image].reshape(2, n, self.groups, -1, self.row // self.cell, self.cell)
         top, left = self.before
@@ -53,12 +65,12 @@ class Planes:
 
 
 def count_threads(threads=None):
-    """Return how many threads to take: as many as given, or one per available core, and no more than numba has."""
+    """Return the number of threads: threads, or one per available core, but at most as many as numba has."""
     return min(threads or processor.available_cores(), numba.config.NUMBA_NUM_THREADS)
 
 
 class NumbaEngine:
-    """Runs a packed network on bit planes, in so many threads (default: one per available core)."""
+    """The engine on bit planes, compiled by numba; threads None: one per available core."""
 
     name = 'numba'
 
@@ -71,7 +83,7 @@ class NumbaEngine:
         self.batch = max(1, min(256, MEMORY // (8 * math.prod(padded) * shape[2])))
         self.x = np.zeros((self.batch, *padded, shape[2]))
         self.products = 0
-        self.kept, self.planes, rows = [], [], []  # kept: arrays that the table has the addresses of
+        self.kept, self.planes, rows = [], [], []  # kept: the arrays whose addresses are in the table
         for index, (layer, _, _, out) in enumerate(file_format.shapes(packed)):
             if index + 1 < len(packed.layers):
                 reader = packed.layers[index + 1]
@@ -87,7 +99,12 @@ class NumbaEngine:
         self.weights = np.ascontiguousarray(bits.reshape(-1, len(packed.classes)).T)
 
     def lay_out(self, layer, source, out, target):
-        """The layer's row of the table; source None: the encoder, which reads self.x."""
+        """Return a layer's row of the table, int64 [COLUMNS].
+
+        source    Planes that the layer reads; None: the layer is the encoder, which reads self.x
+        out       shape of its output
+        target    Planes that the layer writes
+        """
         filters = readers_order(out[2], target)
         height, width = layer.weights.shape[:2]
         if source is None:
@@ -117,16 +134,19 @@ class NumbaEngine:
         return [values[column] for column in kernels.COLUMNS]
 
     def run(self, images):
-        """The classifier's sums; the activations are then in self.planes."""
+        """Return the classifier's sums, float64 [n, classes], and leave the activations in self.planes.
+
+        Raises ValueError if images have another type or shape: the kernels would write outside their memory.
+        """
         if images.dtype != np.uint8 or images.shape[1:] != tuple(self.packed.image) or len(images) > self.batch:
             raise ValueError(f'images {images.dtype} {images.shape}, not uint8, at most {self.batch} of '
-                             f'{self.packed.image}')  # the kernels write where it would be
+                             f'{self.packed.image}')
         sums = np.empty((len(images), len(self.packed.classes)))
         last = self.planes[-1]
         crop = self.packed.crop
         if self.packed.stem:
             crop, (top, left), (height, width, _) = -1, self.before, file_format.input_shape(self.packed)
-            self.x[:len(images), top:top + height, left:left + width] = see(images, self.packed)
+            self.x[:len(images), top:top + height, left:left + width] = encoder_input(images, self.packed)
         threads = self.threads if len(images) * self.products >= SHARED else 1
         numba.set_num_threads(threads)
         kernels.run(np.ascontiguousarray(images), crop, self.x, self.before, self.table, threads, CHUNK,
@@ -134,12 +154,12 @@ class NumbaEngine:
         return sums
 
     def logits(self, images):
-        """Logits float32 [n, classes] of at most `batch` images, uint8 [n, height, width, channels]."""
+        """Return logits, float32 [n, classes], of at most `batch` images, uint8 [n, height, width, channels]."""
         with LOCK:
-            return finish(self.run(images), self.packed)
+            return scale_logits(self.run(images), self.packed)
 
     def activations(self, images):
-        """The activations of each layer on at most `batch` images, int8 [n, height, width, channels]."""
+        """Return each layer's activations, int8 [n, height, width, channels], of at most `batch` images."""
         with LOCK:
             self.run(images)
             return [planes.unpack(len(images)) for planes in self.planes]
@@ -150,20 +170,27 @@ def address(array):
 
 
 def positions(span, image, out, row, column):
-    """Byte offsets of the positions of `span` images, one after the other, int64."""
+    """Return the byte offsets of all positions of `span` images, int64, image by image and row by row.
+
+    image, row, column    bytes from one image, row, column of the output to the next, in the memory addressed
+    out                   shape of the output
+    """
     at = np.arange(span)[:, np.newaxis, np.newaxis] * image + np.arange(out[0])[:, np.newaxis] * row
     return (at + np.arange(out[1]) * column).ravel().astype(np.int64)
 
 
 def readers_order(filters, target):
-    """Filters eight by eight as they share a byte of the target, int [blocks, 8]; -1 fills up."""
+    """Return the filters of each byte of the target's cells, int [blocks, 8]; -1 stands for no filter."""
     lane = np.arange(8 * target.cell)
     order = np.where(lane < target.channels, lane * target.groups + np.arange(target.groups)[:, np.newaxis], -1)
     return order.reshape(-1, 8)
 
 
 def groups_read(filters, per_group):
-    """The groups that each eight filters read, [blocks, 1, 2, 4 or 8], each for as many neighbours as the others."""
+    """Return the groups of channels that each block of eight filters reads, [blocks, 1, 2, 4 or 8].
+
+    Each group serves the same number of neighbouring filters. per_group is the number of filters in a group.
+    """
     groups = np.where(filters < 0, filters.max(1, keepdims=True), filters) // per_group
     for count in (1, 2, 4):
         runs = groups.reshape(len(groups), count, -1)
@@ -173,9 +200,14 @@ def groups_read(filters, per_group):
 
 
 def ternary_words(layer, filters, cell, words):
-    """Weights as planes, uint64 [blocks, height, words, 2, 8]: non-zero, negative, eight filters each."""
+    """Return a ternary layer's weights as planes, uint64 [blocks, height, words, 2, 8]: non-zero, negative; filters.
+
+    filters    as readers_order returns them
+    cell       bytes of a cell of the input
+    words      64-bit words per row of the kernel
+    """
     height, width, channels, n_filters = layer.weights.shape
-    bits = np.zeros((2, n_filters + 1, height, width, 8 * cell), np.uint8)  # the last is the filter -1: no weights
+    bits = np.zeros((2, n_filters + 1, height, width, 8 * cell), np.uint8)  # the last one, index -1, has no weights
     weights = file_format.filter_major(layer.weights)
     bits[:, :-1, :, :, :channels] = weights != 0, weights < 0
     run = np.zeros((2, n_filters + 1, height, 64 * words), np.uint8)
@@ -185,7 +217,7 @@ def ternary_words(layer, filters, cell, words):
 
 
 def real_weights(layer, filters):
-    """Weights float64 [blocks, height, width * channels, 8]."""
+    """Return the encoder's weights, float64 [blocks, height, width * channels, 8]."""
     height, _, _, n_filters = layer.weights.shape
     weights = np.zeros((height, math.prod(layer.weights.shape[1:3]), n_filters + 1))
     weights[..., :-1] = layer.weights.reshape(height, -1, n_filters)
@@ -193,11 +225,14 @@ def real_weights(layer, filters):
 
 
 def describe_blocks(layer, filters, sources, target):
-    """What kernels.BLOCK describes, uint8 [blocks, BLOCK]; the filter -1 never fires."""
+    """Return the descriptions of the blocks, uint8 [blocks, kernels.BLOCK], as UPPER to SOURCES in kernels say.
+
+    sources    byte offsets of the groups in the input, [blocks, 1, 2, 4 or 8]
+    """
     blocks = np.zeros((len(filters), kernels.BLOCK), np.uint8)
     kind = np.float32 if layer.upper.dtype == np.float32 else np.int64
     limits = np.finfo(np.float32) if kind is np.float32 else np.iinfo(np.int64)
-    for where, thresholds, never in ((kernels.UPPER, layer.upper, limits.max),
+    for where, thresholds, never in ((kernels.UPPER, layer.upper, limits.max),  # never: the filter -1 does not fire
                                      (kernels.LOWER, layer.lower, limits.min)):
         values = np.append(thresholds.astype(kind), kind(never))[filters]
         blocks[:, where:where + values[0].nbytes] = values.view(np.uint8)
@@ -210,7 +245,7 @@ def describe_blocks(layer, filters, sources, target):
 
 
 def aligned(array):
-    """A copy that starts on a cache line."""
+    """Return a copy that starts on a cache line of 64 bytes."""
     memory = np.empty(array.nbytes + 64, np.uint8)
     start = -address(memory) % 64
     copy = memory[start:start + array.nbytes].view(array.dtype).reshape(array.shape)

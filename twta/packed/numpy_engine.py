@@ -1,6 +1,6 @@
-"""The plain statement of what a packed network computes, with numpy: preparation, sums, thresholds, classifier.
+"""The plain statement of what a packed network computes, in numpy: preparation, sums, thresholds, classifier.
 
-It is the fall-back where numba is not installed, and what every other engine is compared with.
+Every other engine is compared with this one, and it runs if numba is not installed.
 """
 import numpy as np
 
@@ -8,9 +8,10 @@ from twta.packed import file_format
 
 
 def prepare(images, crop):
-    """Return images uint8 [n, height, width, channels] as the float32 that the encoder sees.
+    """Return images, uint8 [n, height, width, channels], as the graph prepares them, float32.
 
-    The graph does the same in twta.graph.preprocessing.for_evaluation.
+    Without a crop (0): pixels / 256. With one: the central crop * crop pixels, with mean 0 and standard deviation 1
+    per image. twta.graph.preprocessing.for_evaluation does the same in the graph.
     """
     if not crop:
         return images / np.float32(256)
@@ -22,8 +23,8 @@ def prepare(images, crop):
     return ((x - mean) / np.maximum(np.sqrt(variance), values ** -0.5)).astype(np.float32)
 
 
-def see(images, packed):
-    """What the encoder reads of uint8 images, float64: the images, prepared, or what the stem makes of them."""
+def encoder_input(images, packed):
+    """Return what the encoder reads, float64 NHWC: the prepared images or, of a network with a stem, its maps."""
     x = prepare(images, packed.crop).astype(np.float64)
     if not packed.stem:
         return x
@@ -33,33 +34,33 @@ def see(images, packed):
 
 
 def convolve(x, layer):
-    """Sums [n, height', width', filters] of a layer on maps [n, height, width, channels], in the type of x."""
+    """Return a layer's sums [n, height', width', filters] of maps x [n, height, width, channels], in the type of x."""
     n, channels = len(x), x.shape[3]
     (top, left), (rows, columns, filters) = file_format.geometry(x.shape[1:], layer)
     height, width = layer.weights.shape[:2]
-    whole = file_format.border(x.shape[1:], layer)[1]
-    x = np.pad(x, ((0, 0), (top, whole[0] - top - x.shape[1]), (left, whole[1] - left - x.shape[2]), (0, 0)))
+    padded = file_format.border(x.shape[1:], layer)[1]
+    x = np.pad(x, ((0, 0), (top, padded[0] - top - x.shape[1]), (left, padded[1] - left - x.shape[2]), (0, 0)))
     x = x.reshape(*x.shape[:3], channels // layer.groups, layer.groups)
     weights = layer.weights.reshape(height, width, channels // layer.groups, layer.groups, -1).astype(x.dtype)
     y = np.zeros((n, rows, columns, layer.groups, filters // layer.groups), x.dtype)
     for i in range(height):
         for j in range(width):
-            part = x[:, i::layer.stride, j::layer.stride][:, :rows, :columns]
+            under = x[:, i::layer.stride, j::layer.stride][:, :rows, :columns]  # what the weights [i, j] multiply
             for group in range(layer.groups):
-                y[..., group, :] += part[..., group] @ weights[i, j, :, group]
+                y[..., group, :] += under[..., group] @ weights[i, j, :, group]
     return y.reshape(n, rows, columns, filters)
 
 
 def fire(sums, layer):
-    """Activations int8: +1 where a sum >= upper, -1 where <= lower, else 0."""
+    """Return activations, int8: +1 if a sum >= upper, -1 if a sum <= lower, else 0."""
     return (sums >= layer.upper).astype(np.int8) - (sums <= layer.lower)
 
 
 class NumpyEngine:
-    """Runs a packed network with numpy: ternary sums in float32, exact up to 2 ** 24.
+    """The engine on plain arrays; ternary sums are in float32, exact up to 2 ** 24.
 
-    neuron     from sums to activations, with the layer's thresholds
-    between    what happens to the encoder's activations before the next layer
+    neuron     function of sums and layer that returns activations
+    between    function of the encoder's activations that returns what the next layer reads; None: they are unchanged
     """
 
     name, batch = 'numpy', 64
@@ -68,9 +69,9 @@ class NumpyEngine:
         self.packed, self.neuron, self.between = packed, neuron, between
 
     def run(self, images):
-        """Logits float32 [n, classes] of at most `batch` images, and the activations of each layer, int8 NHWC."""
+        """Return logits, float32 [n, classes], and each layer's activations, int8 NHWC, of at most `batch` images."""
         encoder, *layers = self.packed.layers
-        maps = [self.neuron(convolve(see(images, self.packed), encoder).astype(np.float32), encoder)]
+        maps = [self.neuron(convolve(encoder_input(images, self.packed), encoder).astype(np.float32), encoder)]
         if self.between:
             maps[0] = self.between(maps[0])
         for layer in layers:
@@ -85,10 +86,10 @@ class NumpyEngine:
 
 
 def classify(activations, packed):
-    """Logits from the last layer's activations [n, height, width, channels]."""
-    return finish(activations.reshape(len(activations), -1).astype(np.float64) @ packed.weights, packed)
+    """Return logits, float32 [n, classes], of the last layer's activations [n, height, width, channels]."""
+    return scale_logits(activations.reshape(len(activations), -1).astype(np.float64) @ packed.weights, packed)
 
 
-def finish(sums, packed):
-    """Logits from the classifier's float64 sums."""
+def scale_logits(sums, packed):
+    """Return logits of the classifier's sums, float64 [n, classes]: times scale plus shift, in float32."""
     return sums.astype(np.float32) * packed.scale + packed.shift

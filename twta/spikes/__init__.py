@@ -1,1 +1,1 @@
-"""Conversion to spiking neurons, and their simulation."""
+"""Conversion of a network to spiking neurons, and their simulation."""

@@ -1,4 +1,4 @@
-"""A network converted to spiking neurons, simulated on test images, checked against it, and written as files."""
+"""A network as spiking neurons: converted, simulated on test images, checked against the network, written as files."""
 import time
 
 import numpy as np
@@ -7,12 +7,17 @@ from twta import TwtaError
 from twta.files import replacing
 from twta.packed import engines, inference, numpy_engine
 from twta.results import environment, save_picture, write_csv, write_json
-from twta.spikes.simulation import BATCH, FIELDS, Engine, deletion, simulate, store_and_release
+from twta.spikes.simulation import BATCH, FIELDS, PackedSimulator, deletion, simulate, store_and_release
 from twta.terminal import say
 
 
 def convert(experiment, flags):
-    """Converts the network of a checkpoint, simulates it and compares it with its graph."""
+    """Convert the network of a checkpoint, simulate it and compare it with its graph.
+
+    flags    of twta.spikes.command: images, conversion, and those of report
+
+    Raises TwtaError if a prediction differs.
+    """
     from twta.export.pack import describe_run, pack, predict  # here: with --file nothing needs TensorFlow
     from twta.training.evaluation import trained
 
@@ -25,25 +30,39 @@ def convert(experiment, flags):
     steps = len(thresholds) if thresholds.ndim == 2 else 1
     if flags.conversion == 'temporal' and steps == 1:
         say('temporal: one level is one step, the same as spatial')
-    plain = Engine(packed) if steps == 1 else numpy_engine.NumpyEngine(packed, store_and_release)
+    plain = PackedSimulator(packed) if steps == 1 else numpy_engine.NumpyEngine(packed, store_and_release)
     report(flags, plain, steps, predicted, 'the graph', dataset, images)
 
 
 def convert_file(flags, packed):
-    """Simulates a packed network, which is one of neurons, and compares it with the packed engine."""
-    from twta.data import datasets
+    """Simulate a packed network, whose activations are neurons already, and compare it with the packed engine.
+
+    flags    of twta.spikes.command: file, dataset, data_dir, images, and those of report
+
+    Raises TwtaError if a prediction differs or the network is for other images.
+    """
+    from twta.data import datasets  # here: convert has its data set from the experiment
 
     dataset = datasets.load(flags.dataset, flags.data_dir, None)
     inference.check_images(packed, dataset, flags)
     say(f'data: {dataset}')
     say(f'network: {packed.network}, {flags.file}')
     images = dataset.test.images[:flags.images]
-    predicted = engines.logits(engines.started(packed, 'auto', None), images).argmax(1)
+    predicted = engines.logits(engines.warm_engine(packed, 'auto', None), images).argmax(1)
     report(flags, numpy_engine.NumpyEngine(packed), 1, predicted, 'the packed engine', dataset, images)
 
 
 def report(flags, plain, steps, expected, whose, dataset, images):
-    """Simulates without noise, checks every prediction, simulates with noise where that is asked for, writes it all."""
+    """Simulate, check every prediction, simulate again with noise if there is any, print and write the results.
+
+    flags       conversion, noise_ratio, seed, dataset, output
+    plain       simulator without noise
+    steps       time steps per image
+    expected    classes [n] that the network predicts; whose: its name in messages
+    images      the first images of the data set's test split, uint8 [n, height, width, channels]
+
+    Raises TwtaError if a prediction without noise differs.
+    """
     labels = dataset.test.labels[:len(images)]
     say(f'{flags.conversion} conversion, {steps} step{"s" * (steps > 1)}: '
         f'{len(images):,} test images in batches of {BATCH}')
@@ -52,7 +71,7 @@ def report(flags, plain, steps, expected, whose, dataset, images):
     seconds = time.perf_counter() - start
     differ = int(np.sum(predicted != expected))
     if differ:
-        raise TwtaError(f'the neurons predict {differ} images otherwise than {whose}; nothing was written. This is a '
+        raise TwtaError(f'the neurons predict {differ} images otherwise than {whose}; nothing was written; this is a '
                         'fault of the scripts')
     say(f'checked: the predictions of {whose} on each of the {len(images):,} images ({seconds:.1f} s)')
     without = float(np.mean(predicted == labels))
@@ -62,7 +81,7 @@ def report(flags, plain, steps, expected, whose, dataset, images):
         neuron = numpy_engine.fire if steps == 1 else store_and_release
         noisy = numpy_engine.NumpyEngine(plain.packed, neuron, deletion(flags.noise_ratio, flags.seed))
         predicted, *counts = simulate(noisy, images, steps)
-        say(f'accuracy with {deleted}: {np.mean(predicted == labels):.4f}; the table and the files are of that')
+        say(f'accuracy with {deleted}: {np.mean(predicted == labels):.4f}; table and files are with this noise')
     for line in table(counts[2]):
         say(line)
     packed = plain.packed
@@ -77,7 +96,12 @@ def report(flags, plain, steps, expected, whose, dataset, images):
 
 
 def write(folder, title, right, spikes, operations, rows, record):
-    """The files, into a folder; right: for each image whether its class was predicted."""
+    """Write the files into a folder.
+
+    right                 bool [n], if the predicted class is the image's
+    spikes, operations    of each batch, from simulate; rows: of its table
+    record                what spikes.json holds beside the counts
+    """
     folder.mkdir(parents=True, exist_ok=True)
     numbers = [int(np.sum(right[start:start + BATCH])) for start in range(0, len(right), BATCH)]
     for name, lines in (('accuracy', numbers), ('spike_num', spikes), ('sop_num', operations)):
@@ -92,7 +116,7 @@ def write(folder, title, right, spikes, operations, rows, record):
 
 
 def table(rows):
-    """Lines for the terminal."""
+    """Yield the lines of the table for the terminal."""
     yield 'per image       neurons     spikes   negative   rate  sparsity     operations  on weights not 0'
     for row in rows:
         operations = f'{row["operations"]:14,.0f} {row["nonzero_operations"]:17,.0f}' if row['operations'] else '-'
@@ -101,8 +125,8 @@ def table(rows):
 
 
 def draw(title, rows):
-    """Spikes and synaptic operations by layer."""
-    from matplotlib.figure import Figure  # here: only some commands draw
+    """Return the picture: spikes and synaptic operations by layer."""
+    from matplotlib.figure import Figure  # here: few commands draw
 
     *rows, total = rows
     figure = Figure(figsize=(10, 2.2 + 0.32 * len(rows)), layout='constrained')
@@ -118,14 +142,14 @@ def draw(title, rows):
     left.margins(x=0.12)
     left.set_yticks(places, [row['layer'] for row in rows])
     left.invert_yaxis()
-    left.set(xlabel='spikes an image, and their rate (a neuron and step)')
+    left.set(xlabel='spikes per image, and their rate (per neuron and step)')
     for shift, field, label, colour in ((-0.2, 'operations', 'all connections', 'tab:grey'),
                                         (0.2, 'nonzero_operations', 'weights that are not 0', 'tab:blue')):
         right.barh(places + shift, [row[field] / 1e6 for row in rows], 0.4, color=colour, label=label)
     right.legend(loc='lower right')
-    right.set(xlabel='synaptic operations an image (millions)')
+    right.set(xlabel='synaptic operations per image (millions)')
     for axes in (left, right):
         axes.grid(alpha=0.3, axis='x')
     figure.suptitle(f'{title}\n{total["spikes"]:,.0f} spikes and {total["operations"] / 1e6:,.2f} million synaptic '
-                    'operations an image')
+                    'operations per image')
     return figure

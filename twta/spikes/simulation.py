@@ -1,40 +1,41 @@
-"""Conversion to spikes: a trained network as integrate-and-fire neurons, simulated, its spikes and operations counted.
+"""Simulation of a network as integrate-and-fire neurons; spikes and synaptic operations are counted.
 
-A neuron adds up the spikes that reach it, times ternary weights, into its membrane v, and fires where v reaches a
-threshold: a whole number, batch normalisation folded in (twta.export.folding). It has no leak and no bias and begins
-each image at 0. The first layer reads images, real-valued: it turns them into spikes. The classifier reads out
-membranes.
+A neuron adds the spikes that reach it, times ternary weights, to its membrane v. It fires if v reaches its threshold, a
+whole number with batch normalisation folded in (twta.export.folding). It has no leak and no bias, and v is 0 at the
+start of each image. The encoder turns real-valued images into spikes. The classifier reads membranes, not spikes.
 
-spatial    one step. An activation of several levels is as many neurons, each with its own threshold, in one place; a
-           ternary one a neuron that fires positively or negatively; the next layer adds up what fires.
-temporal   store and release: one neuron for all levels. It first adds up all spikes of the window, then in each of as
-           many steps as there are levels fires where v reaches the first threshold, and is reset by subtraction: v
-           loses the distance to the next one. With one level both are the same.
+spatial     One step. Each level of an activation is one neuron with its own threshold. A ternary activation is one
+            neuron that fires positively or negatively. The next layer adds up the spikes.
+temporal    Store and release: one neuron for all levels. It adds up all spikes of its window first. Then there is one
+            step per level: the neuron fires if v reaches the first threshold, and each spike subtracts the distance to
+            the next threshold from v. With one level, this is the spatial conversion.
 
-Both fire as often as the network's activations say, so that the predictions are the network's; each run checks it, on
+A neuron fires as often as the network's activation says, so the predictions are the network's. Every run checks this on
 every image. Source: github.com/edwardzcl/Spatio_temporal_SNNs, which has the spatial conversion.
 
-Counted are, with the images in batches of 200, a line a batch:
+Three files have one line per batch of 200 images:
 
 accuracy.txt     right predictions
-spike_num.txt    spikes of all neurons, a negative one is one, the encoder's included
-sop_num.txt      synaptic operations: for each spike the neurons that it reaches, in all convolutions and dense layers
-                 but encoder and classifier. Borders end at the map; connections of weight 0 count (the table has the
-                 number without them). The published counter, of the spatial conversion, has twice that number: it takes
-                 2 for an addition.
+spike_num.txt    spikes of all neurons, encoder included; a negative spike counts as one
+sop_num.txt      synaptic operations: for each spike, the neurons that it reaches, in all layers but encoder and
+                 classifier. Connections end at the map's border. Connections with weight 0 count; the table has the
+                 number without them too. The published counter takes 2 operations per addition, so its number for the
+                 spatial conversion is twice this one.
 """
 import numpy as np
 
 from twta.packed import engines, file_format, numpy_engine
 
-BATCH = 200  # images to a line of the .txt files
+BATCH = 200  # images per line of the .txt files
 FIELDS = ('layer', 'neurons', 'spikes', 'negative', 'rate', 'operations', 'nonzero_operations')
 
 
 def store_and_release(membrane, layer):
-    """Spikes int8 of neurons with thresholds [levels, filters], in as many steps, one a step at most.
+    """Return how often neurons with thresholds layer.upper [levels, filters] fire, int8: at most once per step.
 
-    After each spike the threshold is raised by what the membrane would lose: the same, without rounding.
+    membrane    sums [n, height, width, filters]; there is one step per level
+
+    Each spike raises the threshold instead of lowering the membrane: the same result, without rounding.
     """
     spikes = np.zeros(membrane.shape, np.int8)
     for step, threshold in enumerate(layer.upper):
@@ -43,7 +44,7 @@ def store_and_release(membrane, layer):
 
 
 def deletion(noise_ratio, seed):
-    """What deletes each of the encoder's spikes with that probability."""
+    """Return a function that deletes each spike of an int8 array with probability noise_ratio."""
     rng = np.random.default_rng(seed)
 
     def delete(spikes):
@@ -53,8 +54,11 @@ def deletion(noise_ratio, seed):
     return delete
 
 
-def reach(shape, layer):
-    """How many neurons a spike reaches, and over how many weights that are not 0: [height, width, channels] each."""
+def fan_out(shape, layer):
+    """Return how many neurons of a layer a spike reaches, and how many of them by a weight that is not 0.
+
+    shape    height, width, channels of the map that the layer reads; the result is int64 [2, *shape]
+    """
     (top, left), (rows, columns, filters) = file_format.geometry(shape, layer)
     height, width = layer.weights.shape[:2]
     by_group = layer.weights.reshape(height, width, shape[2] // layer.groups, layer.groups, -1)
@@ -70,24 +74,30 @@ def reach(shape, layer):
 
 
 def simulate(simulator, images, steps):
-    """Predicted classes of the images; of each batch the spikes of each layer and its operations; a row a layer."""
+    """Return predicted classes [n], spikes and synaptic operations per batch (two lists), and rows of the table.
+
+    simulator    an object with packed, batch (the largest number of images per call) and run(images)
+    images       uint8 [n, height, width, channels]
+    steps        time steps per image, for the rate
+
+    There is one row per layer and one in all, each a dictionary of FIELDS: means per image.
+    """
     packed = simulator.packed
     layers = packed.layers
     outputs = [out for _, _, _, out in file_format.shapes(packed)]
-    reached = [reach(shape, layer) for shape, layer in zip(outputs, layers[1:], strict=False)]
+    fans = [fan_out(shape, layer) for shape, layer in zip(outputs, layers[1:], strict=False)]
     predicted, spikes, operations = [], [], []
     sums = np.zeros((len(layers), 4))  # spikes, negative ones, operations, those over weights that are not 0
     for start in range(0, len(images), BATCH):
         of_batch = np.zeros((len(layers), 4))
         for first in range(start, min(start + BATCH, len(images)), simulator.batch):
-            part = images[first:min(first + simulator.batch, start + BATCH)]
-            logits, maps = simulator.run(part)
+            logits, maps = simulator.run(images[first:min(first + simulator.batch, start + BATCH)])
             predicted.append(logits.argmax(1))
             for index, fired in enumerate(maps):
                 number = np.abs(fired).sum(0, dtype=np.int64)
                 of_batch[index] += number.sum(), np.sum(fired < 0), 0, 0
                 if index + 1 < len(layers):
-                    of_batch[index + 1, 2:] += (number * reached[index]).sum((1, 2, 3))
+                    of_batch[index + 1, 2:] += (number * fans[index]).sum((1, 2, 3))
         sums += of_batch
         spikes.append(int(of_batch[:, 0].sum()))
         operations.append(int(of_batch[:, 2].sum()))
@@ -99,13 +109,14 @@ def simulate(simulator, images, steps):
     return np.concatenate(predicted), spikes, operations, [*rows, {'layer': 'in all', **total}]
 
 
-class Engine:
-    """The packed engine as a simulator of one step without noise."""
+class PackedSimulator:
+    """A packed engine as a simulator of one step without noise."""
 
     def __init__(self, packed):
         self.packed, self.engine = packed, engines.open_engine(packed)
         self.batch = min(self.engine.batch, BATCH)
 
     def run(self, images):
+        """Return logits, float32 [n, classes], and the spikes of each layer, int8 NHWC."""
         maps = self.engine.activations(images)
         return numpy_engine.classify(maps[-1], self.packed), maps
