@@ -16,7 +16,7 @@ DATASETS = ('cifar10', 'shapes')  # the first is the default
 LEARNING_RATE = 1e-2
 EPOCHS = 200
 BATCH_SIZE = 200
-CHOICES = ('threshold', 'threshold_value', 'pooling')
+CHOICES = ('threshold', 'threshold_value', 'pooling', 'rest')
 
 
 def model(x, is_train, **choices):

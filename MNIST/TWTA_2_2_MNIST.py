@@ -16,7 +16,7 @@ DATASETS = ('mnist', 'digits')  # the first is the default
 LEARNING_RATE = 1e-4
 EPOCHS = 150
 BATCH_SIZE = 200
-CHOICES = ('threshold', 'threshold_value', 'pooling')
+CHOICES = ('threshold', 'threshold_value', 'pooling', 'rest')
 
 
 def model(x, is_train, **choices):

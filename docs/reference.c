@@ -58,12 +58,13 @@ static void run(const struct twta_layer *l, const int8_t *in, int8_t *out)
                     const int column = x * l->stride - l->left + k / per_group % l->kernel_width;
                     const int channel = k % per_group * l->groups + f / filters;
                     const int at = (row * l->width + column) * l->channels + channel;
-                    if (row < 0 || row >= l->height || column < 0 || column >= l->width)
-                        continue;
+                    const int outside = row < 0 || row >= l->height || column < 0 || column >= l->width;
                     if (l->real)
-                        real += (double)input[at] * l->real[f * weights + k];
-                    else if (l->nonzero[f * words + k / 32] >> k % 32 & 1)
-                        sum += l->negative[f * words + k / 32] >> k % 32 & 1 ? -in[at] : in[at];
+                        real += outside ? 0 : (double)input[at] * l->real[f * weights + k];
+                    else if (l->nonzero[f * words + k / 32] >> k % 32 & 1) {
+                        const int value = outside ? l->border : in[at];
+                        sum += l->negative[f * words + k / 32] >> k % 32 & 1 ? -value : value;
+                    }
                 }
                 *out++ = l->real ? ((float)real >= l->real_upper[f]) - ((float)real <= l->real_lower[f])
                                  : (sum >= l->upper[f]) - (sum <= l->lower[f]);

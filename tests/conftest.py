@@ -121,11 +121,12 @@ def finished_run(tmp_path_factory):
     return run_dir
 
 
-def random_packed(image, crop, specification, n_classes=3, stem=0):
+def random_packed(image, crop, specification, n_classes=3, stem=0, border=0):
     """Return a packed network with random weights; its thresholds make about a third of the activations 0.
 
     specification    per layer: filters, kernel (0: the whole map), stride, padding, groups
     stem             number of 3*3 filters before the encoder, or 0
+    border           of all layers but the encoder
     """
     from twta.packed.file_format import Layer, PackedNetwork, Stem, fan_in, geometry
 
@@ -145,7 +146,7 @@ def random_packed(image, crop, specification, n_classes=3, stem=0):
         if not index:
             weights = rng.standard_normal(weights.shape).astype(np.float32)
             upper, lower = (upper / 2).astype(np.float32), (lower / 2).astype(np.float32)
-        layers.append(Layer(f'layer{index}', weights, upper, lower, stride, padding, groups))
+        layers.append(Layer(f'layer{index}', weights, upper, lower, stride, padding, groups, border if index else 0))
         shape = geometry(shape, layers[-1])[1]
     weights = rng.standard_normal((np.prod(shape), n_classes)).astype(np.float32)
     return PackedNetwork('network', 'data', image, crop, tuple(f'class{k}' for k in range(n_classes)), tuple(layers),
@@ -163,6 +164,7 @@ NETWORKS = {  # for random_packed: image, crop, layers (filters, kernel, stride,
                                 (128, 2, 2, 'VALID', 8), (256, 1, 1, 'SAME', 32), (16, 2, 1, 'VALID', 1)]),
     'one bit': ((6, 6, 1), 0, [(16, 1, 1, 'SAME', 1), (16, 3, 1, 'SAME', 16), (1, 1, 1, 'SAME', 1)]),
     'stem': ((11, 10, 3), 8, [(16, 3, 1, 'SAME', 1), (12, 2, 2, 'SAME', 2), (9, 0, 1, 'VALID', 1)], 3, 5),
+    'rest': ((12, 11, 3), 8, [(10, 3, 1, 'SAME', 1), (24, 4, 2, 'SAME', 2), (12, 3, 1, 'SAME', 3)], 3, 0, -1),
     'many words': ((4, 4, 1), 0, [(512, 2, 1, 'SAME', 1), (520, 3, 1, 'SAME', 1)]),
 }
 

@@ -110,6 +110,8 @@ def test_a_flag_without_its_value(flag):
     (['--mode', 'inference', '--checkpoint', 'best', '--weights', __file__], ['--checkpoint best', '--weights']),
     (['--resume', 'True', '--weights', __file__], ['--weights', '--resume True']),
     (['--levels', '3', '--pooling', 'max'], ['--levels 3', '--pooling max', 'average or conv']),
+    (['--rest', '-1', '--pooling', 'max'], ['--rest -1', '--pooling max', 'average']),
+    (['--rest', '1'], ['--rest', '1']),
     (['--k', '2', '--B', '3'], ['--k 2 --B 3', '12 steps', 'up to 8']),
     (['--mode', 'inference', '--engine', 'packed', '--pooling', 'max'], ['--pooling', '--engine packed']),
     (['--checkpoint', 'best'], ['--checkpoint best', '--mode inference']),

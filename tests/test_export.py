@@ -13,11 +13,14 @@ from twta import TwtaError, command_line
 from twta.data import datasets
 from twta.export import folding, formats, spatial
 from twta.export.pack import make_header, pack
+from twta.graph.blocks import Block
 from twta.graph.tf1 import tf
 from twta.packed import cost, engines, file_format, numpy_engine
 
 TERNARY = [name for name in SCRIPTS if name.startswith('TWTA')]
 OTHERS = [
+    *(('TWTA_4_4_MNIST', {'rest': -1, 'pooling': pooling}) for pooling in ('conv', 'average')),
+    *((name, {'rest': -1}) for name in ('TWTA_3_3_CIFAR10_Group_V2', 'TWTA_4_4_CIFAR10_VGG13')),
     ('TWTA_5_5_MNIST', {'threshold': 'trainable', 'threshold_value': 0.3}),
     ('TWTA_2_2_MNIST', {'threshold': 'runtime'}),
     ('TWTA_2_2_MNIST', {'pooling': 'max'}),
@@ -117,9 +120,9 @@ def test_the_worked_example(session, gamma, upper, lower, sign):
     for variable, value in zip((batch_norm.beta, batch_norm.gamma, batch_norm.moving_mean, batch_norm.moving_variance),
                                (0.1, gamma, 2.3, 25), strict=True):
         variable.load(np.float32([value]), session)
-    signs = folding.sign_of_gamma(session, batch_norm)
-    read = folding.Reader(session, batch_norm.inputs, activation.outputs, signs, 1, 1)
-    packed = folding.fold_layer(session, layer, read, before=read)
+    block = Block(layer, batch_norm, activation)
+    probe = folding.ActivationProbe.of(block, session)
+    packed = folding.fold_layer(session, block, probe, input_probe=probe)
     assert (packed.upper, packed.lower) == (upper, lower)
     np.testing.assert_array_equal(packed.weights, sign * session.run(layer.quantized))
 
@@ -131,7 +134,7 @@ def test_thresholds_of_the_encoder_are_the_very_floats(session):
     from twta.ternary_layers import ternarize_activations
 
     activations = ternarize_activations(sums * scale + shift)
-    read = folding.Reader(session, sums, activations, np.ones(4, np.int8), 1, 1)
+    read = folding.ActivationProbe(session, sums, activations, np.ones(4, np.int8), 1, 1)
     (upper,), lower = folding.real_thresholds(read)
     assert upper.dtype == np.float32 and upper[2] == -np.inf and lower[2] == -np.inf  # this channel is always +1
     for thresholds, value, inwards in ((upper, 1, -np.inf), (lower, -1, np.inf)):
@@ -275,11 +278,13 @@ def test_an_engine_that_differs_from_the_graph_is_noticed(finished_run, tmp_path
 # Other formats
 
 
-@pytest.fixture(params=['TWTA_4_4_MNIST', 'TWTA_3_3_CIFAR10_Group_V2'])
+@pytest.fixture(params=[('TWTA_4_4_MNIST', 0), ('TWTA_3_3_CIFAR10_Group_V2', 0), ('TWTA_3_3_CIFAR10_Group_V2', -1)],
+                ids=lambda param: f'{param[0]} rest {param[1]}')
 def deployed(request):
     """A packed network with hostile parameters, and images."""
-    dataset = sample_of(request.param)
-    return packed_and_graph(request.param, dataset, hostile, 1)[0], dataset.test.images[:40]
+    name, rest = request.param
+    dataset = sample_of(name)
+    return packed_and_graph(name, dataset, hostile, 1, rest=rest)[0], dataset.test.images[:40]
 
 
 def test_npz_holds_what_a_loop_needs(deployed, tmp_path):
@@ -289,10 +294,11 @@ def test_npz_holds_what_a_loop_needs(deployed, tmp_path):
     with np.load(tmp_path / 'n.npz', allow_pickle=False) as file:
         x = numpy_engine.prepare(file['vectors/images'], int(file['crop'])).astype(np.float64)
         for index, name in enumerate(file['layers']):
-            weights, stride, groups = (file[f'{name}/{field}'] for field in ('weights', 'stride', 'groups'))
+            weights, stride, groups, border = (file[f'{name}/{field}'] for field in (
+                'weights', 'stride', 'groups', 'border'))
             expected = file[f'vectors/{name}']
             height, width, _, filters = weights.shape
-            padded = np.pad(x, [(0, 0), *file[f'{name}/padding'], (0, 0)])
+            padded = np.pad(x, [(0, 0), *file[f'{name}/padding'], (0, 0)], constant_values=int(border))
             out = [(padded.shape[axis + 1] - weights.shape[axis]) // stride + 1 for axis in (0, 1)]
             sums = np.zeros((len(x), *out, filters))
             for f in range(filters):

@@ -2,6 +2,7 @@
 import numpy as np
 import pytest
 
+from twta.graph.blocks import read_blocks
 from twta.graph.tf1 import tf, tl
 from twta.ternary_layers import (
     ActivationLayer,
@@ -287,3 +288,40 @@ def test_batch_norm_in_float64_is_two_operations(session):
     beta, gamma, mean, variance = (value.astype(np.float64) for value in values)
     scale = gamma * (1 / np.sqrt(variance + 1e-5))
     np.testing.assert_array_equal(session.run(layer.outputs), x * scale + (beta - mean * scale))
+
+
+@pytest.mark.parametrize('size, stride, groups, dtype', [
+    (3, 1, 1, tf.float32), (4, 2, 2, tf.float32), (4, 1, 1, tf.bfloat16), (2, 2, 4, tf.bfloat16)])
+def test_a_border_that_is_not_zero(session, size, stride, groups, dtype):
+    """Compare sums and gradients with those of a map that already has the border, and VALID padding."""
+    x = RNG.integers(-1, 2, (2, 7, 6, 8)).astype(np.float32)
+    out = -(-7 // stride), -(-6 // stride)
+    total = [max((n - 1) * stride + size - side, 0) for n, side in zip(out, (7, 6), strict=True)]
+    sides = [(t // 2, t - t // 2) for t in total]
+    bordered = np.pad(x, ((0, 0), *sides, (0, 0)), constant_values=-1)
+    found = []
+    for values, padding, reuse in ((x, 'SAME', False), (bordered, 'VALID', True)):
+        images = tf.constant(values, dtype)
+        with tf.variable_scope(tf.get_variable_scope(), reuse=reuse):
+            layer = Conv2dLayer(tl.layers.InputLayer(images), 8, size, stride, padding, groups, border=-1)
+        assert layer.outputs.shape[1:3] == out
+        found.append([layer.outputs, *tf.gradients(tf.cast(layer.outputs, tf.float32) ** 2, layer.all_params[-1:])])
+    session.run(tf.global_variables_initializer())
+    (sums, gradient), (expected_sums, expected_gradient) = session.run(found)
+    np.testing.assert_array_equal(sums.astype(np.float32), expected_sums.astype(np.float32))
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=0.02, atol=1e-3)
+
+
+def test_rest_decides_on_beta_border_and_gradient(session):
+    for rest in (0, -1):
+        with tf.variable_scope(f'rest{rest}'):
+            network = Network(tf.zeros([1, 6, 6, 1]), True, rest=rest)
+            network.encode(4, 3)
+            network.conv(4, 3)
+            last = network.classify(10)
+        session.run(tf.global_variables_initializer())
+        blocks = read_blocks(last)
+        assert [block.layer.border for block in blocks[:2]] == [0, rest]
+        betas = session.run([block.batch_norm.beta for block in blocks])
+        assert [set(beta) for beta in betas] == [{rest}, {rest}, {0}]
+        assert blocks[0].levels == (-1, 0, 1)

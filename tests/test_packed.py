@@ -205,7 +205,7 @@ def test_a_refusal_names_the_file_and_what_to_do(tmp_path, file):
 
 def test_a_newer_version_is_refused_as_such(file):
     data = file.read_bytes()
-    assert 'newer version' in broken(sealed(data[:4] + struct.pack('<I', 3) + data[8:-32]))
+    assert 'newer version' in broken(sealed(data[:4] + struct.pack('<I', file_format.VERSION + 1) + data[8:-32]))
 
 
 @pytest.mark.parametrize('change, word', [
@@ -223,6 +223,9 @@ def test_a_newer_version_is_refused_as_such(file):
     (lambda header: header['layers'][1].update(stride='1'), 'stride'),
     (lambda header: header['layers'][1].update(padding='REFLECT'), 'padding'),
     (lambda header: header['layers'][1].update(groups=3), 'divide'),
+    (lambda header: header['layers'][1].update(border=2), 'border'),
+    (lambda header: header['layers'][1].update(border=True), 'border'),
+    (lambda header: header['layers'][0].update(border=-1), 'border'),
     (lambda header: header['layers'][0].update(kernel=[99, 1], padding='VALID'), 'padding'),
     (lambda header: header['layers'][2].update(filters=65536), 'shorter'),
     (lambda header: header.update(dataset=3), 'dataset'),

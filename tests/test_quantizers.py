@@ -9,6 +9,7 @@ from twta.quantizers import (
     full_precision,
     median_quantizer,
     ternarize_activations,
+    ternarize_from_rest,
     ternarize_weights,
     three_level_activations,
 )
@@ -174,3 +175,11 @@ def test_the_gradient_of_a_threshold(session, d):
     y, gradient = session.run([y, gradient])
     np.testing.assert_array_equal(y, (x >= np.float32(d)).astype(int) - (x <= -np.float32(d)))
     np.testing.assert_allclose(gradient, -np.sum((np.sign(x) * upstream)[np.abs(x) <= 1]), rtol=1e-4)
+
+
+def test_ternary_activations_from_rest(session):
+    x = tf.constant([-1.5, -1, -0.5, 0.4, 0.5, 1.5, 3, 3.5])
+    values = ternarize_from_rest(x)
+    found, gradient = session.run([values, tf.gradients(values, x)[0]])
+    np.testing.assert_array_equal(found, [-1, -1, -1, 0, 1, 1, 1, 1])
+    np.testing.assert_array_equal(gradient, [0, 1, 1, 1, 1, 1, 1, 0])

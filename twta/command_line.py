@@ -192,6 +192,9 @@ def check_network(args, script):
     if chosen.get('levels') == 3 and chosen.get('pooling') == 'max':
         raise UsageError('--levels 3 with --pooling max: such a network cannot be exported; use --pooling average or '
                          'conv')
+    if chosen.get('rest') and chosen.get('pooling') == 'max':
+        raise UsageError('--rest -1 with --pooling max: such a network cannot be exported; use --pooling conv or '
+                         'average')
     if script.stem.startswith('FP_') and (args.engine == 'packed' or args.mode == 'export'):
         raise UsageError(f'{script.stem} {NOTHING_TO_PACK}')
     if 'k' in chosen and chosen['B'] * 2 ** chosen['k'] > 8:

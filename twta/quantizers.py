@@ -57,11 +57,11 @@ def binarize_weights(w, groups=1):
 # Activations
 
 
-def ternarize_activations(x, d=0.5):
+def ternarize_activations(x, d=0.5, highest=1):
     """Return ternary activations x' in {-1, 0, +1} for batch-normalised sums x; d may be a scalar tensor.
 
     forward   x' = +1 if x >= d, -1 if x <= -d, else 0
-    backward  dL/dx = dL/dx' if |x| <= 1, else 0: the gradient of a clip to [-1, 1] before the steps
+    backward  dL/dx = dL/dx' if -1 <= x <= highest, else 0: for 1 the gradient of a clip to [-1, 1] before the steps
               dL/dd = -sum(sign(x) * dL/dx): this gradient treats the step at d as a ramp over [0, 1], the step at -d
               as a ramp over [-1, 0]; a higher d moves the ramps apart
     """
@@ -69,7 +69,7 @@ def ternarize_activations(x, d=0.5):
     @tf.custom_gradient
     def straight_through(x, d):
         def backward(gradient):
-            passed = pass_unclipped(x, gradient)
+            passed = pass_between(x, gradient, highest)
             return passed, -tf.reduce_sum(tf.sign(x) * passed)
 
         return ternarize(x, d), backward
@@ -78,6 +78,18 @@ def ternarize_activations(x, d=0.5):
 
 
 ternarize_activations.levels = -1, 0, 1
+
+
+def ternarize_from_rest(x, d=0.5):
+    """Return ternary activations as a ReLU in three steps: -1 stands for 0, the state of rest. See Network on `rest`.
+
+    forward   as in ternarize_activations
+    backward  dL/dx = dL/dx' if -1 <= x <= 3, else 0: as for a ReLU, few large sums are without gradient
+    """
+    return ternarize_activations(x, d, highest=3)
+
+
+ternarize_from_rest.levels = ternarize_activations.levels
 
 
 @tf.custom_gradient
@@ -132,7 +144,12 @@ def ternarize(x, d):
     return tf.cast(x >= d, x.dtype) - tf.cast(x <= -d, x.dtype)
 
 
-@compiled
 def pass_unclipped(x, gradient):
     """Return the gradient if |x| <= 1, else 0: the backward rule of the activations."""
-    return tf.where(tf.abs(x) <= 1, gradient, tf.zeros_like(gradient))
+    return pass_between(x, gradient, 1)
+
+
+@compiled
+def pass_between(x, gradient, highest):
+    """Return the gradient if -1 <= x <= highest, else 0."""
+    return tf.where((x >= -1) & (x <= highest), gradient, tf.zeros_like(gradient))

@@ -8,7 +8,7 @@ Source: the published TWTA scripts (github.com/edwardzcl/TWTA).
 """
 from twta.graph.fast import convolve, factors, type_of_sums
 from twta.graph.tf1 import tf, tl
-from twta.quantizers import full_precision, ternarize_activations, ternarize_weights
+from twta.quantizers import full_precision, ternarize_activations, ternarize_from_rest, ternarize_weights
 
 DECAY = 0.9  # of moving averages
 EPSILON = 1e-5  # added to the variance
@@ -36,19 +36,20 @@ class Conv2dLayer(tl.layers.Layer):
     groups      G > 1: group g reads the interleaved input channels g, g + G, g + 2G, ...; the outputs are ordered
                 group by group, so that the layer also shuffles channels
     W           [filter_size, filter_size, channels / groups, n_filter], truncated normal, stddev 0.02
-    exact       sum in float64, output float32: sums of real-valued products then do not depend on machine or order
-                of summation, unless a sum is within 2 ** -53 of a tie (sums of ternary products never depend on it)
+    exact       sum in float64, output float32: sums of real-valued products then do not depend on the machine, unless
+                a sum is within 2 ** -53 of a tie (sums of ternary products never depend on it)
+    border      value of the cells that SAME padding adds
     outputs     [batch, height', width', n_filter]
 
     Raises ValueError if channels or n_filter is not a multiple of groups.
     """
 
     def __init__(self, prev_layer, n_filter, filter_size, stride=1, padding='SAME', groups=1,
-                 quantizer=ternarize_weights, exact=False, name='conv'):
+                 quantizer=ternarize_weights, exact=False, border=0, name='conv'):
         super().__init__(prev_layer=prev_layer, name=name)
         self.prev_layer, self.stride, self.padding, self.groups = prev_layer, stride, padding, groups
-        x = self.inputs = prev_layer.outputs
-        channels = int(x.shape[-1])
+        self.border, x = border, prev_layer.outputs
+        self.inputs, channels = x, int(x.shape[-1])
         if channels % groups or n_filter % groups:
             raise ValueError(f'{name}: {channels} channels and {n_filter} filters do not divide into {groups} groups')
         with tf.variable_scope(name):
@@ -56,7 +57,7 @@ class Conv2dLayer(tl.layers.Layer):
             weights = get_variable('W', shape, tf.truncated_normal_initializer, stddev=0.02)
             self.quantized = quantizer(weights.value(), groups)
             x = tf.cast(x, tf.float64) if exact else x
-            sums = convolve(*factors(x, self.quantized), stride, padding, groups)
+            sums = convolve(*factors(x, self.quantized), stride, padding, groups, border)
             self.outputs = tf.cast(sums, tf.float32 if exact else x.dtype)
         self.all_layers.append(self.outputs)
         self.all_params.append(weights)
@@ -111,16 +112,16 @@ class BatchNormLayer(tl.layers.Layer):
     prev_layer  a layer with outputs [batch, height, width, channels] or [batch, channels]
     is_train    True: the moments of the batch, and tf.GraphKeys.UPDATE_OPS gets the updates of the moving moments
                 (decay 0.9, biased variance); False: the moving moments
-    beta, gamma, moving_mean, moving_variance    [channels] each, in this order in all_params
+    beta, gamma, moving_mean, moving_variance    [channels] each, in this order in all_params; beta begins at beta_init
     """
 
-    def __init__(self, prev_layer, is_train, name='bn'):
+    def __init__(self, prev_layer, is_train, name='bn', beta_init=0):
         super().__init__(prev_layer=prev_layer, name=name)
         self.prev_layer = prev_layer
         x = self.inputs = prev_layer.outputs
         channels = int(x.shape[-1])
         with tf.variable_scope(name):
-            beta = get_variable('beta', [channels], tf.zeros_initializer)
+            beta = get_variable('beta', [channels], tf.constant_initializer, value=beta_init)
             gamma = get_variable('gamma', [channels], tf.random_normal_initializer, mean=1.0, stddev=0.002)
             mean = get_variable('moving_mean', [channels], tf.zeros_initializer, trainable=False)
             variance = get_variable('moving_variance', [channels], tf.ones_initializer, trainable=False)
@@ -187,63 +188,62 @@ class Network:
     threshold, threshold_value    of ternary activations, see ActivationLayer
     pooling     'conv': pool() is a convolution (learned); 'max', 'average': pool() has no weights if it keeps the
                 number of channels
+    rest        -1: activations are ternarize_from_rest, every beta but the classifier's begins at -1, ternary layers
+                pad with -1; 0: as published
     """
 
     def __init__(self, x, is_train, weights=ternarize_weights, activation=ternarize_activations, threshold=None,
-                 threshold_value=None, pooling='conv'):
+                 threshold_value=None, pooling='conv', rest=0):
         self.net = tl.layers.InputLayer(x, name='images')
-        self.is_train, self.weights, self.activation, self.pooling = is_train, weights, activation, pooling
-        self.threshold = threshold, threshold_value
-        self.depth = 0
+        self.is_train, self.weights, self.pooling, self.rest = is_train, weights, pooling, rest
+        self.activation = ternarize_from_rest if rest else activation
+        self.threshold, self.depth = (threshold, threshold_value), 0
 
     def stem(self, n_filter, filter_size):
         """Add a convolution before the encoder, e.g. 32C3, with full-precision weights and ReLU."""
         if not self.is_train:  # float64 up to the encoder's sums: see `exact` in Conv2dLayer
             self.net = tl.layers.InputLayer(tf.cast(self.net.outputs, tf.float64), name='images')
-        name = self.next_name('stem')
+        self.depth += 1
+        name = f'stem{self.depth}'
         layer = Conv2dLayer(self.net, n_filter, filter_size, quantizer=full_precision, name=name)
         layer = BatchNormLayer(layer, self.is_train, f'{name}/bn')
         self.net = ActivationLayer(layer, tf.nn.relu, name=f'{name}/activation')
 
     def encode(self, n_filter, filter_size, padding='SAME'):
         """Add the first convolution, e.g. 32C4, with full-precision weights: it turns images into activations."""
-        self.conv(n_filter, filter_size, padding, weights=full_precision, exact=not self.is_train)
+        self.add('conv', Conv2dLayer, n_filter, filter_size, 1, padding, 1, full_precision, not self.is_train)
 
-    def conv(self, n_filter, filter_size, padding='SAME', stride=1, groups=1, kind='conv', weights=None, exact=False):
+    def conv(self, n_filter, filter_size, padding='SAME', stride=1, groups=1, kind='conv'):
         """Add a convolution, e.g. 64C4 (64 filters of 4*4), or 512C3/16 in 16 groups."""
-        name = self.next_name(kind)
-        self.activate(Conv2dLayer(self.net, n_filter, filter_size, stride, padding, groups,
-                                  weights or self.weights, exact, name), name)
+        self.add(kind, Conv2dLayer, n_filter, filter_size, stride, padding, groups, self.weights, border=self.rest)
 
     def pool(self, n_filter, filter_size, padding='VALID', groups=1):
         """Add a pooling layer, e.g. 2P2: a 2*2 convolution with stride 2 (learned), or as --pooling says."""
         if self.pooling == 'conv' or n_filter != self.net.outputs.shape[-1]:
             self.conv(n_filter, filter_size, padding, stride=2, groups=groups, kind='pool')
         else:
-            name = self.next_name('pool')
-            self.activate(PoolLayer(self.net, filter_size, 2, padding, self.pooling, name), name)
+            self.add('pool', PoolLayer, filter_size, 2, padding, self.pooling)
 
     def dense(self, n_units):
         """Add a dense layer, e.g. 512, on the flattened map."""
-        name = self.next_name('dense')
-        self.activate(DenseLayer(self.flat(), n_units, self.weights, name), name)
+        self.flat()
+        self.add('dense', DenseLayer, n_units, self.weights)
 
     def classify(self, n_classes, batch_norm=True):
         """Add the last dense layer, with full-precision weights and no activation; return it: it gives the logits."""
         net = DenseLayer(self.flat(), n_classes, full_precision, 'classify')
         return BatchNormLayer(net, self.is_train, 'classify/bn') if batch_norm else net
 
-    def next_name(self, kind):
+    def add(self, kind, layer, *arguments, **named):
+        """Add a layer of a class, with these arguments, then batch normalisation and activation."""
         self.depth += 1
-        return f'{kind}{self.depth}'
-
-    def activate(self, layer, name):
-        layer = BatchNormLayer(layer, self.is_train, f'{name}/bn')
-        self.net = ActivationLayer(layer, self.activation, *self.threshold, self.is_train, f'{name}/activation')
+        name = f'{kind}{self.depth}'
+        net = layer(self.net, *arguments, **named, name=name)
+        net = BatchNormLayer(net, self.is_train, f'{name}/bn', self.rest)
+        self.net = ActivationLayer(net, self.activation, *self.threshold, self.is_train, f'{name}/activation')
 
     def flat(self):
-        if self.net.outputs.shape.rank == 2:
-            return self.net
-        layer = tl.layers.FlattenLayer(self.net, name='flatten')
-        layer.prev_layer = self.net
-        return layer
+        if self.net.outputs.shape.rank == 4:
+            before, self.net = self.net, tl.layers.FlattenLayer(self.net, name='flatten')
+            self.net.prev_layer = before
+        return self.net

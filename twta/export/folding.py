@@ -131,7 +131,7 @@ def fold_layer(session, block, probe, input_probe):
         weights = weights.astype(np.int8)
         upper, lower = integer_thresholds(probe, input_probe.steps * fan_in(weights), input_probe.unit * area)
     return Layer(layer.name, weights * probe.sign, upper, lower, getattr(layer, 'stride', 1),
-                 getattr(layer, 'padding', 'VALID'), groups)
+                 getattr(layer, 'padding', 'VALID'), groups, getattr(layer, 'border', 0))
 
 
 def integer_thresholds(probe, most, divisor):

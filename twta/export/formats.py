@@ -47,7 +47,7 @@ def write_npz(path, packed, vectors):
     if packed.stem:
         arrays.update({f'stem/{field}': value for field, value in packed.stem._asdict().items()})
     for layer, shape, before, _ in shapes(packed):
-        for field in ('weights', 'upper', 'lower', 'stride', 'groups'):
+        for field in ('weights', 'upper', 'lower', 'stride', 'groups', 'border'):
             arrays[f'{layer.name}/{field}'] = np.array(getattr(layer, field))
         arrays[f'{layer.name}/padding'] = np.stack([before, after(shape, layer)], 1)
     for field in ('weights', 'scale', 'shift'):
@@ -74,7 +74,8 @@ def write_c(path, packed, vectors):
         '    const char *name;',
         '    int height, width, channels;              /* of its input */',
         '    int out_height, out_width, filters;       /* of its output */',
-        '    int kernel_height, kernel_width, stride, top, left, groups;  /* top, left: zeros before the map */',
+        '    int kernel_height, kernel_width, stride, top, left, groups;  /* top, left: cells before the map */',
+        '    int border;                               /* the activation in the cells around the map */',
         '    const float *real;                        /* encoder: weights [filter][row][column][channel] */',
         '    const uint32_t *nonzero, *negative;       /* others: bits in that order, a new word per filter */',
         '    const float *real_upper, *real_lower;     /* encoder: thresholds */',
@@ -115,7 +116,7 @@ def c_layer(name, layer, shape, before, out, is_encoder):
             ('int32_t', 'upper', layer.upper), ('int32_t', 'lower', layer.lower))]
         pointers = 0, f'{name}_nonzero', f'{name}_negative', 0, 0, f'{name}_upper', f'{name}_lower'
     return arrays, [c_string(layer.name), *shape, *out, *weights.shape[1:3], layer.stride, *before, layer.groups,
-                    *pointers]
+                    layer.border, *pointers]
 
 
 def words(bits):

@@ -101,9 +101,13 @@ def convolve_ternary(builder, x, shape, before, layer):
     """Add a ternary convolution in float32 NCHW; before: rows and columns of padding before the map."""
     if layer.groups > 1:  # ONNX's groups are blocks of neighbours
         x = builder.node('Gather', x, np.arange(shape[2]).reshape(-1, layer.groups).T.ravel(), axis=1)
+    pads = [*before, *after(shape, layer)]
+    if layer.border:
+        x = builder.node('Pad', x, np.array([0, 0, *pads[:2], 0, 0, *pads[2:]]), np.array(layer.border, np.float32))
+        pads = [0] * 4
     weights = builder.cast(builder.constant(layer.weights.transpose(3, 2, 0, 1)), TensorProto.FLOAT)
     return builder.node('Conv', x, weights, kernel_shape=layer.weights.shape[:2], strides=[layer.stride] * 2,
-                        group=layer.groups, pads=[*before, *after(shape, layer)])
+                        group=layer.groups, pads=pads)
 
 
 def classify(builder, x, packed):

@@ -46,13 +46,15 @@ def factors(x, w):
     return tf.cast(x, dtype), tf.cast(tf.cast(w, x.dtype), dtype)
 
 
-def convolve(x, w, stride, padding, groups=1):
+def convolve(x, w, stride, padding, groups=1, border=0):
     """Return the convolution of x [batch, height, width, channels] with w [size, size, channels / groups, filters].
 
     Group g of G reads the channels g, g + G, g + 2G, ...; the filters are ordered group by group. Only the batch size
-    of x may be unknown.
+    of x may be unknown. SAME padding adds cells that hold `border`.
     """
     size = int(w.shape[0])
+    if border and padding == 'SAME':
+        x, padding = add_border(x, size, stride, border), 'VALID'
     height, width, channels = x.shape.as_list()[1:]
     tiled = size == stride and not height % size and not width % size
     whole = padding == 'VALID' and size == height == width
@@ -70,6 +72,13 @@ def convolve(x, w, stride, padding, groups=1):
     if multiplied or flipped:
         return convolve_with_gradients(x, w, stride, padding, multiplied, flipped)
     return tf.nn.conv2d(x, w, [1, stride, stride, 1], padding)
+
+
+def add_border(x, size, stride, border):
+    """Return the images x with the cells of SAME padding around them, as a convolution of this size and stride has."""
+    totals = [max((-(-side // stride) - 1) * stride + size - side, 0) for side in x.shape.as_list()[1:3]]
+    sides = [[total // 2, total - total // 2] for total in totals]
+    return tf.pad(x, [[0, 0], *sides, [0, 0]], constant_values=tf.cast(border, x.dtype))
 
 
 def multiply_patches(x, w, groups):

@@ -2,9 +2,10 @@
 
     bytes        content
     0 .. 3       b'TWTA'
-    4 .. 7       version of the format: 1, or 2 if the network has a stem
+    4 .. 7       version of the format: 1; 2 if the network has a stem; 3 if a layer has a border that is not 0
     8 .. 11      n, length of the header in bytes
-    12 .. 11+n   the header: JSON in UTF-8, with KEYS and, per layer, LAYER_KEYS; version 2 has `stem` too
+    12 .. 11+n   the header: JSON in UTF-8, with KEYS and, per layer, LAYER_KEYS; from version 2 on it may
+                 have `stem`, from version 3 on a layer may have `border`
     then         the arrays, without gaps: weights, scale, shift of the stem; weights, upper, lower of each layer;
                  weights, scale, shift of the classifier
     last 32      SHA-256 of all bytes before
@@ -31,7 +32,7 @@ from twta import TwtaError
 from twta.files import replacing
 
 MAGIC = b'TWTA'
-VERSION = 2
+VERSION = 3
 KEYS = {'network': str, 'dataset': str, 'image': list, 'crop': int, 'classes': list, 'layers': list, 'record': dict}
 LAYER_KEYS = {'name': str, 'kernel': list, 'filters': int, 'stride': int, 'padding': str, 'groups': int}
 KINDS = {str: 'a string that prints in one line', int: 'a whole number', list: 'a list', dict: 'a JSON object'}
@@ -55,6 +56,7 @@ class Layer(NamedTuple):
     stride: int
     padding: str  # 'SAME' or 'VALID', as in TensorFlow
     groups: int  # group g of G reads the channels g, g + G, g + 2G, ...; filters are ordered by group
+    border: int = 0  # activation in the cells that SAME padding adds: -1, 0 or +1
 
 
 class Stem(NamedTuple):
@@ -183,12 +185,13 @@ def write(path, packed):
     header = {'network': packed.network, 'dataset': packed.dataset, 'image': packed.image, 'crop': packed.crop,
               'classes': packed.classes, 'record': packed.record, 'layers': [
                   {'name': layer.name, 'kernel': layer.weights.shape[:2], 'filters': layer.weights.shape[3],
-                   'stride': layer.stride, 'padding': layer.padding, 'groups': layer.groups}
-                  for layer in packed.layers]}
+                   'stride': layer.stride, 'padding': layer.padding, 'groups': layer.groups,
+                   **({'border': layer.border} if layer.border else {})} for layer in packed.layers]}
     if packed.stem:
         header['stem'] = {'kernel': packed.stem.weights.shape[:2], 'filters': packed.stem.weights.shape[3]}
     header = json.dumps(header, separators=(',', ':')).encode()
-    parts = [MAGIC, struct.pack('<II', VERSION if packed.stem else 1, len(header)), header]
+    version = 3 if any(layer.border for layer in packed.layers) else 2 if packed.stem else 1
+    parts = [MAGIC, struct.pack('<II', version, len(header)), header]
     if packed.stem:
         parts += [filter_major(packed.stem.weights).tobytes(), *(array.astype('<f8').tobytes()
                                                                  for array in packed.stem[1:])]
@@ -258,7 +261,7 @@ def parse(data):
         raise InvalidFile('its classes are not names')
     if not header['layers']:
         raise InvalidFile('it has no layers')
-    stem = read_stem(header.get('stem'), channels, arrays) if version > 1 else None
+    stem = read_stem(header.get('stem'), channels, arrays) if version == 2 or version > 2 and 'stem' in header else None
     shape = (*((crop, crop) if crop else image), stem.weights.shape[3] if stem else channels)
     layers, shape = read_layers(header['layers'], shape, arrays)
     n_classes = len(classes)
@@ -348,7 +351,10 @@ def read_layer(entry, shape, arrays, is_encoder):
             and lower.max() <= most and lower.min() >= -most - 1
     if not is_valid:
         raise InvalidFile(f'weights or thresholds of {name} are out of range')
-    return Layer(entry['name'], np.ascontiguousarray(weights), upper, lower, stride, entry['padding'], groups)
+    border = entry.get('border', 0)
+    if type(border) is not int or border not in ((0,) if is_encoder else (-1, 0, 1)):
+        raise InvalidFile(f'border of {name} is {str(border)[:80]!r}')
+    return Layer(entry['name'], np.ascontiguousarray(weights), upper, lower, stride, entry['padding'], groups, border)
 
 
 def check_keys(what, entry, keys):

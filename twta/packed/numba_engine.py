@@ -39,11 +39,12 @@ class Planes:
     groups    of the reader
     before    rows and columns of padding before the map
     padded    height and width with padding
+    border    activation of the cells of the padding
 
     Its sizes cell, row, group, image and plane are in bytes.
     """
 
-    def __init__(self, batch, shape, groups, before, padded):
+    def __init__(self, batch, shape, groups, before, padded, border=0):
         self.shape, self.groups, self.before = shape, groups, before
         self.channels = shape[2] // groups  # per cell
         self.cell = -(-self.channels // 8)
@@ -51,7 +52,8 @@ class Planes:
         self.group = padded[0] * self.row
         self.image = groups * self.group
         self.plane = batch * self.image + 64  # a word may read beyond the last row
-        self.data = np.zeros((2, self.plane), np.uint8)
+        self.data = np.empty((2, self.plane), np.uint8)  # non-zero, negative
+        self.data[:] = [[255 * (border != 0)], [255 * (border < 0)]]  # only cells of the map are written to again
 
     def unpack(self, n):
         """Return the activations of the first n images, int8 [n, height, width, channels]."""
@@ -87,7 +89,7 @@ class NumbaEngine:
         for index, (layer, _, _, out) in enumerate(file_format.shapes(packed)):
             if index + 1 < len(packed.layers):
                 reader = packed.layers[index + 1]
-                planes = Planes(self.batch, out, reader.groups, *file_format.border(out, reader))
+                planes = Planes(self.batch, out, reader.groups, *file_format.border(out, reader), reader.border)
             else:
                 planes = Planes(self.batch, out, 1, (0, 0), out[:2])
             rows.append(self.lay_out(layer, self.planes[-1] if index else None, out, planes))

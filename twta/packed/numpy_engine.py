@@ -39,7 +39,8 @@ def convolve(x, layer):
     (top, left), (rows, columns, filters) = file_format.geometry(x.shape[1:], layer)
     height, width = layer.weights.shape[:2]
     padded = file_format.border(x.shape[1:], layer)[1]
-    x = np.pad(x, ((0, 0), (top, padded[0] - top - x.shape[1]), (left, padded[1] - left - x.shape[2]), (0, 0)))
+    x = np.pad(x, ((0, 0), (top, padded[0] - top - x.shape[1]), (left, padded[1] - left - x.shape[2]), (0, 0)),
+               constant_values=layer.border)
     x = x.reshape(*x.shape[:3], channels // layer.groups, layer.groups)
     weights = layer.weights.reshape(height, width, channels // layer.groups, layer.groups, -1).astype(x.dtype)
     y = np.zeros((n, rows, columns, layer.groups, filters // layer.groups), x.dtype)
