@@ -15,6 +15,7 @@ from twta import TwtaError, command_line
 from twta.data import datasets
 from twta.export import folding, formats, spatial
 from twta.export.pack import make_header, pack
+from twta.graph.blocks import Block
 from twta.graph.build import build_graph
 from twta.graph.session import open_session
 from twta.graph.tf1 import tf
@@ -152,9 +153,9 @@ def test_the_worked_example(session, gamma, upper, lower, sign):
     for variable, value in zip((batch_norm.beta, batch_norm.gamma, batch_norm.moving_mean, batch_norm.moving_variance),
                                (0.1, gamma, 2.3, 25), strict=True):
         variable.load(np.float32([value]), session)
-    signs = folding.sign_of_gamma(session, batch_norm)
-    read = folding.Reader(session, batch_norm.inputs, activation.outputs, signs, 1, 1)
-    packed = folding.fold_layer(session, layer, read, before=read)
+    block = Block(layer, batch_norm, activation)
+    probe = folding.ActivationProbe.of(block, session)
+    packed = folding.fold_layer(session, block, probe, input_probe=probe)
     assert (packed.upper, packed.lower) == (upper, lower)
     np.testing.assert_array_equal(packed.weights, sign * session.run(layer.quantized))
 
@@ -166,13 +167,13 @@ def test_thresholds_of_the_encoder_are_the_very_floats(session):
     from twta.ternary_layers import ternarize_activations
 
     activations = ternarize_activations(sums * scale + shift)
-    read = folding.Reader(session, sums, activations, np.ones(4, np.int8), 1, 1)
-    (upper,), lower = folding.real_thresholds(read)
+    probe = folding.ActivationProbe(session, sums, activations, np.ones(4, np.int8), 1, 1)
+    (upper,), lower = folding.real_thresholds(probe)
     assert upper.dtype == np.float32 and upper[2] == -np.inf and lower[2] == -np.inf  # a constant +1
     for thresholds, value, inwards in ((upper, 1, -np.inf), (lower, -1, np.inf)):
-        on = read(thresholds[np.newaxis])[0]
+        on = probe(thresholds[np.newaxis])[0]
         within = np.nextafter(thresholds, np.float32(inwards))
-        beside = read(within[np.newaxis])[0]
+        beside = probe(within[np.newaxis])[0]
         assert (on[[0, 1, 3]] == value).all() and (beside[[0, 1, 3]] == 0).all()
 
 
