@@ -134,13 +134,13 @@ def test_thresholds_of_the_encoder_are_the_very_floats(session):
     from twta.ternary_layers import ternarize_activations
 
     activations = ternarize_activations(sums * scale + shift)
-    read = folding.ActivationProbe(session, sums, activations, np.ones(4, np.int8), 1, 1)
-    (upper,), lower = folding.real_thresholds(read)
-    assert upper.dtype == np.float32 and upper[2] == -np.inf and lower[2] == -np.inf  # this channel is always +1
+    probe = folding.ActivationProbe(session, sums, activations, np.ones(4, np.int8), 1, 1)
+    (upper,), lower = folding.real_thresholds(probe)
+    assert upper.dtype == np.float32 and upper[2] == -np.inf and lower[2] == -np.inf  # a constant +1
     for thresholds, value, inwards in ((upper, 1, -np.inf), (lower, -1, np.inf)):
-        on = read(thresholds[np.newaxis])[0]
+        on = probe(thresholds[np.newaxis])[0]
         within = np.nextafter(thresholds, np.float32(inwards))
-        beside = read(within[np.newaxis])[0]
+        beside = probe(within[np.newaxis])[0]
         assert (on[[0, 1, 3]] == value).all() and (beside[[0, 1, 3]] == 0).all()
 
 

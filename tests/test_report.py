@@ -58,12 +58,20 @@ def test_choices_are_means_over_seeds_whatever_their_order():
                                               '| A | two | 6 | 0, 1 | 90.50 ± 0.71 | 80.00 ± 0.00 |']
 
 
-def test_the_longest_protocol_stands_for_a_script():
-    """Accuracy chooses nothing; a run resumed for a few epochs does not take the place of several seeds."""
-    long = [{**a_record(seed, 0.9, epochs=150), 'epochs': 150} for seed in (0, 1)]
-    resumed = {**a_record(0, 0.99, epochs=150), 'epochs': 153}
-    resumed['stages'] = [*resumed['stages'], {**resumed['stages'][0], 'epochs': 3}]
-    assert tables.best_trained([a_record(0, 0.999), resumed, *long], 'TWTA_4_4_MNIST') == long
+def test_validation_images_choose_the_protocol_that_stands_for_a_script():
+    """The accuracy on the test images chooses nothing."""
+    def runs(validation, test, epochs, n):
+        found = [{**a_record(seed, test, epochs=epochs), 'epochs': epochs} for seed in range(n)]
+        for run in found:
+            run['last'] = {**run['last'], 'validation_accuracy': validation}
+        return found
+
+    best, other, long, several = (runs(*values) for values in (
+        (0.9, 0.8, 30, 1), (0.8, 0.9, 60, 2), (None, 0.99, 150, 1), (None, 0.7, 150, 2)))
+    assert tables.best_trained([*other, *best, *long], 'TWTA_4_4_MNIST') == best
+    assert tables.best_trained([*long, *runs(None, 0.999, 30, 1)], 'TWTA_4_4_MNIST') == long
+    several[0]['stages'] = several[1]['stages'] = [{**several[0]['stages'][0], 'learning_rate': 0.5}]
+    assert tables.best_trained([*long, *several], 'TWTA_4_4_MNIST') == several
     assert tables.best_trained(long, 'TWTA_5_5_MNIST') == []
 
 

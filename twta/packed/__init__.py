@@ -1,1 +1,5 @@
-"""The integer network: its file, its engines, its costs. Nothing here imports TensorFlow."""
+"""The integer network: its file, its engines, its costs. Nothing here imports TensorFlow.
+
+Read file_format first (what a network consists of), then numpy_engine (what it computes), then numba_engine and kernels
+(how the same is computed fast).
+"""

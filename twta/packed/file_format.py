@@ -261,7 +261,8 @@ def parse(data):
         raise InvalidFile('its classes are not names')
     if not header['layers']:
         raise InvalidFile('it has no layers')
-    stem = read_stem(header.get('stem'), channels, arrays) if version == 2 or version > 2 and 'stem' in header else None
+    has_stem = version == 2 or (version > 2 and 'stem' in header)
+    stem = read_stem(header.get('stem'), channels, arrays) if has_stem else None
     shape = (*((crop, crop) if crop else image), stem.weights.shape[3] if stem else channels)
     layers, shape = read_layers(header['layers'], shape, arrays)
     n_classes = len(classes)

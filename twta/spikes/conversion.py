@@ -4,6 +4,7 @@ import time
 import numpy as np
 
 from twta import TwtaError
+from twta.data import datasets
 from twta.files import replacing
 from twta.packed import engines, inference, numpy_engine
 from twta.results import environment, save_picture, write_csv, write_json
@@ -18,7 +19,7 @@ def convert(experiment, flags):
 
     Raises TwtaError if a prediction differs.
     """
-    from twta.export.pack import describe_run, pack, predict  # here: with --file nothing needs TensorFlow
+    from twta.export.pack import describe_run, pack, predict  # here, and below: they import TensorFlow
     from twta.training.evaluation import trained
 
     dataset = experiment.dataset
@@ -41,8 +42,6 @@ def convert_file(flags, packed):
 
     Raises TwtaError if a prediction differs or the network is for other images.
     """
-    from twta.data import datasets  # here: convert has its data set from the experiment
-
     dataset = datasets.load(flags.dataset, flags.data_dir, None)
     inference.check_images(packed, dataset, flags)
     say(f'data: {dataset}')
