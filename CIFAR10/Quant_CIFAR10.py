@@ -2,7 +2,7 @@
 """Quant_CIFAR10: ternary weights and activations in steps of 1 / 2^k up to B on CIFAR-10, for the conversion to spikes.
 
 Architecture: 64C3-64C3-64C3-2P2-128C3-128C3-2P2-256C3-256C3-2P2-512C3-512C3
-Source:       github.com/edwardzcl/Spatio_temporal_SNNs with k = 1, B = 2 (400 epochs)
+Source:       github.com/edwardzcl/Spatio_temporal_SNNs with k = 1, B = 2 (published with 400 epochs)
 Accuracy:     65.78 % test on JPEG-recompressed images (3 epochs, 1 seed; published 91.91 %)
 Speed:        not run
 

@@ -2,7 +2,7 @@
 """TWTA_4_4_CIFAR10_VGG13: ternary weights and ternary activations on CIFAR-10, 4*4 convolutions.
 
 Architecture: 64C3-64C4-64C4-2P2-128C4-128C4-2P2-256C4-256C4-4P2-512C2-512N1
-Source:       github.com/edwardzcl/TWTA (its table: 200 epochs, its text: 200 + 200)
+Source:       github.com/edwardzcl/TWTA (published with 200 epochs, in its text 200 + 200)
 Accuracy:     80.50 % test on JPEG-recompressed images (40 epochs, 1 seed; published 90.1 %)
 Speed:        298 images/s in training (bfloat16, 2 cores of an AMD EPYC)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
+from twta.files import replacing
 from twta.results import environment, installed
 from twta.terminal import output_file, positive_integer
 
@@ -66,4 +67,5 @@ def write_rows(file, packages, repetitions, rows):
     """Write the rows as JSON, with the machine, the versions and those of the other packages that are installed."""
     record = {'environment': environment(), 'others': dict(installed(packages)), 'repetitions': repetitions,
               'rows': rows}
-    file.write_text(json.dumps(record, indent=1) + '\n')
+    with replacing(file) as part:
+        part.write_text(json.dumps(record, indent=1) + '\n')

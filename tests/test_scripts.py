@@ -152,6 +152,23 @@ def imports(path):
 
 MODULES = {'.'.join(path.relative_to(ROOT).with_suffix('').parts): path
            for path in sorted((ROOT / 'twta').rglob('*.py')) if path.stem != '__init__'}
+RANKS = {rank: parts.split() for rank, parts in enumerate((
+    'files terminal processor scripts', 'options results data graph quantizers ternary_layers', 'packed', 'training',
+    'export', 'spikes command_line report'))}
+
+
+def test_imports_run_downward():
+    """No part imports from a part of a higher rank; within a rank, see test_imports_run_in_no_circle."""
+    rank = {part: rank for rank, parts in RANKS.items() for part in parts}
+    assert {name.split('.')[1] for name in MODULES} == rank.keys()
+    upward = {(name, needed) for name, path in MODULES.items() for needed in imports(path)
+              if rank[needed.split('.')[1]] > rank[name.split('.')[1]]}
+    assert not upward
+
+
+def test_packages_import_nothing():
+    for path in (ROOT / 'twta').glob('*/__init__.py'):
+        assert len(ast.parse(path.read_text()).body) == 1, path  # the docstring
 
 
 def test_imports_run_in_no_circle():

@@ -70,6 +70,24 @@ def test_stages():
     assert short == Stage(191, 5, 1e-7, 200, 'cosine', 'geometric', 'short')
 
 
+def test_a_state_of_format_5_is_read_as_it_was_written():
+    """The JSON is that of the first code with this format."""
+    text = """{"format": 5, "script": "TWTA_5_5_MNIST", "dataset": "digits", "data_sha256": "ab", "seed": 0,
+        "validation": 297, "choices": {"threshold": "fixed", "threshold_value": 0.5, "pooling": "conv"},
+        "weights": null, "precision": ["bfloat16"], "epoch": 1,
+        "part": {"steps": 2, "loss": 10.5, "correct": 150, "seconds": 0.25},
+        "stages": [
+            {"first_epoch": 1, "epochs": 0, "learning_rate": 0.01, "batch_size": 100, "schedule": "constant",
+             "augmentation": "published", "protocol": "published", "part_steps": 3},
+            {"first_epoch": 1, "epochs": 4, "learning_rate": 0.001, "batch_size": 100, "schedule": "constant",
+             "augmentation": "published", "protocol": "published"}],
+        "history": [{"epoch": 1, "learning_rate": 0.001, "loss": 1.2, "training_accuracy": 0.7,
+            "validation_accuracy": 0.1, "images_per_second": 3000.5, "seconds": 0.4,
+            "shares": {"weights": {"conv2": [0.25, 0.5]}, "activations": {"conv1": [0.1, 0.2]}}}],
+        "best_validation_accuracy": 0.1}"""
+    assert State.from_json(json.loads(text)).to_json() == json.loads(text)
+
+
 def test_a_state_is_the_same_after_json():
     state = State('script', 'digits', 'sha', 3, 297, {'pooling': 'max'}, 'w.npz', ['float32'], 0,
                   PartialEpoch(2, 1.5, 3, 4.5), [
@@ -131,6 +149,8 @@ def test_a_run_writes_its_files(finished_run):
     result = json.loads((finished_run / 'result.json').read_text())
     assert result['epoch'] == 4 and result['test_images'] == 300 and 0 <= result['test_accuracy'] <= 1
     assert (finished_run / 'curve.png').read_bytes().startswith(b'\x89PNG')
+    record = (finished_run / 'record.json').read_text()
+    assert str(finished_run) not in record and str(ROOT) not in record and '"command"' not in record
     rows = log(finished_run)
     assert list(rows[0]) == ['epoch', 'learning_rate', 'loss', 'training_accuracy', 'validation_accuracy',
                              'images_per_second', 'seconds']
@@ -215,9 +235,13 @@ BFLOAT16 = ['TWTA_4_4_MNIST'] if fast.BFLOAT16_IS_EMULATED else MNIST_SCRIPTS
 @pytest.mark.parametrize('precision, name', [*(('float32', name) for name in MNIST_SCRIPTS),
                                              *(('bfloat16', name) for name in BFLOAT16)])
 def test_accuracy_on_the_sample(tmp_path, precision, name):
-    """Require 95 % after 8 epochs of 24 steps; measured: 98.7 to 99.0 % in float32, 97.7 to 99.0 % in bfloat16."""
+    """Require 97 % in float32, 95 % in bfloat16 after 8 epochs of 24 steps.
+
+    Measured: 98.7 to 99.0 % in float32, 97.7 to 99.0 % in bfloat16.
+    """
     start(tmp_path, '--learning_rate', 0.001, '--batch_size', 50, '--epochs', 8, '--precision', precision, script=name)
-    assert json.loads((tmp_path / 'result.json').read_text())['test_accuracy'] >= 0.95
+    least = 0.97 if precision == 'float32' else 0.95
+    assert json.loads((tmp_path / 'result.json').read_text())['test_accuracy'] >= least
 
 
 @pytest.mark.processor

@@ -40,14 +40,12 @@ def run(script, description, model, datasets, learning_rate, epochs, batch_size,
 
 def execute(script, model, args, defaults):
     """Train, infer or export the network of the script of that name."""
-    from twta.training import experiment  # here, and below: they import TensorFlow
+    from twta.export.pack import export  # here, and below: they import TensorFlow
+    from twta.training import experiment
+    from twta.training.evaluation import infer
 
-    if args.mode == 'export':
-        from twta.export.pack import export
-
-        experiment.run(script, model, args, defaults, partial(export, file=args.file, form=args.format))
-    else:
-        experiment.run(script, model, args, defaults)
+    act = partial(export, file=args.file, form=args.format) if args.mode == 'export' else infer
+    experiment.run(script, model, args, defaults, act)
 
 
 def protocol(learning_rate, epochs, batch_size):
@@ -83,7 +81,7 @@ def make_parser(script, description, datasets, defaults, choices):
         help='train; evaluate on the test images; or write the trained network as integers (default: training)')
     add('--resume', type=truth, metavar='{True,False}',
         help='True: continue from the last checkpoint in --run_dir. False: start with new weights and move an earlier '
-             'run aside. (default: False for training, True for inference and export)')
+             'run aside. (default: True for inference and export of a checkpoint, else False)')
     add('--gpu', type=natural, default=0, metavar='INDEX', help='index of the GPU; without any GPU the CPU is used '
                                                                 '(default: 0)')
     add('--verbose', action='store_true', help="print TensorLayer's layers and parameters and TensorFlow's messages")
@@ -120,10 +118,10 @@ def add_training(add, datasets, defaults):
         help='random seed for weights, shuffling and augmentation (default: 0); a resumed run keeps its seed')
     add('--validation', type=natural, metavar='N',
         help='training images to hold out for validation, from the end (default: 10000 for MNIST, none for CIFAR-10, '
-             'as published); a resumed run keeps its number')
+             'as published; digits 297, shapes 500); a resumed run keeps its number')
     add('--precision', choices=('auto', 'float32', 'bfloat16'), default='auto',
-        help='number type for training. auto: bfloat16 if the hardware multiplies it, else float32. Evaluation is '
-             'always float32 (default: auto)')
+        help='number type for training. auto: bfloat16 if the hardware multiplies it, else float32, since '
+             'emulated bfloat16 is slower. Evaluation is always float32 (default: auto)')
     add('--deterministic', action='store_true',
         help='train in one thread with deterministic kernels: the same weights, bit for bit, on any number of cores; '
              'slower')
@@ -136,8 +134,8 @@ def add_network(add, choices):
         help='a model.npz to start from, to evaluate or to export, in place of a checkpoint; repeat the flags of the '
              'network that it was trained with')
     add('--checkpoint', choices=('last', 'best'), default='last',
-        help='which checkpoint inference and export read: the last, or the best on the validation images '
-             '(default: last)')
+        help='which checkpoint inference and export read: the last, or the best on the validation images; without '
+             'validation images best is the last (default: last)')
 
 
 def add_files(add, datasets):
@@ -154,7 +152,7 @@ def add_export(add):
         help='engine for inference; packed reads --file and needs no TensorFlow (default: tensorflow)')
     add('--file', type=path, metavar='FILE',
         help='file that export writes and --engine packed reads (default: SCRIPT.twta, .npz, .h or .onnx in the '
-             'current folder; if it is absent, packed reads the file in pretrained/)')
+             'current folder; if it is absent, packed reads the file in pretrained/, for the default data set only)')
     add('--format', choices=tuple(SUFFIXES), default='twta',
         help='format for export: the packed file, plain arrays, a C header, or ONNX (default: twta)')
     add('--threads', type=positive_integer, metavar='N',

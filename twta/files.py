@@ -77,7 +77,10 @@ def read_header(file):
 
 @contextlib.contextmanager
 def holding(path, taken):
-    """Hold a lock on a file or folder. If another process holds it, call `taken`, which may raise; then wait."""
+    """Hold a lock on a file or folder. If another process holds it, call `taken`, which may raise; then wait.
+
+    The package filelock was tried: it leaves files of its own, and twta.packed, which needs numpy only, would need it.
+    """
     if not fcntl:
         yield
         return

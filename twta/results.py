@@ -97,7 +97,7 @@ def write_csv(path, fields, rows):
 
 def draw_confusion(title, classes, confusion):
     """Return a figure of the confusion matrix [true class, predicted class], with the accuracy of each class."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # here: only some commands draw
 
     fractions = confusion / confusion.sum(axis=1, keepdims=True).clip(1)
     figure = Figure(figsize=(8, 7), layout='constrained')

@@ -163,7 +163,7 @@ def load_digits(data_dir, validation=297):
 
     The order is a fixed permutation. data_dir and the network are not used.
     """
-    from scipy.ndimage import zoom
+    from scipy.ndimage import zoom  # here: scikit-learn takes a second to import
     from sklearn.datasets import load_digits as load_sklearn_digits
 
     digits = load_sklearn_digits()

@@ -25,7 +25,7 @@ def export(experiment, file, form):
     Raises TwtaError if the network cannot be exported in this format or differs from its graph.
     """
     with trained(experiment) as (network, session):
-        packed = pack(network.net, session, describe_run(experiment))
+        packed = pack(network.net, session, header_of(experiment))
         check_format(form, packed)
         compare(packed, network, session, experiment.dataset)
     write(packed, experiment.dataset, file, form)
@@ -55,7 +55,7 @@ def make_header(script, dataset_name, dataset, record):
             'classes': tuple(dataset.classes), 'record': record}
 
 
-def describe_run(experiment):
+def header_of(experiment):
     """Return make_header's fields for the network of an experiment, with the record of its training."""
     files = [experiment.weights] if experiment.weights else [
         experiment.run_dir / name for name in ('config.json', 'log.csv')]

@@ -15,7 +15,7 @@ from twta.files import replacing
 from twta.packed import cost, engines, file_format
 from twta.results import accuracy, confusion_matrix, write_json
 from twta.terminal import say
-from twta.training.records import list_options, name_schedule
+from twta.training.records import list_options, name_schedule, without_places
 from twta.training.state import FIELDS, STAGE_KEYS, check_choices, check_keys, is_finite, is_natural
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,9 +39,9 @@ def read_record(path):
         check_choices(record['choices'])
         for what, epoch in (('its last epoch', record['last']), ('its best', record['best_validation'])):
             check_keys(what, epoch or record['last'], {
-                'test_accuracy': is_share, 'validation_accuracy': lambda value: value is None or is_share(value)})
+                'test_accuracy': is_fraction, 'validation_accuracy': lambda value: value is None or is_fraction(value)})
         check_keys('its data', record['data'], {'validation_images': is_natural, 'sha256': str, 'origin': str,
-                                                       'published': bool})
+                                                'published': bool})
         check_keys('its flags', record['flags'], {'weights': (str, NoneType)})
         check_keys('its curve', record['curve'], dict.fromkeys(FIELDS, list))
         for stage in record['stages']:
@@ -55,7 +55,7 @@ def read_record(path):
     return record
 
 
-def is_share(value):
+def is_fraction(value):
     return is_finite(value) and 0 <= value <= 1
 
 
@@ -101,7 +101,7 @@ def add(run_dir, file, data_dir):
 
     Raises UsageError if the run, the file or the images do not belong together.
     """
-    record = read_record(run_dir / 'record.json')
+    record = without_places(read_record(run_dir / 'record.json'))
     name = record['name']
     if record['dataset'] not in TITLES:
         raise UsageError(f'--add {run_dir}: a run on {record["dataset"]}, valid are {", ".join(TITLES)}')

@@ -45,7 +45,7 @@ def sources(records):
         found[f'filters-{script}'] = draw_filters, PRETRAINED / f'{script}.twta'
         runs = [record for record in records if record['script'] == script and record['shares'] and is_short(record)]
         if runs:
-            found[f'shares-{script}'] = draw_shares, runs[0]
+            found[f'shares-{script}'] = draw_fractions, runs[0]
     found['misclassified'] = draw_misclassified, PRETRAINED / f'{MISCLASSIFIED}.twta'
     found[f'cost-layers-{LAYERS}'] = draw_cost_layers, PRETRAINED / f'{LAYERS}.twta'
     found[f'spikes-{SPIKING}'] = draw_spikes, RESULTS / 'spikes' / f'{SPIKING}-spatial.json'
@@ -170,7 +170,7 @@ def label_log(axes):
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def draw_shares(record):
+def draw_fractions(record):
     """Draw the fractions of -1, 0 and +1 in weights and activations, layer by layer, over the epochs."""
     kinds = record['shares']
     layers = list(kinds['activations'])

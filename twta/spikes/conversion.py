@@ -19,13 +19,13 @@ def convert(experiment, flags):
 
     Raises TwtaError if a prediction differs.
     """
-    from twta.export.pack import describe_run, pack, predict  # here, and below: they import TensorFlow
+    from twta.export.pack import header_of, pack, predict  # here, and below: they import TensorFlow
     from twta.training.evaluation import trained
 
     dataset = experiment.dataset
     images = dataset.test.images[:flags.images]
     with trained(experiment) as (network, session):
-        packed = pack(network.net, session, describe_run(experiment), flags.conversion == 'temporal')
+        packed = pack(network.net, session, header_of(experiment), flags.conversion == 'temporal')
         predicted = predict(network, session, images)
     thresholds = packed.layers[0].upper
     steps = len(thresholds) if thresholds.ndim == 2 else 1

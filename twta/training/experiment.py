@@ -21,7 +21,7 @@ from twta.options import with_defaults
 from twta.results import accuracy
 from twta.terminal import say
 from twta.training import checkpoints, records, run_directory
-from twta.training.evaluation import describe_network, evaluate, infer, report
+from twta.training.evaluation import describe_network, evaluate, report
 from twta.training.loop import train_epochs
 from twta.training.schedule import describe_stage, next_stage
 from twta.training.state import State
@@ -44,13 +44,14 @@ class Experiment(NamedTuple):
     is_verbose: bool
 
 
-def run(script, model, args, defaults, evaluate=infer):
-    """Run the script's --mode: train, or call evaluate(experiment).
+def run(script, model, args, defaults, act):
+    """Run the script's --mode: train, or call act(experiment).
 
     script      its name
     model       see twta.command_line.run
     args        the flags, from command_line.parse
     defaults    the script's own protocol
+    act         what --mode does if it is not training: evaluation.infer, export.pack.export, ...
     """
     if args.deterministic:
         make_deterministic()
@@ -67,7 +68,7 @@ def run(script, model, args, defaults, evaluate=infer):
                     say('WARNING: bfloat16 is emulated on this processor; --precision float32 is faster')
                 train(experiment, args, defaults, precision)
             else:
-                evaluate(experiment)
+                act(experiment)
     except tf.errors.OpError as error:  # too little memory, a damaged checkpoint, ...
         raise TwtaError(find_cause(error)) from None
 
@@ -84,8 +85,10 @@ def find_cause(error):
 
 
 def open_experiment(script, model, args):
-    """Return the Experiment; raises UsageError if a flag contradicts the run or the weights, TwtaError if one of these
-    is damaged."""
+    """Return the Experiment that the flags ask for.
+
+    Raises UsageError if a flag contradicts the run or the weights, TwtaError if one of these is damaged.
+    """
     checkpoint, source, state = open_run(script, args) if args.resume else (args.checkpoint, None, None)
     options = state.choices if state else with_defaults(args.choices)
     if args.weights:
@@ -154,7 +157,7 @@ def train(experiment, args, defaults, precision):
           open_session(network.graph, experiment.gpu) as session):
         store = prepare(experiment, network, session, weights)
         describe_network(experiment, network.net, experiment.weights or run_dir)
-        if state.epoch == stage.last_epoch:
+        if state.epoch >= stage.last_epoch:
             say(f'the {state.epoch} epochs are done, but have no record: now the test images')
         else:
             say(f'training: epochs {state.epoch + 1} to {stage.last_epoch}, {describe_stage(stage)}, '
@@ -194,7 +197,7 @@ def open_stage(state, experiment, args, defaults, precision):
         say('WARNING: these are not the images that the run was started on')
     flags = {flag: getattr(args, flag) for flag in defaults if getattr(args, flag) is not None}
     stage = next_stage(state, flags, defaults, run_directory.has_record(experiment.run_dir, state))
-    is_done = state.epoch == stage.last_epoch
+    is_done = state.epoch >= stage.last_epoch
     if args.resume and not is_done:
         run_directory.warn_of_changes(experiment.run_dir, precision.name, args.deterministic)
     if stage.batch_size > len(dataset.train.labels):

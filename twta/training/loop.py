@@ -37,7 +37,7 @@ def train_epochs(network, session, store, state, dataset, run_dir, stop):
             if part.steps < n_steps:
                 save(store, session, state, dataclasses.replace(state, part=part), is_best=False)
                 return
-            row = describe_epoch(network, session, dataset, stage, epoch, part)
+            row = describe_epoch(network, session, dataset, stage, epoch, part, n_steps)
             validation = row['validation_accuracy']
             is_best = validation is not None and validation > state.best_validation_accuracy
             save(store, session, state, dataclasses.replace(
@@ -88,20 +88,20 @@ def train_epoch(run_step, split, stage, epoch, part, seed, bar, stop):
     return PartialEpoch(steps, loss, correct, seconds + time.perf_counter() - start)
 
 
-def describe_epoch(network, session, dataset, stage, epoch, totals):
+def describe_epoch(network, session, dataset, stage, epoch, totals, n_steps):
     """Return the row of a complete epoch in the history: state.FIELDS and shares."""
-    n_images = totals.steps * stage.batch_size
-    rate = scheduled_rate(stage, (epoch - stage.first_epoch + 1) * totals.steps - 1, totals.steps)
+    n_images = n_steps * stage.batch_size
+    rate = scheduled_rate(stage, (epoch - stage.first_epoch + 1) * n_steps - 1, n_steps)
     validation = None  # without validation images no epoch is better than another: never by the test images
     if len(dataset.validation.labels):
         validation = accuracy(evaluate(network, session, dataset.validation)[1])
     return {'epoch': epoch, 'learning_rate': rate, 'loss': totals.loss / n_images,
             'training_accuracy': totals.correct / n_images, 'validation_accuracy': validation,
             'images_per_second': round(n_images / totals.seconds, 1), 'seconds': round(totals.seconds, 3),
-            'shares': measure_shares(network, session, dataset)}
+            'shares': measure_fractions(network, session, dataset)}
 
 
-def measure_shares(network, session, dataset):
+def measure_fractions(network, session, dataset):
     """Return network.value_fractions on a batch of validation images, or training images if there are none.
 
     Rounded to 4 decimals.

@@ -32,15 +32,15 @@ def move_aside(run_dir):
 
     Only files of the kinds that a run writes are moved.
     """
-    files = [path for pattern in OURS for path in run_dir.glob(pattern)]
-    if not files:
+    found = [path for pattern in OURS for path in run_dir.glob(pattern)]
+    if not found:
         return None
     number = 1
     while (run_dir / f'earlier-{number}').exists():
         number += 1
     earlier = run_dir / f'earlier-{number}'
     earlier.mkdir()
-    for path in files:
+    for path in found:
         path.rename(earlier / path.name)
     return earlier
 

@@ -132,8 +132,8 @@ def are_names(value):
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def are_shares(value):
-    """Return whether the value is what loop.measure_shares returns: two numbers by kind and layer."""
+def are_fractions(value):
+    """Return whether the value is what loop.measure_fractions returns: two numbers by kind and layer."""
     return isinstance(value, dict) and all(
         isinstance(layers, dict) and all(isinstance(pair, list) and len(pair) == 2 and all(map(is_finite, pair))
                                          for pair in layers.values()) for layers in value.values())
@@ -156,4 +156,4 @@ KEYS = {'format': is_natural, 'script': str, 'dataset': str, 'data_sha256': str,
         'weights': (str, NoneType), 'precision': are_names}
 PART_KEYS = {'steps': is_natural, 'loss': is_finite, 'correct': is_natural, 'seconds': is_finite}
 ROW_KEYS = {**dict.fromkeys(FIELDS, is_finite), 'validation_accuracy': lambda value: value is None or is_finite(value),
-            'shares': are_shares}  # epochs of older versions have no shares
+            'shares': are_fractions}  # epochs of older versions have no shares
