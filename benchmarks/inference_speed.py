@@ -61,9 +61,9 @@ SCRIPTS = find_scripts('TWTA')
 def build(name):
     """Return a script's network with its initial weights: packed, and its frozen graph in TensorFlow as bytes."""
     from twta.export.pack import pack
-    from twta.graph.blocks import read_blocks
     from twta.graph.session import open_session
     from twta.graph.tf1 import tf
+    from twta.training.blocks import read_blocks
 
     image, crop = image_of(SCRIPTS[name])
     with tf.Graph().as_default() as graph:

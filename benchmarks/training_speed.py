@@ -67,10 +67,10 @@ def project(name, precision):
     """Return the way of these scripts."""
     from tqdm import tqdm
 
-    from twta.graph.build import build_graph
     from twta.graph.session import choose_precision, open_session
     from twta.graph.tf1 import tf
     from twta.training import checkpoints, evaluation, loop, run_directory
+    from twta.training.build import build_graph
     from twta.training.state import FIELDS, PartialEpoch, Stage, State
     from twta.training.weights import save_weights
 
@@ -136,10 +136,10 @@ KINDS = {  # parts of the name of an operation; the first kind with a match coun
 
 def profile(name, repetitions):
     """Print the time of each kind of operation in a training step, and the speed of the products."""
-    from twta.graph.blocks import read_blocks
-    from twta.graph.build import build_graph
     from twta.graph.session import choose_precision, configuration
     from twta.graph.tf1 import native_chatter_hidden, tf
+    from twta.training.blocks import read_blocks
+    from twta.training.build import build_graph
 
     images, labels, crop = random_examples(name)
     precision = choose_precision('auto', None)

@@ -27,8 +27,8 @@ def random_examples(name):
 
 def layers_of(name):
     """Return the layers of the network that a script builds, and whether the network is ternary."""
-    from twta.graph.blocks import read_blocks
     from twta.graph.tf1 import tf
+    from twta.training.blocks import read_blocks
 
     with tf.Graph().as_default():
         images = tf.zeros([BATCH, *cropped(*image_of(SCRIPTS[name]))])

@@ -50,9 +50,9 @@ def start(run_dir, *flags, script='TWTA_5_5_MNIST'):
 
 def loss_and_gradients(name, images, labels, precision):
     """Return the initial values by trainable variable, the loss of the first training step, and its gradients."""
-    from twta.graph.build import build_graph
     from twta.graph.session import open_session
     from twta.graph.tf1 import tf
+    from twta.training.build import build_graph
 
     script = load_script(name)
     crop = 0 if name in MNIST_SCRIPTS else 24
@@ -187,9 +187,9 @@ def graph_of(name, dataset, parameters, **choices):
 
     parameters    function of a parameter's name and initial value that returns the value to set
     """
-    from twta.graph.build import build_graph
     from twta.graph.session import open_session
     from twta.graph.tf1 import tf
+    from twta.training.build import build_graph
 
     module = load_script(name)
     network = build_graph(partial(module.model, **chosen(module, **choices)), dataset.test.images.shape[1:],

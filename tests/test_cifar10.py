@@ -11,9 +11,9 @@ from sklearn.linear_model import RidgeClassifier
 
 from twta import TwtaError, UsageError, results
 from twta.data import datasets, download, shapes
-from twta.graph.build import build_graph
 from twta.graph.tf1 import tf
 from twta.training import loop, schedule
+from twta.training.build import build_graph
 from twta.training.state import Stage
 
 SHARED_CIFAR10 = ROOT.parent / 'shared' / 'datasets' / 'cifar10_jpeg.npz'

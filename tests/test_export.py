@@ -13,9 +13,9 @@ from twta import TwtaError, command_line
 from twta.data import datasets
 from twta.export import folding, formats, spatial
 from twta.export.pack import make_header, pack
-from twta.graph.blocks import Block
 from twta.graph.tf1 import tf
 from twta.packed import cost, engines, file_format, numpy_engine
+from twta.training.blocks import Block
 
 TERNARY = [name for name in SCRIPTS if name.startswith('TWTA')]
 OTHERS = [

@@ -2,7 +2,6 @@
 import numpy as np
 import pytest
 
-from twta.graph.blocks import read_blocks
 from twta.graph.tf1 import tf, tl
 from twta.ternary_layers import (
     ActivationLayer,
@@ -14,6 +13,7 @@ from twta.ternary_layers import (
     full_precision,
     ternarize_activations,
 )
+from twta.training.blocks import read_blocks
 
 pytestmark = pytest.mark.processor
 RNG = np.random.default_rng(1)

@@ -24,8 +24,8 @@ def recorded_parameters(name, options):
 
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_sizes_in_comments_and_parameters_in_records(session, name):
-    from twta.graph.blocks import read_blocks
     from twta.graph.tf1 import ONEDNN, tf
+    from twta.training.blocks import read_blocks
 
     script = load_script(name)
     for is_train in (True, False):
@@ -45,8 +45,8 @@ def test_sizes_in_comments_and_parameters_in_records(session, name):
 
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_the_architecture_string_says_what_is_built(session, name):
-    from twta.graph.blocks import read_blocks
     from twta.graph.tf1 import tf
+    from twta.training.blocks import read_blocks
 
     script = load_script(name)
     net = script.model(tf.zeros([2, *image_shape(name)]), True, **chosen(script))
@@ -68,8 +68,8 @@ def test_the_architecture_string_says_what_is_built(session, name):
 
 @pytest.mark.parametrize('name', SCRIPTS)
 def test_scripts_quantize_all_but_the_first_and_the_last_layer(session, name):
-    from twta.graph.blocks import read_blocks
     from twta.graph.tf1 import tf
+    from twta.training.blocks import read_blocks
 
     script = load_script(name)
     net = script.model(tf.zeros([2, *image_shape(name)]), True, **chosen(script))
@@ -153,8 +153,8 @@ def imports(path):
 MODULES = {'.'.join(path.relative_to(ROOT).with_suffix('').parts): path
            for path in sorted((ROOT / 'twta').rglob('*.py')) if path.stem != '__init__'}
 RANKS = {rank: parts.split() for rank, parts in enumerate((
-    'files terminal processor scripts', 'options results data graph quantizers ternary_layers', 'packed', 'training',
-    'export', 'spikes command_line report'))}
+    'files terminal processor scripts', 'options results data graph', 'quantizers', 'ternary_layers packed', 'training',
+    'export', 'command_line', 'spikes', 'report'))}
 
 
 def test_imports_run_downward():

@@ -2,7 +2,7 @@
 
 Each layer is given its quantiser and computes in the type of its input: float32, or bfloat16, in which -1, 0 and +1
 are exact. Variables (latent weights, batch normalisation, thresholds) are always float32 and listed in `all_params`.
-Images are NHWC. Each layer keeps its arguments, and the layer before it as `prev_layer`: twta.graph.blocks reads them.
+Images are NHWC. Each layer keeps its arguments, and the layer before it as `prev_layer`; training.blocks reads them.
 
 Source: the published TWTA scripts (github.com/edwardzcl/TWTA).
 """

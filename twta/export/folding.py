@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 
 from twta import TwtaError, ternary_layers
-from twta.graph.blocks import read_blocks
 from twta.options import NOTHING_TO_PACK
 from twta.packed.file_format import Layer, Stem, fan_in
+from twta.training.blocks import read_blocks
 from twta.training.weights import is_sound
 
 LARGEST_FLOAT = 2.0 ** 64  # the encoder's sums stay below it

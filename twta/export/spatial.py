@@ -10,8 +10,8 @@ import numpy as np
 
 from twta import TwtaError
 from twta.export.folding import Maximum
-from twta.graph.blocks import read_blocks
 from twta.packed.file_format import Layer, fan_in
+from twta.training.blocks import read_blocks
 
 
 def spatial(layers, weights):

@@ -1,1 +1,1 @@
-"""The TensorFlow side: the switch to its version 1, sessions, preprocessing, fast convolutions, the built graph."""
+"""The TensorFlow side: the switch to its version 1, sessions, preprocessing and fast convolutions."""

@@ -1,1 +1,1 @@
-"""Training: the loop, its schedule, checkpoints, weights, the run directory and its record."""
+"""Training: the built graph, the loop, its schedule, checkpoints, weights, the run directory and its record."""

@@ -4,10 +4,10 @@ import contextlib
 import numpy as np
 
 from twta import results
-from twta.graph.build import build_graph
 from twta.graph.session import open_session
 from twta.terminal import say
 from twta.training import checkpoints
+from twta.training.build import build_graph
 from twta.training.weights import read_weights, set_weights
 
 EVALUATION_BATCH = 500  # images; the number changes memory and speed, not the result

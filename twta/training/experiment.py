@@ -14,13 +14,13 @@ from twta import TwtaError, UsageError, describe_fault, results
 from twta.data import datasets
 from twta.data.datasets import Dataset
 from twta.graph import fast
-from twta.graph.build import build_graph
 from twta.graph.session import choose_precision, describe, find_gpu, make_deterministic, open_session, stop_signals
 from twta.graph.tf1 import tf
 from twta.options import with_defaults
 from twta.results import accuracy
 from twta.terminal import say
 from twta.training import checkpoints, records, run_directory
+from twta.training.build import build_graph
 from twta.training.evaluation import describe_network, evaluate, report
 from twta.training.loop import train_epochs
 from twta.training.schedule import describe_stage, next_stage

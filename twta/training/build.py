@@ -2,8 +2,8 @@
 from typing import NamedTuple
 
 from twta.graph import preprocessing
-from twta.graph.blocks import value_fractions
 from twta.graph.tf1 import tf
+from twta.training.blocks import value_fractions
 
 
 class Measures(NamedTuple):
