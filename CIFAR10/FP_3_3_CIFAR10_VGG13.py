@@ -16,16 +16,16 @@ DATASETS = ('cifar10', 'shapes')  # the first is the default
 LEARNING_RATE = 1e-2
 EPOCHS = 200
 BATCH_SIZE = 200
-CHOICES = ('pooling',)
+OPTIONS = ('pooling',)
 
 
-def model(x, is_train, **choices):
+def model(x, is_train, **options):
     """Return the last layer of the network on images x [batch, 24, 24, 3]; its outputs are the logits [batch, 10]."""
     from twta.graph.tf1 import tf
     from twta.quantizers import full_precision  # here, so that --help need not wait for TensorFlow
     from twta.ternary_layers import Network
 
-    net = Network(x, is_train, weights=full_precision, activation=tf.nn.relu, **choices)
+    net = Network(x, is_train, weights=full_precision, activation=tf.nn.relu, **options)
     net.encode(64, 3)                          # 24 * 24 * 64
     net.conv(64, 3)                            # 24 * 24 * 64
     net.conv(64, 3)                            # 24 * 24 * 64
@@ -42,4 +42,4 @@ def model(x, is_train, **choices):
 
 
 if __name__ == '__main__':
-    run(__file__, __doc__, model, DATASETS, LEARNING_RATE, EPOCHS, BATCH_SIZE, CHOICES)
+    run(__file__, __doc__, model, DATASETS, LEARNING_RATE, EPOCHS, BATCH_SIZE, OPTIONS)

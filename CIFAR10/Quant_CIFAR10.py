@@ -17,7 +17,7 @@ DATASETS = ('cifar10', 'shapes')  # the first is the default
 LEARNING_RATE = 1e-3
 EPOCHS = 200
 BATCH_SIZE = 200
-CHOICES = ('k', 'B')
+OPTIONS = ('k', 'B')
 
 
 def model(x, is_train, k, B):
@@ -42,4 +42,4 @@ def model(x, is_train, k, B):
 
 
 if __name__ == '__main__':
-    run(__file__, __doc__, model, DATASETS, LEARNING_RATE, EPOCHS, BATCH_SIZE, CHOICES)
+    run(__file__, __doc__, model, DATASETS, LEARNING_RATE, EPOCHS, BATCH_SIZE, OPTIONS)

@@ -17,7 +17,7 @@ DATASETS = ('cifar10', 'shapes')  # the first is the default
 LEARNING_RATE = 1e-2
 EPOCHS = 200
 BATCH_SIZE = 200
-CHOICES = ('levels',)
+OPTIONS = ('levels',)
 
 
 def model(x, is_train, levels):
@@ -41,4 +41,4 @@ def model(x, is_train, levels):
 
 
 if __name__ == '__main__':
-    run(__file__, __doc__, model, DATASETS, LEARNING_RATE, EPOCHS, BATCH_SIZE, CHOICES)
+    run(__file__, __doc__, model, DATASETS, LEARNING_RATE, EPOCHS, BATCH_SIZE, OPTIONS)

@@ -16,14 +16,14 @@ DATASETS = ('cifar10', 'shapes')  # the first is the default
 LEARNING_RATE = 1e-2
 EPOCHS = 200
 BATCH_SIZE = 200
-CHOICES = ('threshold', 'threshold_value', 'pooling', 'rest')
+OPTIONS = ('threshold', 'threshold_value', 'pooling', 'rest')
 
 
-def model(x, is_train, **choices):
+def model(x, is_train, **options):
     """Return the last layer of the network on images x [batch, 24, 24, 3]; its outputs are the logits [batch, 10]."""
     from twta.ternary_layers import Network  # here, so that --help need not wait for TensorFlow
 
-    net = Network(x, is_train, **choices)
+    net = Network(x, is_train, **options)
     net.encode(32, 3)                              # 24 * 24 * 32, full-precision weights
     net.conv(64, 3)                                # 24 * 24 * 64
     net.pool(256, 4, padding='SAME', groups=4)     # 12 * 12 * 256
@@ -38,4 +38,4 @@ def model(x, is_train, **choices):
 
 
 if __name__ == '__main__':
-    run(__file__, __doc__, model, DATASETS, LEARNING_RATE, EPOCHS, BATCH_SIZE, CHOICES)
+    run(__file__, __doc__, model, DATASETS, LEARNING_RATE, EPOCHS, BATCH_SIZE, OPTIONS)

@@ -16,16 +16,16 @@ DATASETS = ('mnist', 'digits')  # the first is the default
 LEARNING_RATE = 1e-4
 EPOCHS = 150
 BATCH_SIZE = 200
-CHOICES = ('pooling',)
+OPTIONS = ('pooling',)
 
 
-def model(x, is_train, **choices):
+def model(x, is_train, **options):
     """Return the last layer of the network on images x [batch, 28, 28, 1]; its outputs are the logits [batch, 10]."""
     from twta.graph.tf1 import tf
     from twta.quantizers import full_precision  # here, so that --help need not wait for TensorFlow
     from twta.ternary_layers import Network
 
-    net = Network(x, is_train, weights=full_precision, activation=tf.nn.relu, **choices)
+    net = Network(x, is_train, weights=full_precision, activation=tf.nn.relu, **options)
     net.encode(32, 5, padding='VALID')  # 24 * 24 * 32
     net.pool(32, 2)                     # 12 * 12 * 32
     net.conv(64, 5, padding='VALID')    # 8 * 8 * 64
@@ -35,4 +35,4 @@ def model(x, is_train, **choices):
 
 
 if __name__ == '__main__':
-    run(__file__, __doc__, model, DATASETS, LEARNING_RATE, EPOCHS, BATCH_SIZE, CHOICES)
+    run(__file__, __doc__, model, DATASETS, LEARNING_RATE, EPOCHS, BATCH_SIZE, OPTIONS)

@@ -17,7 +17,7 @@ DATASETS = ('mnist', 'digits')  # the first is the default
 LEARNING_RATE = 1e-4
 EPOCHS = 200
 BATCH_SIZE = 128
-CHOICES = ('k', 'B')
+OPTIONS = ('k', 'B')
 
 
 def model(x, is_train, k, B):
@@ -36,4 +36,4 @@ def model(x, is_train, k, B):
 
 
 if __name__ == '__main__':
-    run(__file__, __doc__, model, DATASETS, LEARNING_RATE, EPOCHS, BATCH_SIZE, CHOICES)
+    run(__file__, __doc__, model, DATASETS, LEARNING_RATE, EPOCHS, BATCH_SIZE, OPTIONS)

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from twta.files import replacing
-from twta.report.tables import choices as table
+from twta.report.tables import ablations as table
 from twta.terminal import output_file, path, positive_integer
 
 ROOT = Path(__file__).resolve().parent.parent
-CHOICES = {
+VARIANTS = {
     'published': (),
     'threshold trainable': ('--threshold', 'trainable'),
     'threshold runtime': ('--threshold', 'runtime'),
@@ -58,8 +58,8 @@ class Study(NamedTuple):
 
 
 STUDIES = {
-    'MNIST': Study('MNIST/TWTA_4_4_MNIST.py', (*COSINE, '0.002'), 6, (0, 1, 2), CHOICES),
-    'CIFAR10': Study(GROUP_V2, (*COSINE, '0.005', *HELD_OUT), 3, (0,), CHOICES),
+    'MNIST': Study('MNIST/TWTA_4_4_MNIST.py', (*COSINE, '0.002'), 6, (0, 1, 2), VARIANTS),
+    'CIFAR10': Study(GROUP_V2, (*COSINE, '0.005', *HELD_OUT), 3, (0,), VARIANTS),
     'short-MNIST': Study('MNIST/TWTA_5_5_MNIST.py', SHORT, 30, (0,), MNIST_PROTOCOLS),
     'short-CIFAR10': Study(GROUP_V2, (*SHORT, *HELD_OUT), 6, (0,), CIFAR10_PROTOCOLS),
 }

@@ -24,11 +24,11 @@ def load_script(name):
     return scripts.load_script(SCRIPTS.get(name, name))
 
 
-def chosen(module, **choices):
-    """Return the arguments of a script's model() after x and is_train: these choices, and defaults for the others."""
-    from twta import options
+def chosen(module, **options):
+    """Return the arguments of a script's model() after x and is_train: these options, and defaults for the others."""
+    from twta.options import with_defaults
 
-    return options.with_defaults({**dict.fromkeys(module.CHOICES), **choices})
+    return with_defaults({**dict.fromkeys(module.OPTIONS), **options})
 
 
 def image_shape(name):
@@ -44,7 +44,7 @@ def start(run_dir, *flags, script='TWTA_5_5_MNIST'):
     defaults = command_line.protocol(module.LEARNING_RATE, module.EPOCHS, module.BATCH_SIZE)
     argv = ['--run_dir', run_dir, '--dataset', module.DATASETS[1], *flags]
     path = SCRIPTS.get(script, script)
-    args = command_line.parse(path, '', module.DATASETS, defaults, module.CHOICES, list(map(str, argv)))
+    args = command_line.parse(path, '', module.DATASETS, defaults, module.OPTIONS, list(map(str, argv)))
     command_line.execute(path.stem, module.model, args, defaults)
 
 
@@ -182,7 +182,7 @@ def sample_of(name):
 
 
 @contextlib.contextmanager
-def graph_of(name, dataset, parameters, **choices):
+def graph_of(name, dataset, parameters, **options):
     """Yield the evaluation graph of a script, and a session in which its parameters are set.
 
     parameters    function of a parameter's name and initial value that returns the value to set
@@ -192,7 +192,7 @@ def graph_of(name, dataset, parameters, **choices):
     from twta.training.build import build_graph
 
     module = load_script(name)
-    network = build_graph(partial(module.model, **chosen(module, **choices)), dataset.test.images.shape[1:],
+    network = build_graph(partial(module.model, **chosen(module, **options)), dataset.test.images.shape[1:],
                           dataset.crop, seed=0)
     with network.graph.as_default(), open_session(network.graph, 0) as session:
         session.run(tf.global_variables_initializer())

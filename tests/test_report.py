@@ -54,7 +54,7 @@ def test_other_choices_precision_validation_and_weights_are_words():
 def test_choices_are_means_over_seeds_whatever_their_order():
     rows = [{'script': 'A', 'variant': variant, 'epochs': 6, 'seed': seed, 'validation_accuracy': 0.9 + seed / 100,
              'test_accuracy': 0.8} for seed in (0, 1) for variant in ('one', 'two')]
-    assert list(tables.choices(rows))[2:] == ['| A | one | 6 | 0, 1 | 90.50 ± 0.71 | 80.00 ± 0.00 |',
+    assert list(tables.ablations(rows))[2:] == ['| A | one | 6 | 0, 1 | 90.50 ± 0.71 | 80.00 ± 0.00 |',
                                               '| A | two | 6 | 0, 1 | 90.50 ± 0.71 | 80.00 ± 0.00 |']
 
 

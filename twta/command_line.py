@@ -13,7 +13,7 @@ from twta.terminal import Parser, errors_in_a_line, natural, path, positive_inte
 OF_TRAINING = 'epochs', 'learning_rate', 'schedule', 'augmentation', 'protocol', 'batch_size', 'seed', 'validation'
 
 
-def run(script, description, model, datasets, learning_rate, epochs, batch_size, choices=()):
+def run(script, description, model, datasets, learning_rate, epochs, batch_size, options=()):
     """Parse the flags and do what --mode says; a script ends in this call.
 
     script         the script's __file__; its name names the architecture, its folder's parent is the root
@@ -22,12 +22,12 @@ def run(script, description, model, datasets, learning_rate, epochs, batch_size,
                    are the logits
     datasets       names in twta.data.datasets.DATASETS, the default first
     learning_rate, epochs, batch_size    the script's own protocol: the defaults of the flags
-    choices        names in options.OPTIONS: each becomes a flag, and its value an argument of model
+    options        names in options.OPTIONS: each becomes a flag, and its value an argument of model
     """
     script = Path(script).resolve()
     defaults = protocol(learning_rate, epochs, batch_size)
     with errors_in_a_line(script.name):
-        args = parse(script, description, datasets, defaults, choices)
+        args = parse(script, description, datasets, defaults, options)
         if args.engine == 'packed':
             from twta.packed import inference  # here: --help needs no numpy
 
@@ -54,14 +54,14 @@ def protocol(learning_rate, epochs, batch_size):
             'augmentation': 'published', 'protocol': 'published'}
 
 
-def parse(script, description, datasets, defaults, choices=(), argv=None):
+def parse(script, description, datasets, defaults, options=(), argv=None):
     """Return the flags, resolved: paths are absolute, --resume and --file have their values.
 
-    `choices` of the result holds the options of the network by name, None for those that are not given.
+    `options` of the result holds the options of the network by name, None for those that are not given.
     Raises UsageError if a flag is not valid, and SystemExit after --help.
     """
-    args = make_parser(script, description, datasets, defaults, choices).parse_args(argv)
-    args.choices = {name: vars(args).pop(name) for name in choices}
+    args = make_parser(script, description, datasets, defaults, options).parse_args(argv)
+    args.options = {name: vars(args).pop(name) for name in options}
     check_network(args, script)
     check_meaning(args)
     args = resolve(args, script, datasets[0])
@@ -73,7 +73,7 @@ def parse(script, description, datasets, defaults, choices=(), argv=None):
 # The flags
 
 
-def make_parser(script, description, datasets, defaults, choices):
+def make_parser(script, description, datasets, defaults, options):
     parser = Parser(prog=script.name, description=description, allow_abbrev=False,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -87,7 +87,7 @@ def make_parser(script, description, datasets, defaults, choices):
     add('--verbose', action='store_true', help="print TensorLayer's layers and parameters and TensorFlow's messages")
     add('--debug', action='store_true', help='print the traceback of an error')
     add_training(parser.add_argument_group('training').add_argument, datasets, defaults)
-    add_network(parser.add_argument_group('network').add_argument, choices)
+    add_network(parser.add_argument_group('network').add_argument, options)
     add_files(parser.add_argument_group('data and files').add_argument, datasets)
     add_export(parser.add_argument_group('export and --engine packed').add_argument)
     return parser
@@ -127,8 +127,8 @@ def add_training(add, datasets, defaults):
              'slower')
 
 
-def add_network(add, choices):
-    for name in choices:
+def add_network(add, options):
+    for name in options:
         add(f'--{name}', **OPTIONS[name][1])
     add('--weights', type=path, metavar='NPZ',
         help='a model.npz to start from, to evaluate or to export, in place of a checkpoint; repeat the flags of the '
@@ -186,7 +186,7 @@ def resolve(args, script, usual_dataset):
 
 def check_network(args, script):
     """Check the options of the network against each other."""
-    chosen = with_defaults(args.choices)
+    chosen = with_defaults(args.options)
     if chosen.get('levels') == 3 and chosen.get('pooling') == 'max':
         raise UsageError('--levels 3 with --pooling max: such a network cannot be exported; use --pooling average or '
                          'conv')
@@ -234,7 +234,7 @@ def check_packed(args):
     """Check that no flag contradicts --engine packed."""
     if args.mode != 'inference':
         raise UsageError(f'--engine packed is for --mode inference, not for --mode {args.mode}; leave it out')
-    for flag, value in (('resume', args.resume), ('weights', args.weights), *args.choices.items()):
+    for flag, value in (('resume', args.resume), ('weights', args.weights), *args.options.items()):
         if value is not None:
             raise UsageError(f'--{flag} has no meaning with --engine packed, which reads --file; leave it out')
     if args.checkpoint != 'last':

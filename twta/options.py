@@ -18,7 +18,7 @@ SHORT = {dataset: {'protocol': 'short', 'learning_rate': learning_rate, 'epochs'
          for dataset, learning_rate, epochs in (('mnist', 2e-3, 30), ('digits', 2e-3, 30),
                                                 ('cifar10', 5e-3, 40), ('shapes', 5e-3, 40))}
 
-OPTIONS = {  # network options by flag: default, arguments of the parser; each script names its own in CHOICES
+OPTIONS = {  # network options by flag: default, arguments of the parser; each script names its own in OPTIONS
     'threshold': ('fixed', {'choices': ('fixed', 'trainable', 'runtime'), 'help':
                   'threshold d of the activations, which are +1 if x >= d, -1 if x <= -d, else 0. fixed: a constant; '
                   'trainable: one d per layer, trained with the weights; runtime: proportional to mean|x|, of the '

@@ -16,7 +16,7 @@ from twta.packed import cost, engines, file_format
 from twta.results import accuracy, confusion_matrix, write_json
 from twta.terminal import say
 from twta.training.records import list_options, name_schedule, without_places
-from twta.training.state import FIELDS, STAGE_KEYS, check_choices, check_keys, is_finite, is_natural
+from twta.training.state import FIELDS, STAGE_KEYS, check_keys, check_options, is_finite, is_natural
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PRETRAINED = ROOT / 'results', ROOT / 'pretrained'
@@ -36,7 +36,7 @@ def read_record(path):
     try:
         record = json.loads(path.read_text())
         check_keys('the record', record, KEYS)
-        check_choices(record['choices'])
+        check_options(record['choices'])
         for what, epoch in (('its last epoch', record['last']), ('its best', record['best_validation'])):
             check_keys(what, epoch or record['last'], {
                 'test_accuracy': is_fraction, 'validation_accuracy': lambda value: value is None or is_fraction(value)})

@@ -28,8 +28,8 @@ def pages(records):
         RESULTS: {'mnist': accuracies(records, r'(FP|TWTA)_.*MNIST'),
                   'cifar10': accuracies(records, r'(FP|TWTA)_.*CIFAR10'), 'architectures': architectures(records)},
         EXPERIMENTS: {'siblings': accuracies(records, r'(TWBA|BWBA|Quant)_'),
-                      'short': choices([row for row, short in zip(rows, is_short, strict=True) if short]),
-                      'choices': choices([row for row, short in zip(rows, is_short, strict=True) if not short])},
+                      'short': ablations([row for row, short in zip(rows, is_short, strict=True) if short]),
+                      'choices': ablations([row for row, short in zip(rows, is_short, strict=True) if not short])},
         SPIKES: {'spikes': spikes(spiking)},
         BENCHMARKS: speeds.tables(),
     }
@@ -153,7 +153,7 @@ def docstrings(records):
     return texts
 
 
-def choices(rows):
+def ablations(rows):
     """Return a row per variant, over its seeds."""
     groups = {}
     for row in rows:

@@ -84,8 +84,8 @@ def report(flags, plain, steps, expected, whose, dataset, images):
     for line in table(counts[2]):
         say(line)
     packed = plain.packed
-    choices = ''.join(f', {name} {value}' for name, value in (packed.record.get('choices') or {}).items())
-    title = (f'{packed.network}{choices}, on {dataset.title}\n'
+    options = ''.join(f', {name} {value}' for name, value in (packed.record.get('choices') or {}).items())
+    title = (f'{packed.network}{options}, on {dataset.title}\n'
              f'{flags.conversion} conversion, {steps} step{"s" * (steps > 1)}'
              + (f', {deleted}' if flags.noise_ratio else ''))
     write(flags.output, title, predicted == labels, *counts, {

@@ -90,7 +90,7 @@ def open_experiment(script, model, args):
     Raises UsageError if a flag contradicts the run or the weights, TwtaError if one of these is damaged.
     """
     checkpoint, source, state = open_run(script, args) if args.resume else (args.checkpoint, None, None)
-    options = state.choices if state else with_defaults(args.choices)
+    options = state.options if state else with_defaults(args.options)
     if args.weights:
         check_options_of_weights(args.weights, options)
     dataset = datasets.load(args.dataset, args.data_dir, state.validation if state else args.validation)
@@ -115,12 +115,12 @@ def open_run(script, args):
         if getattr(args, flag) not in (None, getattr(state, flag)):
             raise UsageError(f'--{flag} {getattr(args, flag)}: the run in {args.run_dir} was started with --{flag} '
                              f'{getattr(state, flag)}; leave --{flag} out, or start a new run with --resume False')
-    for name in state.choices.keys() - args.choices.keys():
+    for name in state.options.keys() - args.options.keys():
         raise TwtaError(f'{source}: not a checkpoint of this script, which has no --{name}')
-    state.choices = {**with_defaults(dict.fromkeys(args.choices)), **state.choices}
-    for flag, value in args.choices.items():
-        if value not in (None, state.choices[flag]):
-            raise UsageError(f'--{flag} {value}: the network in {args.run_dir} has --{flag} {state.choices[flag]}; '
+    state.options = {**with_defaults(dict.fromkeys(args.options)), **state.options}
+    for flag, value in args.options.items():
+        if value not in (None, state.options[flag]):
+            raise UsageError(f'--{flag} {value}: the network in {args.run_dir} has --{flag} {state.options[flag]}; '
                              f'leave --{flag} out, or train another with --resume False and its own --run_dir')
     return which, source, state
 
@@ -163,6 +163,7 @@ def train(experiment, args, defaults, precision):
             say(f'training: epochs {state.epoch + 1} to {stage.last_epoch}, {describe_stage(stage)}, '
                 f'seed {state.seed}, {precision.name}')
         flags = {**vars(args), 'choices': experiment.options, 'weights': state.weights}
+        del flags['options']
         config = {'script': script, 'command': sys.argv, 'flags': flags,
                   'stages': [stage.to_json() for stage in state.stages], 'seed': state.seed,
                   'precision': precision.name, 'data': results.describe_data(dataset), **results.environment()}

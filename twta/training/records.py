@@ -19,7 +19,7 @@ def write_record(run_dir, config, state, parameters, loss, confusion, best):
     """
     columns = {field: [row[field] for row in state.history] for field in FIELDS}
     write_json(run_dir / 'record.json', {
-        'name': name_run(state), 'dataset': state.dataset, 'choices': state.choices,
+        'name': name_run(state), 'dataset': state.dataset, 'choices': state.options,
         'parameters': parameters, 'epochs': state.epoch, 'wall_seconds': sum(columns['seconds']),
         'last': {'epoch': state.epoch, 'validation_accuracy': columns['validation_accuracy'][-1],
                  'test_accuracy': accuracy(confusion), 'test_loss': loss},
@@ -46,7 +46,7 @@ def by_sign(history):
 def name_run(state):
     """Return SCRIPT-DATASET-SEED-PROTOCOL and the options that are not default, e.g. TWTA_4_4_MNIST-mnist-0-short30."""
     stages = '+'.join(f'{name_schedule(stage.schedule, stage.augmentation)}{stage.epochs}' for stage in state.stages)
-    options = ''.join(f'-{option.replace(" ", "_")}' for option in list_options(state.choices))
+    options = ''.join(f'-{option.replace(" ", "_")}' for option in list_options(state.options))
     return f'{state.script}-{state.dataset}-{state.seed}-{stages}{options}'
 
 

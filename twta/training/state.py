@@ -53,7 +53,7 @@ class State:
     data_sha256: str
     seed: int
     validation: int  # images held out
-    choices: dict  # the options of the network
+    options: dict  # of the network; 'choices' in JSON
     weights: str | None  # the file that it began with, from --weights
     precision: list = dataclasses.field(default_factory=list)  # every type that it was trained in
     epoch: int = 0  # complete epochs
@@ -63,14 +63,17 @@ class State:
     best_validation_accuracy: float = -1.0
 
     def to_json(self):
-        return {'format': FORMAT, **vars(self), 'part': self.part._asdict() if self.part else None,
-                'stages': [stage.to_json() for stage in self.stages]}
+        entry = {'format': FORMAT, **vars(self), 'choices': self.options,
+                 'part': self.part._asdict() if self.part else None,
+                 'stages': [stage.to_json() for stage in self.stages]}
+        del entry['options']
+        return entry
 
     @classmethod
     def from_json(cls, entry):
         """Return the state of a dictionary; raises ValueError if it is not what a run saves."""
         check_keys('its state', entry, KEYS)
-        check_choices(entry['choices'])
+        check_options(entry['choices'])
         stages = [Stage.from_json(stage) for stage in entry['stages']]
         for stage in stages:
             if stage.first_epoch > entry['epoch'] + 1:
@@ -80,8 +83,8 @@ class State:
             check_keys('the part of an epoch', entry['part'], PART_KEYS)
             part = PartialEpoch(**{name: entry['part'][name] for name in PartialEpoch._fields})
         check_history(entry['history'], entry['epoch'])
-        fields = {field.name: entry[field.name] for field in dataclasses.fields(cls)}
-        return cls(**{**fields, 'part': part, 'stages': stages})
+        entry = {**entry, 'options': entry['choices'], 'part': part, 'stages': stages}
+        return cls(**{field.name: entry[field.name] for field in dataclasses.fields(cls)})
 
     def become(self, other):
         """Take over everything from another state."""
@@ -117,9 +120,9 @@ def check_keys(what, entry, keys):
             raise ValueError(f'{key} of {what} is {"absent" if key not in entry else repr(value)[:50]}')
 
 
-def check_choices(choices):
+def check_options(options):
     """Raise ValueError if a value is not valid for the option of the network that it is given for."""
-    for name, value in choices.items():
+    for name, value in options.items():
         if not is_option_value(name, value):
             raise ValueError(f'--{name} {value}'[:80])
 
