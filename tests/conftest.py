@@ -98,7 +98,7 @@ def log(run_dir):
 def run_script(script, *flags, cwd=ROOT, **environment):
     """Run a script as a user does; return the finished process with its stdout and stderr."""
     return subprocess.run([sys.executable, str(script), *map(str, flags)], cwd=cwd, env={**os.environ, **environment},
-                          capture_output=True, text=True, timeout=300)
+                          capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture

@@ -200,6 +200,15 @@ def test_export_then_inference_without_tensorflow(exported, finished_run, tmp_pa
     assert 'in all' in finished.stdout and 'images/s' in finished.stdout
 
 
+def test_packed_inference_warns_if_the_network_is_of_another_run(exported, finished_run, tmp_path):
+    warning = f'WARNING: this network is not that of the run in {tmp_path}'
+    for config, is_warned in (((finished_run / 'config.json').read_text(), False), ('{}', True)):
+        (tmp_path / 'config.json').write_text(config)
+        finished = run_script(SCRIPTS['TWTA_5_5_MNIST'], '--mode', 'inference', '--engine', 'packed', '--dataset',
+                              'digits', '--file', exported, '--run_dir', tmp_path)
+        assert finished.returncode == 0 and (warning in finished.stdout) == is_warned
+
+
 def test_the_default_file_is_in_the_current_folder(finished_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start(finished_run, '--mode', 'export')

@@ -337,6 +337,21 @@ def test_a_picture_that_cannot_be_drawn_costs_no_result(tmp_path, monkeypatch, c
     assert not list((tmp_path / 'run').glob('*.png'))
 
 
+def test_labels_of_logarithmic_axes_are_plain(tmp_path):
+    row = {'training_accuracy': 0.5, 'validation_accuracy': None}
+    history = [{**row, 'epoch': epoch, 'loss': loss} for epoch, loss in ((1, 30.0), (2, 0.02))]
+    figures = []
+
+    def draw(*arguments):
+        figures.append(run_directory.draw_curve(*arguments))
+        return figures[0]
+
+    assert results.save_picture(tmp_path / 'curve.png', draw, 'title', history)
+    axes = figures[0].axes[0]
+    labels = [label.get_text() for label in axes.yaxis.get_ticklabels()]
+    assert axes.get_yscale() == 'log' and '0.1' in labels and not any('$' in label for label in labels)
+
+
 @pytest.mark.parametrize('settings', [
     {'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}, {'MPLBACKEND': 'of this name there is none'},
     {'MATPLOTLIBRC': 'text.usetex: True\n'}])

@@ -124,9 +124,20 @@ def save_picture(path, draw, *arguments):
         import matplotlib  # here: only some commands draw
 
         with matplotlib.rc_context({'text.usetex': False, 'text.parse_math': False}), replacing(path) as part:
-            draw(*arguments).savefig(part, format='png', dpi=120)
+            figure = draw(*arguments)
+            label_plainly(figure)
+            figure.savefig(part, format='png', dpi=120)
         return True
     except Exception as error:  # any kind: matplotlib's settings can run foreign code
         cause = describe_fault(error) if isinstance(error, OSError) else str(error) or type(error).__name__
         say(f'no picture {path}: {in_a_line(cause)[:200]}')
         return False
+
+
+def label_plainly(figure):
+    """Label logarithmic axes 0.01, 0.1, 1, ...: matplotlib's own labels are mathtext, which is not interpreted here."""
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            if axis.get_scale() == 'log':
+                axis.set_major_formatter('{x:g}')
+                axis.set_minor_formatter('')

@@ -1,4 +1,5 @@
 """--mode inference --engine packed: evaluation of a packed network, without TensorFlow."""
+import hashlib
 import time
 
 import numpy as np
@@ -27,6 +28,9 @@ def infer(script, args):
     engine = engines.warm_engine(packed, 'auto', args.threads)
     epoch = packed.record.get('epoch') if isinstance(packed.record.get('epoch'), int) else None
     say(f'network: {script}, {args.file}' + ('' if epoch is None else f', epoch {epoch}'))
+    config = args.run_dir / 'config.json'
+    if config.is_file() and not is_of_run(packed, config):
+        say(f'WARNING: this network is not that of the run in {args.run_dir}; --mode export writes that one')
     images, labels = dataset.test.images, dataset.test.labels
     start = time.perf_counter()
     values = engines.logits(engine, images)
@@ -38,6 +42,12 @@ def infer(script, args):
         'script': script, 'choices': packed.record.get('choices'), 'weights': str(args.file), 'epoch': epoch})
     if args.report:
         cost.report(engine, dataset, args.run_dir)
+
+
+def is_of_run(packed, config):
+    """Return whether a network was exported from the run as its config.json stands."""
+    hashes = packed.record.get('sha256')
+    return isinstance(hashes, dict) and hashes.get('config.json') == hashlib.sha256(config.read_bytes()).hexdigest()
 
 
 def check_images(packed, dataset, args):

@@ -158,7 +158,9 @@ def draw_cost(title, records):
     handles, labels = left.get_legend_handles_labels()
     by_label = dict(zip(labels, handles, strict=True))
     left.legend(by_label.values(), by_label, fontsize=8)
-    figure.suptitle(f'{title}: accuracy after the short protocol, mean of the seeds', fontsize=10)
+    several = any(len(runs) > 1 for runs in by_protocol(records))
+    seeds = 'mean of the seeds' if several else 'one seed each'
+    figure.suptitle(f'{title}: accuracy after the short protocol, {seeds}', fontsize=10)
     return figure
 
 

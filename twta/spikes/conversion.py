@@ -132,9 +132,9 @@ def draw(title, rows):
     left, right = figure.subplots(1, 2, sharey=True)
     places = np.arange(len(rows))
     positive = np.array([row['spikes'] - row['negative'] for row in rows])
-    left.barh(places, positive, color='tab:blue', label='positive')
+    left.barh(places, positive, color='tab:orange', label='positive')
     if total['negative']:
-        left.barh(places, [row['negative'] for row in rows], left=positive, color='tab:orange', label='negative')
+        left.barh(places, [row['negative'] for row in rows], left=positive, color='tab:blue', label='negative')
         left.legend(loc='lower right')
     for place, row in enumerate(rows):
         left.text(row['spikes'], place, f' {row["rate"]:.0%}', va='center', fontsize=8)
