@@ -11,8 +11,9 @@ from twta.graph.tf1 import tf
 pytestmark = pytest.mark.processor
 
 
-def plain(x, w, stride, padding, groups=1):
+def plain(x, w, stride, padding, groups=1, border=0):
     """Return the convolution as the published scripts compute it: a loop over groups, TensorFlow's gradients."""
+    assert border == 0  # as published
     filters = tf.split(w, groups, axis=-1)
     return tf.concat([tf.nn.conv2d(x[..., g::groups], filters[g], [1, stride, stride, 1], padding)
                       for g in range(groups)], axis=-1)
