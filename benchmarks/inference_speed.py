@@ -43,12 +43,12 @@ from pathlib import Path
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import numpy as np
-from speed import add_flags, choose_networks, cropped, find_scripts, image_of, peak_memory, random_images, write_rows
+from speed import add_flags, choose_networks, cropped, image_of, peak_memory, random_images, write_rows
 
 from twta import processor
 from twta.packed import engines, file_format, numpy_engine
 from twta.packed.file_format import after, fan_in, input_shape
-from twta.scripts import load_script
+from twta.scripts import find_scripts, load_script
 
 SECONDS = 0.05  # least duration of a timing
 SCRIPTS = find_scripts('TWTA')

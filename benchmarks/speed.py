@@ -8,14 +8,7 @@ from twta.files import replacing
 from twta.results import environment, installed
 from twta.terminal import output_file, positive_integer
 
-ROOT = Path(__file__).resolve().parent.parent
 SHORT = ('TWTA_4_4_MNIST', 'TWTA_3_3_CIFAR10_VGG13', 'TWTA_3_3_CIFAR10_Group_V2')
-
-
-def find_scripts(*kinds):
-    """Return {name: path} of the scripts whose names begin with one of the kinds, MNIST first."""
-    return {path.stem: path for family in ('MNIST', 'CIFAR10') for path in sorted((ROOT / family).glob('*.py'))
-            if path.stem.startswith(kinds)}
 
 
 def image_of(script):

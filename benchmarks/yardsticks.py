@@ -8,10 +8,10 @@ import tempfile
 from collections import namedtuple
 
 import numpy as np
-from speed import cropped, find_scripts, image_of, random_images
+from speed import cropped, image_of, random_images
 
 from twta.processor import available_cores
-from twta.scripts import load_script
+from twta.scripts import find_scripts, load_script
 
 SCRIPTS = find_scripts('FP', 'TWTA')
 BATCH = 200

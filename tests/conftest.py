@@ -14,8 +14,7 @@ import pytest
 from twta import scripts
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {path.stem: path for family in ('CIFAR10', 'MNIST') for path in sorted((ROOT / family).glob('*.py'))
-           if not path.stem.startswith('Spiking')}
+SCRIPTS = scripts.find_scripts()
 MNIST_SCRIPTS = [name for name, path in SCRIPTS.items() if path.parent.name == 'MNIST']
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, start
 
-from twta import TwtaError, UsageError
+from twta import TwtaError, UsageError, scripts
 from twta.packed import file_format
 from twta.report import __main__, evidence, markdown, tables
+from twta.training.records import name_options
 
 SHARED = ROOT.parent / 'shared' / 'datasets'
 RECORDS = evidence.load_records()
@@ -78,7 +79,7 @@ def test_validation_images_choose_the_protocol_that_stands_for_a_script():
 def test_docstrings_and_the_first_table_say_that_images_are_recompressed():
     record = {**a_record(0, 0.8), 'script': 'TWTA_4_4_CIFAR10_VGG13', 'dataset': 'cifar10', 'parameters': 7,
               'data': {'validation_images': 0, 'published': False}}
-    text = tables.docstrings([record])[tables.script_files()[record['script']]]
+    text = tables.docstrings([record])[scripts.find_scripts()[record['script']]]
     assert 'Accuracy:     80.00 % test on JPEG-recompressed images (30 epochs, 1 seed; published 90.1 %)\nSp' in text
     *_, row = tables.scripts([record])
     assert row.endswith('| 7 | 80.00 (30 epochs, JPEG) | 90.1 |')
@@ -93,7 +94,7 @@ def test_the_example_of_deployment_runs(monkeypatch):
 
 
 def test_published_figures_are_of_scripts():
-    assert tables.PUBLISHED.keys() <= tables.script_files().keys()
+    assert tables.PUBLISHED.keys() <= scripts.find_scripts().keys()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -119,7 +120,8 @@ def test_records_are_whole(record):
 def test_a_pretrained_network_has_its_record(file):
     network = file_format.read(file)
     record = json.loads((evidence.RESULTS / f'{network.record["run"]}.json').read_text())
-    assert (record['script'], record['epochs']) == (file.stem, network.record['epoch'])
+    assert (record['script'] + name_options(record['choices'])) == file.stem
+    assert (record['script'], record['epochs']) == (network.network, network.record['epoch'])
     assert record['packed']['bytes'] == file.stat().st_size
 
 

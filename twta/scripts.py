@@ -1,6 +1,14 @@
-"""Scripts as modules, for code that needs the network of a script and not its command."""
+"""The scripts: which there are, and a script as a module for code that needs its network and not its command."""
 import importlib.util
 from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def find_scripts(*kinds):
+    """Return {name: path} of the scripts that train a network, MNIST first; with kinds, whose names begin with one."""
+    return {path.stem: path for folder in ('MNIST', 'CIFAR10') for path in sorted((ROOT / folder).glob('*.py'))
+            if path.stem.startswith(kinds or '') and not path.stem.startswith('Spiking')}
 
 
 def load_script(path):

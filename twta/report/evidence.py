@@ -1,7 +1,7 @@
 """The records of finished runs in results/ and their networks in pretrained/: taken in, read, evaluated again.
 
 A record is a file results/SCRIPT-DATASET-SEED-PROTOCOL.json (twta.training.records.write_record). A network is a file
-pretrained/SCRIPT.twta and holds the name of its record.
+pretrained/SCRIPT.twta, or SCRIPT-OPTIONS.twta if its options are not the default; it holds the name of its record.
 """
 import functools
 import json
@@ -15,7 +15,7 @@ from twta.files import replacing
 from twta.packed import cost, engines, file_format
 from twta.results import accuracy, confusion_matrix, write_json
 from twta.terminal import say
-from twta.training.records import list_options, name_schedule, without_places
+from twta.training.records import list_options, name_options, name_schedule, without_places
 from twta.training.state import FIELDS, STAGE_KEYS, check_keys, check_options, is_finite, is_natural
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -131,7 +131,7 @@ def add(run_dir, file, data_dir):
             raise UsageError(f'--packed {file}: does not predict the test images as {name} did, so it is of another '
                              f'run; export it with --mode export --run_dir {run_dir}')
         record['packed'] = {'bytes': file.stat().st_size, **count_operations(network, dataset.test.images)}
-        taken = PRETRAINED / f'{network.network}.twta'
+        taken = PRETRAINED / f'{network.network}{name_options(record["choices"])}.twta'
         before = f', in place of that of {file_format.read(taken).record.get("run")}' if taken.exists() else ''
         with replacing(taken) as part:
             shutil.copyfile(file, part)
@@ -177,7 +177,7 @@ def reproduce(data_dir):
         except (TwtaError, OSError) as error:
             absent[network.dataset] = error
             reason = describe_fault(error) if isinstance(error, OSError) else str(error)
-            say(f'{network.network:28} recorded {recorded:.2%}  not compared: {reason.partition(";")[0]}')
+            say(f'{file.stem:33} recorded {recorded:.2%}  not compared: {reason.partition(";")[0]}')
             verdicts.append('not compared')
             continue
         found = accuracy(evaluate(network, dataset))
@@ -185,7 +185,7 @@ def reproduce(data_dir):
         if dataset.sha256 != record['data']['sha256']:
             verdict, why = 'not compared', f': the record is of other images ({record["data"]["origin"]})'
         verdicts.append(verdict)
-        say(f'{network.network:28} recorded {recorded:.2%}  here {found:.2%}  {verdict}{why}')
+        say(f'{file.stem:33} recorded {recorded:.2%}  here {found:.2%}  {verdict}{why}')
     counts = ', '.join(f'{verdicts.count(verdict)} {verdict}' for verdict in ('the same', 'not compared', 'DIFFERENT'))
     say(f'{len(verdicts)} networks: {counts}')
     if 'DIFFERENT' in verdicts:

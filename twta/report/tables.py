@@ -8,6 +8,7 @@ from twta.report import evidence, speeds
 from twta.report.evidence import ROOT, by_protocol, protocol
 from twta.report.markdown import table
 from twta.report.speeds import benchmark
+from twta.scripts import find_scripts
 
 README, RESULTS, EXPERIMENTS, SPIKES, BENCHMARKS = (ROOT / page for page in (
     'README.md', 'results/README.md', 'docs/experiments.md', 'docs/spikes.md', 'benchmarks/README.md'))
@@ -75,7 +76,7 @@ def is_recompressed(runs):
 def scripts(records):
     """Return the README's table: a row per TWTA or FP script that has a record."""
     rows = []
-    for script, file in script_files().items():
+    for script, file in find_scripts().items():
         runs = best_trained(records, script)
         if runs and script.startswith(('TWTA', 'FP')):
             note = ', JPEG' if is_recompressed(runs) else ''
@@ -97,15 +98,9 @@ def accuracies(records, pattern):
     yield from table(('network', 'schedule, learning rate', 'epochs', 'seed', 'validation, %', 'test, %',
                       'test at best validation, %', 'published', 'training'), rows)
     done = {row[0] for row in rows}
-    absent = [script for script in script_files() if re.match(pattern, script) and script not in done]
+    absent = [script for script in find_scripts() if re.match(pattern, script) and script not in done]
     if absent:
         yield from ('', f'Not run: {", ".join(f"{script} (published: {published(script)})" for script in absent)}.')
-
-
-def script_files():
-    """Return {name: file} of the scripts that train a network."""
-    return {file.stem: file for folder in ('MNIST', 'CIFAR10') for file in sorted((ROOT / folder).glob('*.py'))
-            if not file.stem.startswith('Spiking')}
 
 
 def published(script):
@@ -127,7 +122,7 @@ def architectures(records):
     parameters = {record['script']: f'{record["parameters"]:,}' for record in records}
     return table(('script', 'architecture', 'parameters'), (
         (f'`{file.relative_to(ROOT)}`', architecture(file), parameters.get(script, ''))
-        for script, file in script_files().items()))
+        for script, file in find_scripts().items()))
 
 
 def docstrings(records):
@@ -136,7 +131,7 @@ def docstrings(records):
     images_per_second = {row['network']: row['training_images_per_second'] for row in rows
                          if row['way'] == 'project'}
     texts = {}
-    for script, file in script_files().items():
+    for script, file in find_scripts().items():
         runs, accuracy, speed = best_trained(records, script), 'not run', 'not run'
         if runs:
             images = ' on JPEG-recompressed images' if is_recompressed(runs) else ''

@@ -46,8 +46,12 @@ def by_sign(history):
 def name_run(state):
     """Return SCRIPT-DATASET-SEED-PROTOCOL and the options that are not default, e.g. TWTA_4_4_MNIST-mnist-0-short30."""
     stages = '+'.join(f'{name_schedule(stage.schedule, stage.augmentation)}{stage.epochs}' for stage in state.stages)
-    options = ''.join(f'-{option.replace(" ", "_")}' for option in list_options(state.options))
-    return f'{state.script}-{state.dataset}-{state.seed}-{stages}{options}'
+    return f'{state.script}-{state.dataset}-{state.seed}-{stages}{name_options(state.options)}'
+
+
+def name_options(options):
+    """Return the options of a network that are not the default, as the end of a file name, e.g. -rest_-1."""
+    return ''.join(f'-{option.replace(" ", "_")}' for option in list_options(options))
 
 
 def name_schedule(schedule, augmentation):
