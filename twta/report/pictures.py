@@ -19,7 +19,7 @@ from twta.packed import cost, engines, file_format
 from twta.report.evidence import PRETRAINED, RECOMPRESSED, RESULTS, TITLES, by_protocol, protocol, schedule
 from twta.spikes import conversion
 from twta.terminal import say
-from twta.training.records import name_schedule
+from twta.training.records import list_options, name_schedule
 
 FOLDER = RESULTS / 'pictures'
 FILTERS = 'TWTA_4_4_MNIST', 'TWTA_3_3_CIFAR10_Group_V2'
@@ -102,9 +102,11 @@ def draw_curves(title, records):
     scripts = list(dict.fromkeys(record['script'] for record in networks))
     for first, *_ in by_protocol([record for record in networks if len(record['stages']) == 1]):
         stage = first['stages'][0]
+        style = LINES.get(name_schedule(stage['schedule'], stage['augmentation']), ':')
+        style = '-.' if list_options(first['choices']) else style  # another network of the same script and colour
         axes.plot(first['curve']['epoch'], [100 * value for value in first['curve'][key]],
                   color=f'C{scripts.index(first["script"])}', linewidth=1,
-                  linestyle=LINES.get(name_schedule(stage['schedule'], stage['augmentation']), ':'),
+                  linestyle=style,
                   label=f'{first["script"]}, {protocol(first)}, {first["epochs"]} epochs')
     kind = 'validation accuracy' if held_out else 'training accuracy'
     axes.set(xlabel='epoch', ylabel=f'{kind} (%)', xscale='log')
