@@ -67,11 +67,10 @@ def loss_and_gradients(name, images, labels, precision):
 
 def variables(run_dir):
     """Return every variable of the last checkpoint; the run's state is parsed, its times are left out."""
-    from twta.graph.tf1 import tf
     from twta.training import checkpoints
 
-    reader = tf.train.load_checkpoint(checkpoints.find(run_dir, 'last'))
-    values = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
+    with checkpoints.reading(checkpoints.find(run_dir, 'last')) as reader:
+        values = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
     values['run_state'] = json.loads(values['run_state'])
     for row in values['run_state']['history']:
         row['seconds'] = row['images_per_second'] = None

@@ -27,7 +27,7 @@ import numpy as np
 
 from twta import TwtaError, command_line, files
 from twta.data import datasets
-from twta.packed import __main__, file_format
+from twta.packed import file_format, images
 from twta.report import evidence
 from twta.training import records, state, weights
 
@@ -85,13 +85,27 @@ def read_npz(data):
 
 
 def read_npy(data):
-    """Read images as twta.packed does."""
-    __main__.read_images(write('images.npy', data), (2, 2, 1))
+    """Read an array of images as twta.packed does."""
+    images.read_images(write('images.npy', data), (2, 2, 1))
 
 
 def read_member(data):
     """Read the data as one array of an archive whose other arrays are whole."""
     weights.read_weights(write('model.npz', archive({'conv1/W:0': data})), NET)
+
+
+def read_picture(data):
+    images.read_picture(write('picture', data), (2, 3, 3))
+
+
+def read_index(data):
+    """Read the data as the index of a checkpoint whose data file has 200 bytes; nothing else may tell of damage."""
+    from twta.training import bundle  # here: it imports TensorFlow
+
+    try:
+        bundle.check(write('last-1.index', data), write('last-1.data', b'\x02\0\0\0\0{}'.ljust(200, b'\0')))
+    except ValueError as error:
+        raise TwtaError(str(error)) from None
 
 
 def read_twta(data):
@@ -106,7 +120,8 @@ def read_record(data):
 
 
 READERS = {'images': read_images, 'labels': read_labels, 'gz': read_gz, 'cifar': read_cifar, 'state': read_state,
-           'npz': read_npz, 'member': read_member, 'npy': read_npy, 'twta': read_twta, 'record': read_record}
+           'npz': read_npz, 'member': read_member, 'npy': read_npy, 'picture': read_picture, 'index': read_index,
+           'twta': read_twta, 'record': read_record}
 
 
 def npy(array):
@@ -122,6 +137,40 @@ def archive(changed):
         for name, array in WEIGHTS.items():
             members.writestr(f'{name}.npy', changed.get(name, npy(array)))
     return file.getvalue()
+
+
+def saved(picture, form):
+    file = io.BytesIO()
+    picture.save(file, form)
+    return file.getvalue()
+
+
+def tensors(**changed):
+    """Return the entries of a checkpoint's index by name: a header, a matrix with what is `changed`, and a text."""
+    from tensorflow.core.protobuf import tensor_bundle_pb2 as pb
+
+    matrix = pb.BundleEntryProto(**{'dtype': 1, 'shape': {'dim': [{'size': 4}, {'size': 5}]}, 'offset': 7, 'size': 80,
+                                    **changed})
+    text = pb.BundleEntryProto(dtype=7, offset=0, size=7)
+    return {b'': pb.BundleHeaderProto(num_shards=1).SerializeToString(), b'W': matrix.SerializeToString(),
+            b'run_state': text.SerializeToString()}
+
+
+def index(entries, compressed=0):
+    """Return a LevelDB table with these entries in one block; its checksums are 0."""
+    def varint(number):
+        return bytes([number]) if number < 128 else bytes([number & 127 | 128]) + varint(number >> 7)
+
+    def block(pairs):
+        content = b''.join(b'\0' + varint(len(key)) + varint(len(value)) + key + value for key, value in pairs)
+        return content + struct.pack('<2I', 0, 1)
+
+    table, handles = b'', []
+    for pairs in (entries.items(), (), None):
+        content = block([(b'~', handles[0])] if pairs is None else pairs)
+        handles.append(varint(len(table)) + varint(len(content)))
+        table += content + bytes([compressed, 0, 0, 0, 0])
+    return table + (handles[1] + handles[2]).ljust(40, b'\0') + struct.pack('<Q', 0xdb4775248b80fb57)
 
 
 def seeds(reader):
@@ -142,6 +191,12 @@ def seeds(reader):
         return [npy(np.zeros((3, 2, 2), np.uint8)), npy(np.zeros((3, 2, 2, 1), np.uint8))]
     if reader == 'member':
         return [npy(WEIGHTS['conv1/W:0']), npy(np.asfortranarray(WEIGHTS['conv1/W:0'][::-1]))]
+    if reader == 'picture':
+        from PIL import Image
+        pictures = [Image.new(mode, (5, 4)) for mode in ('RGB', 'LA', 'P', 'I;16')]
+        return [saved(picture, 'PNG') for picture in pictures] + [saved(pictures[0], form) for form in images.FORMATS]
+    if reader == 'index':
+        return [index(tensors())]
     if reader == 'twta':
         from conftest import random_packed
         network = random_packed((5, 5, 1), 0, [(3, 3, 1, 'SAME', 1), (6, 2, 2, 'VALID', 3), (4, 0, 1, 'VALID', 1)])

@@ -138,7 +138,7 @@ def test_only_the_published_archive_is_opened(small, monkeypatch):
     pack(archive, monkeypatch, [(f'{FOLDER}/{name}', content) for name, content in files.items()])
     damaged = archive.read_bytes()[:-9]
     archive.write_bytes(damaged)
-    with pytest.raises(TwtaError, match='remove it to download it again') as error:
+    with pytest.raises(TwtaError, match='move it elsewhere, and it is downloaded again') as error:
         datasets.load('cifar10', data_dir)
     assert str(archive) in str(error.value) and archive.read_bytes() == damaged
     assert not (data_dir / 'cifar10' / FOLDER / 'test_batch.bin').exists()

@@ -72,6 +72,29 @@ def test_no_exception_but_ours_and_no_memory_beyond_the_input(reader):
     run()
 
 
+@pytest.mark.parametrize('changed, words', [
+    ({'size': 84}, 'declares 80 bytes and has 84'), ({'shape': {'dim': [{'size': 2 ** 40}]}}, 'declares'),
+    ({'shape': {'dim': [{'size': 2 ** 62}] * 3}}, 'declares'), ({'shape': {'dim': [{'size': -4}]}}, 'outside'),
+    ({'shape': {'unknown_rank': True}}, 'outside'), ({'shape': {'dim': [{'size': 1}] * 99}}, 'outside'),
+    ({'offset': 150}, 'outside'), ({'offset': 2 ** 62}, 'outside'), ({'offset': -8}, 'outside'),
+    ({'shard_id': 1}, 'outside'),
+    ({'slices': [{'extent': [{'start': 0}]}]}, 'outside'), ({'dtype': 7}, 'of type 7'), ({'dtype': 20}, 'of type 20'),
+    ({'dtype': 7, 'shape': {}, 'size': 60}, 'declares')])
+def test_a_checkpoint_that_would_take_all_memory_is_not_opened(changed, words):
+    """Each of these, with right checksums, makes TensorFlow's reader take what the entry declares, or crash."""
+    with pytest.raises(TwtaError, match=words):
+        fuzz.read_index(fuzz.index(fuzz.tensors(**changed)))
+
+
+def test_a_table_that_would_take_all_memory_is_not_opened():
+    whole = fuzz.index(fuzz.tensors())
+    for damaged, words in ((fuzz.index(fuzz.tensors(), compressed=1), 'compressed'), (whole[:-48], 'no table|bytes'),
+                           (whole[:-48] + b'\x00\xff\xff\xff\xff\x7f' + whole[-42:], 'longer than the file'),
+                           (bytes(2 << 20), 'its index has'), (b'', 'its index has 0 bytes')):
+        with pytest.raises(TwtaError, match=words):
+            fuzz.read_index(damaged)
+
+
 @pytest.mark.parametrize('reader', fuzz.READERS)
 def test_whole_files_are_read(reader):
     for data in SEEDS[reader]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from twta import UsageError
 from twta.options import NOTHING_TO_PACK, OPTIONS, SHORT, SUFFIXES, WAYS, with_defaults
-from twta.terminal import Parser, errors_in_a_line, natural, path, positive_integer, positive_number, truth
+from twta.terminal import Parser, errors_in_a_line, natural, path, positive_integer, positive_number, truth_or_auto
 
 OF_TRAINING = 'epochs', 'learning_rate', 'schedule', 'augmentation', 'protocol', 'batch_size', 'seed', 'validation'
 
@@ -79,9 +79,10 @@ def make_parser(script, description, datasets, defaults, options):
     add = parser.add_argument
     add('--mode', choices=('training', 'inference', 'export'), default='training',
         help='train; evaluate on the test images; or write the trained network as integers (default: training)')
-    add('--resume', type=truth, metavar='{True,False}',
+    add('--resume', type=truth_or_auto, metavar='{True,False,auto}',
         help='True: continue from the last checkpoint in --run_dir. False: start with new weights and move an earlier '
-             'run aside. (default: True for inference and export of a checkpoint, else False)')
+             'run aside. auto, for schedulers: the same command starts the training, continues it, and does nothing '
+             'once its --epochs are done. (default: True for inference and export of a checkpoint, else False)')
     add('--gpu', type=natural, default=0, metavar='INDEX', help='index of the GPU; without any GPU the CPU is used '
                                                                 '(default: 0)')
     add('--verbose', action='store_true', help="print TensorLayer's layers and parameters and TensorFlow's messages")
@@ -163,7 +164,10 @@ def add_export(add):
 
 
 def resolve(args, script, usual_dataset):
-    """Return the flags with absolute paths, a truth value for --resume and, if a file is used, a path for --file."""
+    """Return the flags with absolute paths and, if a file is used, a path for --file.
+
+    --resume becomes a truth value; --resume auto also sets is_auto.
+    """
     root, is_packed = script.parent.parent, args.engine == 'packed'
     file = args.file
     if is_packed or args.mode == 'export':
@@ -172,12 +176,19 @@ def resolve(args, script, usual_dataset):
         if is_packed and not exported.exists() and args.dataset == usual_dataset and pretrained.is_file():
             exported = pretrained
         file = (file or exported).resolve()
+    run_dir = (args.run_dir or root / 'runs' / f'{script.stem}-{args.dataset}').resolve()
     resume = args.resume
     if resume is None:
         resume = args.mode != 'training' and not args.weights and not is_packed
+    elif resume == 'auto':
+        resume = has_checkpoint(run_dir)
     return argparse.Namespace(**{
-        **vars(args), 'file': file, 'resume': resume, 'data_dir': (args.data_dir or root / 'data').resolve(),
-        'run_dir': (args.run_dir or root / 'runs' / f'{script.stem}-{args.dataset}').resolve()})
+        **vars(args), 'file': file, 'resume': resume, 'is_auto': args.resume == 'auto', 'run_dir': run_dir,
+        'data_dir': (args.data_dir or root / 'data').resolve()})
+
+
+def has_checkpoint(run_dir):
+    return (run_dir / 'checkpoint').is_file() or any(run_dir.glob('last-*.index'))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -206,7 +217,9 @@ def check_meaning(args):
     if args.weights and not args.weights.is_file():
         reason = 'not a file' if args.weights.exists() else 'no such file'
         raise UsageError(f'--weights {args.weights}: {reason}; a training writes model.npz into its --run_dir')
-    if args.weights and args.resume:
+    if args.resume == 'auto' and not is_training:
+        raise UsageError(f'--resume auto is for --mode training; leave it out with --mode {args.mode}')
+    if args.weights and args.resume is True:
         raise UsageError('--weights and --resume True: weights come from a file or from a checkpoint; leave one out')
     if not is_training and args.resume is False and not args.weights and not is_packed:
         raise UsageError(f'--resume False with --mode {args.mode}: there is nothing but random weights; use --resume '
@@ -258,9 +271,10 @@ def check_files(args, script):
             raise UsageError(f'--{flag} {folder}: not a directory')
     written, folder = ('file', args.file.parent) if is_export else ('run_dir', args.run_dir)
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+    is_written = args.mode != 'inference'  # inference prints the accuracy in any case
+    if is_written and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise UsageError(f'--{written} {getattr(args, written)}: nothing can be written to {there}; choose another')
-    if args.resume and not ((args.run_dir / 'checkpoint').is_file() or list(args.run_dir.glob('last-*.index'))):
+    if args.resume and not has_checkpoint(args.run_dir):
         make = command(script, '--resume False --mode training', 'dataset', 'data_dir', 'run_dir', args=args)
         raise UsageError(f'no checkpoint in {args.run_dir}; make one with: {make}')
 

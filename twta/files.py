@@ -1,5 +1,6 @@
-"""Files: atomic writes, safe reading of untrusted .npy and .npz files, locks between processes."""
+"""Files: writes that survive kills and power cuts, safe reading of untrusted .npy and .npz files, locks."""
 import contextlib
+import errno
 import math
 import os
 import struct
@@ -9,6 +10,8 @@ import zlib
 
 import numpy as np
 
+from twta.terminal import say
+
 try:
     import fcntl
 except ImportError:  # Windows: no locks
@@ -17,6 +20,7 @@ except ImportError:  # Windows: no locks
 UNREADABLE = (OSError, ValueError, TypeError, AttributeError, EOFError, LookupError, ArithmeticError, RuntimeError,
               SyntaxError, MemoryError, zlib.error, zipfile.BadZipFile, struct.error,
               tokenize.TokenError)  # what zipfile and numpy raise on damaged files
+WITHOUT_LOCKS = errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF  # from flock on some networks
 PACKINGS = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED  # numpy writes these; zipfile reads others without a size limit
 
 
@@ -26,12 +30,34 @@ def replacing(path):
     part = path.with_name(f'.part.{path.name}')
     try:
         yield part
-        os.replace(part, path)
+        put_in_place(part, path)
     except OSError as error:
         error.filename, error.filename2 = str(path), None  # the error of a full disk names no file
         raise
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def put_in_place(part, path):
+    """Rename the file `part` to `path`, so that after a power cut `path` is the old file or the new one, whole."""
+    sync(part)
+    os.replace(part, path)
+    sync(path.parent)
+
+
+def sync(path):
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    if path.is_dir() and not fcntl:
+        return  # Windows cannot open folders
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system that cannot
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def read_npy(path):
@@ -77,20 +103,29 @@ def read_header(file):
 
 @contextlib.contextmanager
 def holding(path, taken):
-    """Hold a lock on a file or folder. If another process holds it, call `taken`, which may raise; then wait.
+    """Hold a lock on a file, which is created if absent. If another process holds it, call `taken`, then wait.
 
-    The package filelock was tried: it leaves files of its own, and twta.packed, which needs numpy only, would need it.
+    taken    a function without arguments, which may raise
+
+    On a file system without locks, a line says so and the block runs without one. The package filelock was tried: it
+    removes the file, which another process may have locked by then, and twta.packed, which needs numpy only, would
+    need it.
     """
     if not fcntl:
         yield
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only files that are open for writing
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             taken()
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in WITHOUT_LOCKS:
+                raise
+            say(f'WARNING: {path.parent}: its file system has no locks ({error.strerror}); let no other command write '
+                'there meanwhile')
         yield
     finally:
         os.close(descriptor)

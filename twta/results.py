@@ -1,6 +1,7 @@
 """The output files of the commands: result.json with versions and machine, CSV tables, pictures."""
 import contextlib
 import csv
+import errno
 import json
 import platform
 import re
@@ -28,11 +29,17 @@ def report(run_dir, dataset, loss, confusion, kind, network):
     test_accuracy = accuracy(confusion)
     say(f'test loss: {loss:.4f}')
     say(f'test acc: {test_accuracy:.4f}')
-    run_dir.mkdir(parents=True, exist_ok=True)
     suffix = '' if kind == 'last' else f'-{kind}'
-    write_json(run_dir / f'result{suffix}.json', {
-        **network, 'test_loss': loss, 'test_accuracy': test_accuracy, 'test_images': len(dataset.test.labels),
-        'confusion': confusion.tolist(), 'data': describe_data(dataset), **environment()})
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_json(run_dir / f'result{suffix}.json', {
+            **network, 'test_loss': loss, 'test_accuracy': test_accuracy, 'test_images': len(dataset.test.labels),
+            'confusion': confusion.tolist(), 'data': describe_data(dataset), **environment()})
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        say(f'not saved: {describe_fault(error)}')  # it is said: the run of a colleague may be evaluated by anybody
+        return
     picture = run_dir / f'confusion{suffix}.png'
     epoch = network['epoch']
     title = (f'{network["script"]} on {dataset.title}\n{test_accuracy:.2%} of {len(dataset.test.labels):,} test images'

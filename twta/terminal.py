@@ -10,28 +10,68 @@ from twta import TwtaError, UsageError, describe_fault
 
 
 def say(line):
-    """Write a line to stdout, above the progress bar if there is one."""
-    from tqdm import tqdm  # here: python -m twta.packed needs numpy only
+    """Write a line to stdout, above the progress bar if there is one.
 
-    tqdm.write(line)
-    sys.stdout.flush()
+    If nobody reads stdout any more (`| head`, a closed terminal) or its disk is full, the line is lost and the command
+    goes on: a training is worth more than its messages.
+    """
+    try:
+        from tqdm import tqdm  # here: python -m twta.packed needs numpy only
+    except ImportError:
+        tqdm = None
+    try:
+        tqdm.write(line) if tqdm else print(line)
+        sys.stdout.flush()
+    except OSError:
+        silence(sys.stdout)
+
+
+def complain(line):
+    """Write a line to stderr, if it can be written to."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+def silence(stream):
+    """Send what a stream still holds, and all that follows, to /dev/null."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 @contextlib.contextmanager
 def errors_in_a_line(name):
     """Run a command. On an error, print one line and end the process; with --debug, let the error through."""
     os.environ['MPLBACKEND'] = 'agg'  # no command opens a window; with a notebook's value, importing Keras fails
+    prepare_streams()
     try:
         yield
     except (TwtaError, OSError) as error:
         if '--debug' in sys.argv:
             raise
         line = describe_fault(error) if isinstance(error, OSError) else str(error)
-        print(f'{name}: error: {line}', file=sys.stderr)
+        complain(f'{name}: error: {line}')
         sys.exit(getattr(error, 'exit_code', TwtaError.exit_code))
     except KeyboardInterrupt:
-        print(f'{name}: interrupted', file=sys.stderr)
+        complain(f'{name}: interrupted')
         sys.exit(130)  # 128 + SIGINT
+
+
+def prepare_streams():
+    """Make sure that messages can always be written, and reach no other file.
+
+    A closed stream (`>&-`) is opened on /dev/null: otherwise the next file to be opened would take its number, and
+    TensorFlow's messages would go into that file. Characters that the encoding of a stream lacks become escapes.
+    """
+    for number, (name, mode) in enumerate((('stdin', 'r'), ('stdout', 'w'), ('stderr', 'w'))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115, it stays open
+        if mode == 'w' and hasattr(getattr(sys, name), 'reconfigure'):
+            getattr(sys, name).reconfigure(errors='backslashreplace')
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,25 +79,30 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(f'{message}; see --help')
 
 
-def truth(text):
-    values = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False}
+def truth_or_auto(text):
+    values = {'true': True, 'yes': True, '1': True, 'false': False, 'no': False, '0': False, 'auto': 'auto'}
     if text.lower() not in values:
-        raise argparse.ArgumentTypeError(f'{text!r} is neither True nor False')
+        raise argparse.ArgumentTypeError(f'{text!r} is none of True, False and auto')
     return values[text.lower()]
 
 
 def path(text):
+    """Return a path; a leading ~ is the home folder, also where no shell has replaced it (--run_dir=~/runs)."""
     if not text.strip():
         raise argparse.ArgumentTypeError(f'{text!r} is not a path')
     try:
         text.encode()
-        Path(text).exists()
+        found = Path(os.path.expanduser(text))
+        if text.startswith('~') and str(found).startswith('~'):
+            raise ValueError('no such user; ./~ is a folder of that name')
+        found.resolve()
+        found.exists()
     except UnicodeEncodeError:  # from bytes that Python could not decode
         raise argparse.ArgumentTypeError(f'{text[:80]!r} is not a usable path: not UTF-8') from None
-    except (OSError, ValueError) as error:  # too long, or in an unreadable folder
+    except (OSError, ValueError, RuntimeError) as error:  # too long, unreadable, links in a circle
         reason = getattr(error, 'strerror', None) or error
         raise argparse.ArgumentTypeError(f'{text[:80]!r} is not a usable path: {reason}') from None
-    return Path(text)
+    return found
 
 
 def real(text):
@@ -99,7 +144,7 @@ def input_file(text):
 
 
 def output_file(text):
-    path = Path(text)
-    if path.is_dir() or not path.resolve().parent.is_dir():
+    file = path(text)
+    if file.is_dir() or not file.resolve().parent.is_dir():
         raise argparse.ArgumentTypeError(f'{text!r} is not a file path in an existing folder')
-    return path
+    return file

@@ -37,7 +37,7 @@ MNIST_FILES = {
         'ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2', (10000,)),
 }
 DIGITS = tuple('0123456789')
-REMEDY = 'remove it to download it again'
+REMEDY = 'move it elsewhere, and it is downloaded again'
 
 CIFAR10_URL = 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz'
 CIFAR10_ARCHIVE = 170052171, 'c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd'  # bytes, SHA-256
@@ -122,9 +122,7 @@ def load_mnist(data_dir, validation=10000):
     """
     arrays, published = [], True
     for name, (gz_size, gz_sha256, sha256, shape) in MNIST_FILES.items():
-        path = data_dir / 'mnist' / name
-        if not path.exists():
-            path = path.with_name(f'{name}.gz')
+        path = find_mnist_file(data_dir / 'mnist', name)
         if not path.exists():
             download([mirror + path.name for mirror in MNIST_MIRRORS], path, gz_size, gz_sha256,
                      f'put the file in {path.parent}; --dataset digits needs no network')
@@ -134,6 +132,12 @@ def load_mnist(data_dir, validation=10000):
     images, labels, test_images, test_labels = arrays
     return assemble('MNIST', None, data_dir / 'mnist', published, (images[..., np.newaxis], labels), validation,
                     (test_images[..., np.newaxis], test_labels), DIGITS, crop=0)
+
+
+def find_mnist_file(folder, name):
+    """Return the path of a file of MNIST: NAME or NAME.gz, also with a dot before idx; NAME.gz if none is there."""
+    names = [name, f'{name}.gz', name.replace('-idx', '.idx'), f'{name.replace("-idx", ".idx")}.gz']
+    return next((folder / name for name in names if (folder / name).exists()), folder / f'{name}.gz')
 
 
 def load_cifar10(data_dir, validation=0):
@@ -188,9 +192,14 @@ DATASETS = {'mnist': load_mnist, 'digits': load_digits, 'cifar10': load_cifar10,
 
 
 def read_file(path, limit):
-    """Return the contents of a file, unpacked if its name ends in .gz; at most limit + 1 bytes, against .gz bombs."""
+    """Return the contents of a file, unpacked if it is a .gz file; at most limit + 1 bytes, against .gz bombs.
+
+    Its first bytes decide, not its name: some browsers unpack what they download, and keep the name.
+    """
     try:
-        with gzip.open(path) if path.suffix == '.gz' else open(path, 'rb') as file:
+        with open(path, 'rb') as file:
+            is_packed = file.read(2) == b'\x1f\x8b'
+        with gzip.open(path) if is_packed else open(path, 'rb') as file:
             return file.read(limit + 1)
     except PermissionError:
         raise
@@ -240,8 +249,11 @@ def unpack_cifar10(folder, names):
     archive = folder.parent / CIFAR10_URL.rpartition('/')[2]
     size, sha256 = CIFAR10_ARCHIVE
     if not archive.exists():
-        download([CIFAR10_URL], archive, size, sha256,
-                 f'put {", ".join(names)} of its binary version in {folder}; --dataset shapes needs no network')
+        otherwise = f'put {", ".join(names)} of its binary version in {folder}'
+        for other in ('cifar-10-batches-py', 'cifar-10-python.tar.gz'):
+            if (folder.parent / other).exists():
+                otherwise = f'convert {folder.parent / other}, its Python version, as data/README.md shows'
+        download([CIFAR10_URL], archive, size, sha256, f'{otherwise}; --dataset shapes needs no network')
     actual = digest(archive)
     if actual != sha256:
         raise TwtaError(f'{archive}: its SHA-256 is {actual}, not {sha256}; {REMEDY}, or put the files of the binary '

@@ -4,7 +4,6 @@ pooch was tried: it neither resumes nor stops an endless answer, and follows a r
 """
 import contextlib
 import hashlib
-import os
 import ssl
 import sys
 import time
@@ -15,6 +14,7 @@ from http.client import HTTPException
 from tqdm import tqdm
 
 from twta import TwtaError, files
+from twta.terminal import say
 
 TIMEOUT = 30  # seconds without a byte
 SLOWEST = 1000  # bytes per second, averaged over TIMEOUT; a slower download counts as stalled
@@ -42,7 +42,7 @@ def download(urls, path, size, sha256, otherwise):
 def one_at_a_time(folder):
     """Create the folder and lock it, so that two first runs do not download the same files twice."""
     folder.mkdir(parents=True, exist_ok=True)
-    with files.holding(folder, lambda: print(f'waiting for another process that fills {folder}', flush=True)):
+    with files.holding(folder / '.lock', lambda: say(f'waiting for another process that fills {folder}')):
         yield
 
 
@@ -54,10 +54,10 @@ def download_alone(urls, path, size, sha256, otherwise):
     failures, left = {}, list(urls)
     for wait in WAITS:
         if wait and left:
-            print(f'{path.name} has not arrived whole; trying again in {wait} s', flush=True)
+            say(f'{path.name} has not arrived whole; trying again in {wait} s')
             time.sleep(wait)
         for url in list(left):
-            print(f'downloading {url}', flush=True)
+            say(f'downloading {url}')
             try:
                 has_all = fetch(url, part, size)
             except FAILURES as error:
@@ -68,7 +68,7 @@ def download_alone(urls, path, size, sha256, otherwise):
                 continue
             found = digest(part)
             if found == sha256:
-                os.replace(part, path)
+                files.put_in_place(part, path)
                 return
             part.unlink()
             failures[url] = f'its SHA-256 is {found}, not {sha256}'

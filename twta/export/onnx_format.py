@@ -42,10 +42,13 @@ class OnnxBuilder:
     def fire(self, sums, layer, output=None):
         """Add a layer's thresholds: from sums float32 to activations float32.
 
-        Filters are on the last axis in the encoder, on axis 1 in the other layers.
+        Filters are on the last axis in the encoder, on axis 1 in the other layers. Thresholds of whole sums are half a
+        step away from them: a runtime that rounds (Winograd, bfloat16) then gives the same activations.
         """
-        shape = (-1, 1, 1) if layer.upper.dtype == np.int32 else (-1,)
-        upper, lower = (thresholds.astype(np.float32).reshape(shape) for thresholds in (layer.upper, layer.lower))
+        is_whole = layer.upper.dtype == np.int32
+        shape, half = ((-1, 1, 1), 0.5) if is_whole else ((-1,), 0)
+        upper, lower = ((thresholds + offset).astype(np.float32).reshape(shape)
+                        for thresholds, offset in ((layer.upper, -half), (layer.lower, half)))
         positive = self.cast(self.node('GreaterOrEqual', sums, upper), TensorProto.FLOAT)
         negative = self.cast(self.node('LessOrEqual', sums, lower), TensorProto.FLOAT)
         return self.node('Sub', positive, negative, output=output)

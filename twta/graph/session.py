@@ -9,6 +9,9 @@ from twta.graph.tf1 import ONEDNN, native_chatter_hidden, tf
 # with these values of ONEDNN_MAX_CPU_ISA, oneDNN may not use bfloat16 instructions
 WITHOUT_BFLOAT16 = ('SSE41', 'AVX', 'AVX2', 'AVX2_VNNI', 'AVX2_VNNI_2', 'AVX512_CORE', 'AVX512_CORE_VNNI')
 
+# Ctrl-C, a request to end, a closed terminal, a warning before preemption (Slurm's --signal=USR1); Windows has two
+STOPS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]
+
 
 def find_gpus():
     """Return the GPUs that TensorFlow sees, as its physical devices."""
@@ -95,16 +98,16 @@ def open_session(graph, gpu_index):
 
 @contextlib.contextmanager
 def stop_signals():
-    """Yield a list that collects SIGINT (Ctrl-C) and SIGTERM; a second signal of a kind has its usual effect."""
+    """Yield a list that collects the signals STOPS; a second signal of a kind has its usual effect."""
     caught = []
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    usual = {number: signal.getsignal(number) for number in STOPS}
 
     def catch(number, frame):
         caught.append(number)
         signal.signal(number, usual[number])
 
     for number, handler in usual.items():
-        if handler is not signal.SIG_IGN:  # a shell starts background jobs with SIGINT ignored
+        if handler is not signal.SIG_IGN:  # a shell starts background jobs with SIGINT ignored, nohup with SIGHUP
             signal.signal(number, catch)
     try:
         yield caught

@@ -1,57 +1,104 @@
-"""python -m twta.packed FILE.twta IMAGES.npy: print one class per image, without TensorFlow."""
-import os
+"""python -m twta.packed FILE.twta IMAGES: print the class of each image, without TensorFlow."""
 import sys
 
 import numpy as np
 
-from twta import TwtaError, files
+from twta import UsageError
 from twta.packed import file_format
 from twta.packed.engines import logits, warm_engine
-from twta.terminal import Parser, errors_in_a_line, input_file, positive_integer
+from twta.packed.images import have_bright_borders, read_images, read_picture
+from twta.terminal import Parser, complain, errors_in_a_line, input_file, output_file, positive_integer, silence
+
+DIGITS = 'mnist', 'digits'  # data sets of light digits on a dark ground
+SHOWN = 20  # images in a picture, at most
 
 
 def main(argv=None):
-    parser = Parser(prog='python -m twta.packed', description=__doc__.partition('\n')[0], allow_abbrev=False)
-    parser.add_argument('file', type=input_file, help='packed network (.twta), written by --mode export')
-    parser.add_argument('images', type=input_file, help='uint8 array [n, height, width, channels] written by '
-                        'numpy.save; [n, height, width] if the images have one channel')
-    parser.add_argument('--engine', choices=('auto', 'numba', 'numpy'), default='auto',
-                        help='numba, numpy (slower, same classes) or auto: numba if installed (default: auto)')
-    parser.add_argument('--threads', type=positive_integer, metavar='N',
-                        help='threads for --engine numba (default: one per core that the process may use)')
-    parser.add_argument('--names', action='store_true', help='print names of classes instead of numbers')
-    parser.add_argument('--debug', action='store_true', help='show the traceback of an error')
+    parser = make_parser()
     with errors_in_a_line('twta.packed'):
         args = parser.parse_args(argv)
         packed = file_format.read(args.file)
-        images = read_images(args.images, packed.image)
-        predicted = logits(warm_engine(packed, args.engine, args.threads), images).argmax(1)
-        try:
-            print('\n'.join(packed.classes[k] if args.names else str(k) for k in predicted), flush=True)
-        except BrokenPipeError:  # head, say, has read enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        is_array = args.images[0].suffix.lower() == '.npy'
+        images = read_all(args.images, packed.image)
+        if args.invert:
+            images = 255 - images
+        if packed.dataset in DIGITS and have_bright_borders(images):
+            complain('WARNING: most images have a bright border, but this network reads light digits on a dark ground; '
+                     + ('leave out --invert' if args.invert else 'try --invert'))
+        values = logits(warm_engine(packed, args.engine, args.threads), images)
+        predicted = values.argmax(1)
+        lines = [packed.classes[k] if args.names else str(k) for k in predicted]
+        if not is_array:
+            lines = [f'{path}: {describe(k, packed.classes)}' for path, k in zip(args.images, predicted, strict=True)]
+        write(lines)
+        if args.picture:
+            from twta.results import save_picture  # here: the classes need no matplotlib
+
+            save_picture(args.picture, draw, args.images, images[:SHOWN], values[:SHOWN], packed.classes)
 
 
-def read_images(path, shape):
-    """Return the images of an .npy file, uint8 [n, *shape]; shape is [height, width, channels].
+def make_parser():
+    parser = Parser(prog='python -m twta.packed', allow_abbrev=False,
+                    description='Print the class of each image, without TensorFlow.')
+    add = parser.add_argument
+    add('file', type=input_file, help='packed network (.twta), written by --mode export')
+    add('images', type=input_file, nargs='+', metavar='IMAGES',
+        help='one .npy file: uint8 array [n, height, width, channels] written by numpy.save, or [n, height, width] if '
+             'images have one channel. Or pictures (PNG, JPEG, ...): cut to the proportions of the network, resized')
+    add('--invert', action='store_true', help='swap light and dark, for dark digits on a light ground')
+    add('--names', action='store_true', help='print names of classes instead of numbers')
+    add('--picture', type=output_file, metavar='PNG',
+        help=f'draw the first {SHOWN} images as the network gets them, each with its three most probable classes')
+    add('--engine', choices=('auto', 'numba', 'numpy'), default='auto',
+        help='numba, numpy (slower, same classes) or auto: numba if installed (default: auto)')
+    add('--threads', type=positive_integer, metavar='N',
+        help='threads for --engine numba (default: one per core that the process may use)')
+    add('--debug', action='store_true', help='show the traceback of an error')
+    return parser
 
-    Raises TwtaError if the file cannot be read or holds other images.
-    """
+
+def read_all(paths, shape):
+    """Return the images of one .npy file, or of pictures, uint8 [n, *shape]."""
+    arrays = [path for path in paths if path.suffix.lower() == '.npy']
+    if arrays and len(paths) > 1:
+        raise UsageError(f'{arrays[0]}: an .npy file is given alone, without other files')
+    if arrays:
+        return read_images(arrays[0], shape)
+    return np.stack([read_picture(path, shape) for path in paths])
+
+
+def describe(k, classes):
+    """Return number and name of a class as words."""
+    return str(k) if classes[k] == str(k) else f'{k} {classes[k]}'
+
+
+def write(lines):
+    """Write lines to stdout; if its reader, say `head`, has read enough, the rest is not written."""
     try:
-        images = files.read_npy(path)
-    except files.UNREADABLE as error:
-        reason = getattr(error, 'strerror', None) or 'damaged, or no array of numbers'
-        raise TwtaError(f'{path}: {reason}; give images written by numpy.save') from None
-    wanted = f'uint8 [n, {", ".join(map(str, shape))}]'
-    if images.dtype != np.uint8:
-        raise TwtaError(f'{path}: {images.dtype}, but the network takes {wanted}')
-    if images.ndim == 3 and shape[2] == 1:
-        images = images[..., np.newaxis]
-    if not len(images):
-        raise TwtaError(f'{path}: {list(images.shape)} has no images; the network takes {wanted}')
-    if images.shape[1:] != tuple(shape):
-        raise TwtaError(f'{path}: {list(images.shape)}, but the network takes {wanted}')
-    return images
+        print('\n'.join(lines), flush=True)
+    except BrokenPipeError:
+        silence(sys.stdout)
+
+
+def draw(paths, images, values, classes):
+    """Return a figure of images, uint8 [n, height, width, channels], and their logits [n, classes]."""
+    from matplotlib.figure import Figure  # here: only --picture draws
+
+    columns = min(len(images), 5)
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(2.4 * columns, 3.4 * rows), layout='constrained')
+    for i, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        axes.axis('off')
+        if i >= len(images):
+            continue
+        probabilities = np.exp(values[i] - values[i].max())
+        probabilities /= probabilities.sum()
+        best = np.argsort(-probabilities, kind='stable')[:3]
+        axes.imshow(images[i].squeeze(), cmap='gray', vmin=0, vmax=255)
+        name = paths[i].name if len(paths) > 1 else f'image {i}'
+        axes.set_title('\n'.join([name[-24:], *(f'{describe(k, classes)}: {probabilities[k]:.1%}' for k in best)]),
+                       fontsize=8)
+    return figure
 
 
 if __name__ == '__main__':

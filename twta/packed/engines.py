@@ -5,13 +5,13 @@ numpy    plain arrays, slower; the reference for what a packed network computes 
 
 Their activations are the same; their logits differ by rounding.
 """
-import sys
 import time
 
 import numpy as np
 
 from twta import TwtaError, UsageError
-from twta.packed.numpy_engine import NumpyEngine
+from twta.packed.numpy_engine import NumpyEngine, check_images
+from twta.terminal import complain
 
 
 def open_engine(packed, engine='auto', threads=None):
@@ -30,12 +30,18 @@ def open_engine(packed, engine='auto', threads=None):
         except ImportError as error:
             if engine == 'numba':
                 raise UsageError(f'--engine numba: {error}; use --engine numpy') from None
-            print(f'numba, which is much faster, cannot be used: {error}', file=sys.stderr)
+            complain(f'numba, which is much faster, cannot be used: {error}')
     return NumpyEngine(packed)
 
 
 def logits(engine, images):
-    """Return logits, float32 [n, classes], of any number of images, uint8 [n, height, width, channels]."""
+    """Return logits, float32 [n, classes], of any number of images, uint8 [n, height, width, channels].
+
+    Raises ValueError if images have another type or shape.
+    """
+    if not len(images):
+        check_images(images, engine.packed, 0)
+        return np.zeros((0, len(engine.packed.classes)), np.float32)
     batches = [engine.logits(images[start:start + engine.batch]) for start in range(0, len(images), engine.batch)]
     return np.concatenate(batches)
 
@@ -53,5 +59,5 @@ def warm_engine(packed, engine, threads):
         raise TwtaError(f'{packed.network}: too little memory for its maps') from None
     threads = f', {engine.threads} thread{"s" if engine.threads > 1 else ""}' if engine.name == 'numba' else ''
     taken = time.perf_counter() - start
-    print(f'engine: {engine.name}{threads}, ready after {taken:.1f} s', file=sys.stderr, flush=True)
+    complain(f'engine: {engine.name}{threads}, ready after {taken:.1f} s')
     return engine

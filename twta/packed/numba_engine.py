@@ -13,22 +13,40 @@ run, its weights there are zero. The compiled code computes a block of eight fil
 plane. So the writer takes its filters in the order of the reader's bytes. Eight filters in that order read one, two,
 four or eight groups of the writer's own input.
 """
+import contextlib
 import math
+import os
+import pickle
 import threading
 
 import numba
 import numpy as np
 
-from twta import processor
+from twta import TwtaError, files, in_a_line, processor
 from twta.packed import file_format, kernels
-from twta.packed.numpy_engine import encoder_input, scale_logits
+from twta.packed.numpy_engine import check_images, encoder_input, scale_logits
+from twta.terminal import complain
 
 if numba.config.DISABLE_JIT:
     raise ImportError('NUMBA_DISABLE_JIT is set')
+if numba.version_info[:2] < (0, 61):  # kernels.popcount is for newer versions of LLVM
+    raise ImportError(f'numba {numba.__version__} is too old, 0.61 is needed')
 MEMORY = 1 << 28  # bytes; limit of a batch of prepared images in float64
 SHARED = 1 << 25  # products; a call with fewer gains nothing from threads and runs in one
 CHUNK = 32  # images that pass through all layers together: activations stay in the cache, weights are reused
 LOCK = threading.Lock()  # numba's thread pool serves one caller at a time
+POOL = {'process': None}  # the process that started it; a fork copies the pool without its threads
+
+
+@contextlib.contextmanager
+def numba_pool():
+    """Hold numba's threads; raises TwtaError in a process that was forked from one that had used them."""
+    if POOL['process'] not in (None, os.getpid()):
+        raise TwtaError('this process was forked from one whose numba engine had run, and has no threads of numba; '
+                        "fork before the first use of an engine, or start processes with multiprocessing's 'spawn'")
+    with LOCK:
+        POOL['process'] = os.getpid()
+        yield
 
 
 class Planes:
@@ -140,9 +158,7 @@ class NumbaEngine:
 
         Raises ValueError if images have another type or shape: the kernels would write outside their memory.
         """
-        if images.dtype != np.uint8 or images.shape[1:] != tuple(self.packed.image) or len(images) > self.batch:
-            raise ValueError(f'images {images.dtype} {images.shape}, not uint8, at most {self.batch} of '
-                             f'{self.packed.image}')
+        check_images(images, self.packed, self.batch)
         sums = np.empty((len(images), len(self.packed.classes)))
         last = self.planes[-1]
         crop = self.packed.crop
@@ -151,20 +167,30 @@ class NumbaEngine:
             self.x[:len(images), top:top + height, left:left + width] = encoder_input(images, self.packed)
         threads = self.threads if len(images) * self.products >= SHARED else 1
         numba.set_num_threads(threads)
-        kernels.run(np.ascontiguousarray(images), crop, self.x, self.before, self.table, threads, CHUNK,
-                    last.data, last.image, self.weights, sums)
+        call_kernels(np.ascontiguousarray(images), crop, self.x, self.before, self.table, threads, CHUNK,
+                     last.data, last.image, self.weights, sums)
         return sums
 
     def logits(self, images):
         """Return logits, float32 [n, classes], of at most `batch` images, uint8 [n, height, width, channels]."""
-        with LOCK:
+        with numba_pool():
             return scale_logits(self.run(images), self.packed)
 
     def activations(self, images):
         """Return each layer's activations, int8 [n, height, width, channels], of at most `batch` images."""
-        with LOCK:
+        with numba_pool():
             self.run(images)
             return [planes.unpack(len(images)) for planes in self.planes]
+
+
+def call_kernels(*arguments):
+    """Call kernels.run; if numba's cache of it is damaged, or its disk is full, compile it without the cache."""
+    try:
+        kernels.run(*arguments)
+    except (*files.UNREADABLE, pickle.PickleError) as error:
+        complain(f"numba's cache cannot be used ({in_a_line(str(error))[:80]}): compiling for this process alone")
+        kernels.run = numba.njit(parallel=True)(kernels.run.py_func)
+        kernels.run(*arguments)
 
 
 def address(array):

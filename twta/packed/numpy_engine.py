@@ -7,6 +7,13 @@ import numpy as np
 from twta.packed import file_format
 
 
+def check_images(images, packed, most):
+    """Raise ValueError if images are not uint8 [n, *packed.image], or more than `most`."""
+    if images.dtype != np.uint8 or images.shape[1:] != tuple(packed.image) or len(images) > most:
+        raise ValueError(f'images {images.dtype} {list(images.shape)}, not uint8 [n, '
+                         f'{", ".join(map(str, packed.image))}], n at most {most}')
+
+
 def prepare(images, crop):
     """Return images, uint8 [n, height, width, channels], as the graph prepares them, float32.
 
@@ -70,7 +77,11 @@ class NumpyEngine:
         self.packed, self.neuron, self.between = packed, neuron, between
 
     def run(self, images):
-        """Return logits, float32 [n, classes], and each layer's activations, int8 NHWC, of at most `batch` images."""
+        """Return logits, float32 [n, classes], and each layer's activations, int8 NHWC, of at most `batch` images.
+
+        Raises ValueError if images have another type or shape.
+        """
+        check_images(images, self.packed, self.batch)
         encoder, *layers = self.packed.layers
         maps = [self.neuron(convolve(encoder_input(images, self.packed), encoder).astype(np.float32), encoder)]
         if self.between:

@@ -1,26 +1,33 @@
 """Checkpoints: everything that resuming needs, in one tf.train.Saver file that is complete or absent.
 
 Beside the variables (latent weights, Adam's slots, moving moments) a checkpoint holds the State of the run as JSON.
-Seed and epoch are the whole random state: the shuffle and the augmentation of each epoch are drawn from them. Saver
-first writes a new file, then its name into the index `checkpoint`, and then removes an old file. A kill at any moment
-therefore leaves the previous checkpoint usable.
+Seed and epoch are the whole random state: the shuffle and the augmentation of each epoch are drawn from them.
+
+Order of writing: the files of the new checkpoint; then the index `checkpoint`, which names it; then old files are
+removed. Before each step, the step before is on the disk. After a kill or a power cut at any moment, the index names a
+whole checkpoint.
 """
+import contextlib
 import errno
 import json
-import math
+import os
 import re
 import shutil
 from pathlib import Path
 
-from twta import TwtaError
+from twta import TwtaError, files
 from twta.graph.tf1 import tf
+from twta.terminal import say
+from twta.training import bundle, run_directory
 from twta.training.state import FORMAT, State, check_keys, is_natural
 from twta.training.weights import check_shapes
 
 UNREADABLE = ValueError, KeyError, TypeError, IndexError, RuntimeError, OSError, tf.errors.OpError  # by TensorFlow
 INDEX = {'last': 'checkpoint', 'best': 'checkpoint_best'}  # the files that name the newest checkpoint of each kind
+KEPT = {'last': 2, 'best': 1}  # number of checkpoints
 SAVED = re.compile(r'(?P<name>(?P<which>last|best)-\d+(\.\d+)?)\.(index|data-\d+-of-\d+)')  # Saver's files
-HALF_WRITTEN = re.compile(r'(last|best)-\d+(\.\d+)?(_temp|\..*\.tempstate\d+)|checkpoint(_best)?\.tmp\w+|\.part\..*')
+HALF_WRITTEN = re.compile(r'(last|best)-\d+(\.\d+)?(_temp|\..*\.tempstate\d+)'
+                          rf'|\.part\.({run_directory.OURS.pattern})')  # by Saver, and by files.replacing
 
 
 class Checkpoints:
@@ -34,11 +41,8 @@ class Checkpoints:
             self.set_state = state.assign(self.text)
         trained = [variable for variable in tf.global_variables() if variable.dtype.base_dtype.is_floating]
         self.finite = tf.reduce_all([tf.reduce_all(tf.is_finite(variable)) for variable in trained])
-        self.savers = {which: tf.train.Saver(max_to_keep=keep, save_relative_paths=True)
-                       for which, keep in (('last', 2), ('best', 1))}
+        self.saver = tf.train.Saver(max_to_keep=None)
         remove_leftovers(run_dir)
-        for which, saver in self.savers.items():
-            saver.recover_last_checkpoints(listed(run_dir, which))
 
     def save(self, session, state, is_best):
         """Save weights and state.
@@ -51,33 +55,71 @@ class Checkpoints:
         if not session.run(self.finite):
             raise FloatingPointError('the weights are no longer finite numbers')
         session.run(self.set_state, {self.text: json.dumps(state.to_json())})
-        name = f'{state.epoch}.{state.part.steps}' if state.part else state.epoch
+        number = f'{state.epoch}.{state.part.steps}' if state.part else state.epoch
         for which in ('best', 'last') if is_best else ('last',):  # after a kill in between, the epoch is run again
-            self.savers[which].save(session, str(self.run_dir / f'{which}-{name}'), latest_filename=INDEX[which],
-                                    write_meta_graph=False)
+            name = f'{which}-{number}'
+            with working_in(self.run_dir):
+                self.saver.save(session, f'./{name}', write_meta_graph=False, write_state=False)
+            self.put_in_index(which, name)
+
+    def put_in_index(self, which, name):
+        """Name a checkpoint, whose files are written, in the index as the newest; remove those that are not kept."""
+        for path in self.run_dir.glob(f'{name}.*'):
+            files.sync(path)
+        files.sync(self.run_dir)
+        names = [Path(path).name for path in listed(self.run_dir, which)]
+        names = [*(other for other in names if other != name), name][-KEPT[which]:]
+        lines = [f'model_checkpoint_path: "{name}"', *(f'all_model_checkpoint_paths: "{name}"' for name in names)]
+        with files.replacing(self.run_dir / INDEX[which]) as part:
+            part.write_text('\n'.join(lines) + '\n')
+        remove_leftovers(self.run_dir)
+
+
+@contextlib.contextmanager
+def working_in(folder):
+    """Make a folder the working directory, so that TensorFlow gets names without a folder.
+
+    TensorFlow takes [, * and ? in the path of a checkpoint for a pattern, and would not find it, or find others.
+    """
+    try:
+        before = os.getcwd()
+    except FileNotFoundError:  # removed meanwhile; every path of a command is absolute by now
+        before = folder
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextlib.contextmanager
+def reading(path):
+    """Yield TensorFlow's reader of the checkpoint `path`; raises one of UNREADABLE if it is damaged."""
+    path = Path(path)
+    bundle.check(Path(f'{path}.index'), Path(f'{path}.data-00000-of-00001'))
+    with working_in(path.parent):
+        yield tf.train.load_checkpoint(f'./{path.name}')
 
 
 def listed(run_dir, which):
     """Return the paths of the checkpoints of a kind, 'last' or 'best', oldest first.
 
-    The index file lists them; paths outside of the run directory are left out. If the index is lost or damaged, or
-    names a checkpoint that is not there, the checkpoints found in the folder are added.
+    The index file lists them. If the index is lost or damaged, or names a checkpoint that is not there, the checkpoints
+    found in the folder are added.
     """
     try:
-        index = tf.train.get_checkpoint_state(str(run_dir), INDEX[which])
-        paths = [path for path in index.all_model_checkpoint_paths if Path(path).parent == run_dir]
-    except (ValueError, AttributeError, tf.errors.OpError):  # the index is empty, no list, absent, or no file
-        paths = []
-    if paths and Path(f'{paths[-1]}.index').exists():
-        return paths
-    there = [str(path.with_suffix('')) for path in run_dir.glob(f'{which}-*.index')]
-    names = {Path(path).name for path in (*paths, *there) if SAVED.fullmatch(f'{Path(path).name}.index')}
-    return [str(run_dir / name) for name in
-            sorted(names, key=lambda name: [int(number) for number in name.partition('-')[2].split('.')])]
+        index = (run_dir / INDEX[which]).read_text()
+        names = re.findall(rf'^all_model_checkpoint_paths: "({which}-\d+(?:\.\d+)?)"$', index, re.MULTILINE)
+    except (OSError, ValueError):
+        names = []
+    if not (names and (run_dir / f'{names[-1]}.index').exists()):
+        there = [path.stem for path in run_dir.glob(f'{which}-*.index') if SAVED.fullmatch(path.name)]
+        names = sorted({*names, *there}, key=lambda name: [int(part) for part in name.partition('-')[2].split('.')])
+    return [str(run_dir / name) for name in names]
 
 
 def remove_leftovers(run_dir):
-    """Remove what kills have left: half-written files, and checkpoints that the index no longer lists."""
+    """Remove checkpoints that the index no longer lists, and what kills have left of others."""
     names = {which: [Path(path).name for path in listed(run_dir, which)] for which in INDEX}
     for path in run_dir.iterdir():
         saved = SAVED.fullmatch(path.name)
@@ -100,18 +142,14 @@ def find(run_dir, which):
         raise TwtaError(f'{run_dir / INDEX[which]} names no checkpoint, and none is there; {otherwise}')
     for path in reversed(paths):
         try:
-            reader = tf.train.load_checkpoint(path)
-            shapes, kinds = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
-            declared = sum(math.prod(shape) * kinds[name].size for name, shape in shapes.items())
-            if declared > Path(f'{path}.data-00000-of-00001').stat().st_size:  # before so much memory is taken
-                raise ValueError(f'it declares {declared:,} bytes, more than there are')
-            for name in shapes:
-                reader.get_tensor(name)
+            with reading(path) as reader:
+                for name in reader.get_variable_to_shape_map():
+                    reader.get_tensor(name)
             if path != paths[-1]:
-                print(f'{path}: whole, and used in its place', flush=True)
+                say(f'{path}: whole, and used in its place')
             return path
         except UNREADABLE as error:
-            print(f'{path}: damaged ({first_line(error)})', flush=True)
+            say(f'{path}: damaged ({first_line(error)})')
     raise TwtaError(f'{paths[-1]}: damaged, and no older checkpoint is whole; {otherwise}')
 
 
@@ -125,7 +163,8 @@ def read_state(path, script, dataset):
     Raises TwtaError if it is of another script, data set or version, or if it cannot be read.
     """
     try:
-        text = tf.train.load_checkpoint(path).get_tensor('run_state')
+        with reading(path) as reader:
+            text = reader.get_tensor('run_state')
     except UNREADABLE as error:
         raise TwtaError(f'{path}: not a checkpoint of these scripts ({first_line(error)})') from None
     return parse_state(path, text, script, dataset)
@@ -152,7 +191,7 @@ def parse_state(path, text, script, dataset):
 def restore(session, path, net, variables):
     """Set the variables from a checkpoint; raises TwtaError if the network in it is another one than net."""
     names = {variable.op.name for variable in net.all_params}
-    shapes = tf.train.load_checkpoint(path).get_variable_to_shape_map()
-    check_shapes(path, net, {f'{name}:0': shape for name, shape in shapes.items() if name in names})
-    with session.graph.as_default():
-        tf.train.Saver(variables).restore(session, path)
+    with reading(path) as reader, session.graph.as_default():
+        shapes = reader.get_variable_to_shape_map()
+        check_shapes(path, net, {f'{name}:0': shape for name, shape in shapes.items() if name in names})
+        tf.train.Saver(variables).restore(session, f'./{Path(path).name}')

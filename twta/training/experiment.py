@@ -62,7 +62,10 @@ def run(script, model, args, defaults, act):
             experiment = open_experiment(script, model, args)
             say(f'data: {experiment.dataset}')
             say(f'device: {describe(gpu)}')
-            if args.mode == 'training':
+            if args.is_auto and experiment.state and is_done(experiment.state, args, defaults):
+                say(f'the {experiment.state.stages[-1].epochs} epochs are done, and {args.run_dir / "record.json"} has '
+                    'their result')
+            elif args.mode == 'training':
                 precision = choose_precision(args.precision, gpu)
                 if precision == tf.bfloat16 and fast.BFLOAT16_IS_EMULATED:
                     say('WARNING: bfloat16 is emulated on this processor; --precision float32 is faster')
@@ -91,11 +94,12 @@ def open_experiment(script, model, args):
     """
     checkpoint, source, state = open_run(script, args) if args.resume else (args.checkpoint, None, None)
     options = state.options if state else with_defaults(args.options)
-    if args.weights:
-        check_options_of_weights(args.weights, options)
+    weights = None if args.resume else args.weights  # with --resume auto, the run has begun with them
+    if weights:
+        check_options_of_weights(weights, options)
     dataset = datasets.load(args.dataset, args.data_dir, state.validation if state else args.validation)
     return Experiment(script, functools.partial(model, **options), options, args.dataset, dataset, args.run_dir,
-                      args.gpu, args.weights, checkpoint, source, state, args.verbose)
+                      args.gpu, weights, checkpoint, source, state, args.verbose)
 
 
 def open_run(script, args):
@@ -152,21 +156,18 @@ def train(experiment, args, defaults, precision):
     network = build_graph(experiment.model, dataset.test.images.shape[1:], dataset.crop, state.seed, precision,
                           stage.augmentation)
     weights = read_weights(experiment.weights, network.net) if experiment.weights else {}
+    run_directory.check_is_ours(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     with (contextlib.nullcontext() if args.resume else run_directory.locked(run_dir), network.graph.as_default(),
           open_session(network.graph, experiment.gpu) as session):
-        store = prepare(experiment, network, session, weights)
+        store = prepare(experiment, network, session, weights, args.is_auto)
         describe_network(experiment, network.net, experiment.weights or run_dir)
         if state.epoch >= stage.last_epoch:
             say(f'the {state.epoch} epochs are done, but have no record: now the test images')
         else:
             say(f'training: epochs {state.epoch + 1} to {stage.last_epoch}, {describe_stage(stage)}, '
                 f'seed {state.seed}, {precision.name}')
-        flags = {**vars(args), 'choices': experiment.options, 'weights': state.weights}
-        del flags['options']
-        config = {'script': script, 'command': sys.argv, 'flags': flags,
-                  'stages': [stage.to_json() for stage in state.stages], 'seed': state.seed,
-                  'precision': precision.name, 'data': results.describe_data(dataset), **results.environment()}
+        config = describe_run(experiment, args, state, precision)
         try:
             results.write_json(run_dir / 'config.json', config)
             with stop_signals() as stop:
@@ -174,8 +175,8 @@ def train(experiment, args, defaults, precision):
                     train_epochs(network, session, store, state, dataset, run_dir, stop)
                 if stop and state.epoch < stage.last_epoch:
                     say(f'stopped after {describe_end(state)}')
-                    say('go on with --resume True and the same flags'
-                        + (', without --weights' if experiment.weights else ''))
+                    say('go on with the same command' if args.is_auto else 'go on with --resume True and the same '
+                        'flags' + (', without --weights' if experiment.weights else ''))
                     sys.exit(128 + stop[0])
             loss, confusion = report(experiment, network, session, state.epoch)
             best = evaluate_best(network, session, dataset, run_dir, state)
@@ -191,13 +192,33 @@ def train(experiment, args, defaults, precision):
                                      state.history)
 
 
+def is_done(state, args, defaults):
+    """Return whether the stage that --resume auto repeats has its epochs and its record.
+
+    Raises UsageError if a flag is not that of the last stage of the run: it may be a slip, or ask for another stage.
+    """
+    if not state.stages:
+        return False
+    stage = state.stages[-1]
+    for flag, value in given_flags(args, defaults).items():
+        if value != getattr(stage, flag):
+            raise UsageError(f'--{flag} {value}: --resume auto repeats the last training of the run, which has '
+                             f'--{flag} {getattr(stage, flag)}; for another training after it use --resume True')
+    return state.epoch >= stage.last_epoch and run_directory.has_record(args.run_dir, state)
+
+
+def given_flags(args, defaults):
+    """Return the flags of a stage that the command line gives, by name."""
+    return {flag: getattr(args, flag) for flag in defaults if getattr(args, flag) is not None}
+
+
 def open_stage(state, experiment, args, defaults, precision):
     """Return the stage to train, the last of the state; warn of what changes, and raise UsageError if it cannot be."""
     dataset = experiment.dataset
     if dataset.sha256 != state.data_sha256:
         say('WARNING: these are not the images that the run was started on')
-    flags = {flag: getattr(args, flag) for flag in defaults if getattr(args, flag) is not None}
-    stage = next_stage(state, flags, defaults, run_directory.has_record(experiment.run_dir, state))
+    has_record = run_directory.has_record(experiment.run_dir, state)
+    stage = next_stage(state, given_flags(args, defaults), defaults, has_record)
     is_done = state.epoch >= stage.last_epoch
     if args.resume and not is_done:
         run_directory.warn_of_changes(experiment.run_dir, precision.name, args.deterministic)
@@ -209,9 +230,23 @@ def open_stage(state, experiment, args, defaults, precision):
     return stage
 
 
-def prepare(experiment, network, session, weights):
-    """Give the variables their values and return the Checkpoints of the run; an earlier run is moved aside."""
+def describe_run(experiment, args, state, precision):
+    """Return the contents of config.json."""
+    flags = {**vars(args), 'choices': experiment.options, 'weights': state.weights}
+    del flags['options'], flags['is_auto']
+    return {'script': experiment.script, 'command': sys.argv, 'flags': flags,
+            'stages': [stage.to_json() for stage in state.stages], 'seed': state.seed, 'precision': precision.name,
+            'data': results.describe_data(experiment.dataset), **results.environment()}
+
+
+def prepare(experiment, network, session, weights, is_auto):
+    """Give the variables their values and return the Checkpoints of the run; an earlier run is moved aside.
+
+    Raises UsageError if --resume auto found no checkpoint, and there is one now.
+    """
     run_dir = experiment.run_dir
+    if is_auto and not experiment.source and checkpoints.listed(run_dir, 'last'):
+        raise UsageError(f'--run_dir {run_dir}: another command has begun this run meanwhile; repeat the command')
     earlier = None if experiment.source else run_directory.move_aside(run_dir)
     if earlier:
         say(f'the earlier run in {run_dir} is now in {earlier}')

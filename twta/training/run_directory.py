@@ -4,6 +4,7 @@ Each file is written beside its name and moved into place, so that a kill leaves
 """
 import contextlib
 import json
+import re
 
 from twta import UsageError, files
 from twta.graph.tf1 import tf
@@ -11,8 +12,9 @@ from twta.results import write_csv
 from twta.terminal import say
 from twta.training.state import FIELDS
 
-OURS = ('checkpoint*', 'last-*', 'best-*', 'events.out.tfevents*', 'config.json', 'log.csv', 'curve.png',
-        'result*.json', 'record.json', 'confusion*.png', 'cost.csv', 'cost.png', 'model.npz', 'spikes-*')
+OURS = re.compile(r'checkpoint(_best)?|(last|best)-\d+(\.\d+)?\.(index|data-\d+-of-\d+)|events\.out\.tfevents\..*'
+                  r'|(config|record|result(-(best|weights|packed))?)\.json|confusion(-(best|weights|packed))?\.png'
+                  r'|log\.csv|curve\.png|model\.npz|cost\.(csv|png)|spikes-(spatial|temporal)(-noise-.*)?')
 
 
 @contextlib.contextmanager
@@ -22,17 +24,29 @@ def locked(run_dir):
         raise UsageError(f'--run_dir {run_dir}: another training is writing there; wait for its end, or choose another '
                          'directory') from None
 
-    (run_dir / 'lock').touch()
     with files.holding(run_dir / 'lock', refuse):
         yield
+
+
+def check_is_ours(run_dir):
+    """Raise UsageError if files with the names of a run's files are in the folder, but no sign of a run."""
+    found = own_files(run_dir)
+    signs = [path for path in found if path.suffix == '.json' and 'script' in read_object(path)]
+    if found and not signs and not (run_dir / 'lock').exists():
+        raise UsageError(f'--run_dir {run_dir}: {found[0].name} there is not of a run; choose an empty or a new folder')
+
+
+def own_files(run_dir):
+    """Return the files and folders in a run directory that have the name of one that a run writes."""
+    return sorted(path for path in run_dir.iterdir() if OURS.fullmatch(path.name)) if run_dir.exists() else []
 
 
 def move_aside(run_dir):
     """Move the files of an earlier run into run_dir/earlier-1 (or -2, ...); return that folder, or None without files.
 
-    Only files of the kinds that a run writes are moved.
+    Only files with the names that a run writes are moved.
     """
-    found = [path for pattern in OURS for path in run_dir.glob(pattern)]
+    found = own_files(run_dir)
     if not found:
         return None
     number = 1

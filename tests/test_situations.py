@@ -1,0 +1,256 @@
+"""Situations from users' bug reports: odd names, streams that are closed, schedulers, folders with other files."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import QUICK, ROOT, assert_same, log, run_script, start, variables
+from test_faults import SCRIPT, SCRIPT_5_5, in_epoch
+
+from twta import TwtaError, UsageError, files, results, terminal
+from twta.training import checkpoints, run_directory
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Names and folders
+
+
+@pytest.mark.parametrize('name', ['lr[1e-3]', 'a*b', 'what?', 'back\\slash', 'sp ace', '~', '$HOME', '%d', 'Прогон 跑'])
+def test_any_name_of_a_run_directory_works(finished_run, tmp_path, name):
+    """Train two epochs, resume for the third, evaluate; a neighbour that the name matches as a pattern stays."""
+    neighbour = tmp_path / 'lr1' / 'last-1.index'
+    neighbour.parent.mkdir()
+    neighbour.write_text('mine')
+    run_dir = tmp_path / name
+    start(run_dir, *QUICK[2:], '--epochs', 2)
+    start(run_dir, *QUICK[2:], '--epochs', 1, '--resume', 'True')
+    start(run_dir, '--mode', 'inference')
+    assert len(log(run_dir)) == 3 and neighbour.read_text() == 'mine'
+    assert sorted(path.name for path in run_dir.glob('last-*.index')) == ['last-2.index', 'last-3.index']
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    assert terminal.path('~/runs') == tmp_path / 'runs' and terminal.output_file('~/x.png') == tmp_path / 'x.png'
+    assert terminal.path('./~') == Path('~')
+    with pytest.raises(terminal.argparse.ArgumentTypeError, match='not a usable path'):
+        terminal.path('~nobody-of-this-name/runs')
+
+
+def test_links_in_a_circle_are_refused(tmp_path):
+    os.symlink(tmp_path / 'a', tmp_path / 'b')
+    os.symlink(tmp_path / 'b', tmp_path / 'a')
+    with pytest.raises((UsageError, SystemExit, TwtaError)) as error:
+        start(tmp_path / 'a', *QUICK[2:])
+    assert '\n' not in str(error.value)
+
+
+THEIRS = {'checkpoints/epoch1.pt': 'theirs', 'best-model.pt': 'theirs', '.part.film.mp4': 'theirs', 'lasting.txt': 'x'}
+
+
+def test_files_of_others_in_the_run_directory_stay(tmp_path):
+    for name, text in THEIRS.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for _ in range(2):  # the second run moves the first one aside
+        start(tmp_path, *QUICK[2:], '--epochs', 1)
+    assert {name: (tmp_path / name).read_text() for name in THEIRS} == THEIRS
+    assert (tmp_path / 'earlier-1' / 'last-1.index').exists()
+
+
+@pytest.mark.parametrize('name', ['config.json', 'log.csv', 'model.npz', 'checkpoint'])
+def test_a_folder_whose_files_would_be_replaced_is_refused(tmp_path, name):
+    (tmp_path / name).write_text('{"theirs": 1}')
+    with pytest.raises(UsageError, match=f'{name} there is not of a run; choose an empty or a new folder'):
+        start(tmp_path, *QUICK[2:], '--epochs', 1)
+    assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == '{"theirs": 1}'
+
+
+def test_a_folder_with_an_earlier_inference_is_not_refused(tmp_path):
+    results.write_json(tmp_path / 'result-packed.json', {'script': 'TWTA_5_5_MNIST'})
+    run_directory.check_is_ours(tmp_path)
+    run_directory.check_is_ours(tmp_path / 'absent')
+
+
+@pytest.mark.skipif(os.name != 'posix' or (os.geteuid() == 0 and not shutil.which('setpriv')), reason='needs setpriv')
+def test_the_run_of_a_colleague_can_be_evaluated(finished_run, tmp_path):
+    """Evaluate a run in a folder without write permission: accuracy, one line, exit code 0."""
+    shutil.copytree(finished_run, tmp_path / 'run')
+    for path in (tmp_path / 'run', *(tmp_path / 'run').iterdir()):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    for folder in (tmp_path, *tmp_path.parents[:-2]):
+        folder.chmod(0o755)
+    drop = ['setpriv', '--reuid', '65534', '--clear-groups'] if os.geteuid() == 0 else []
+    command = [*drop, sys.executable, SCRIPT_5_5, '--dataset', 'digits', '--mode', 'inference', '--run_dir',
+               tmp_path / 'run']
+    finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'HOME': '/tmp'})
+    assert finished.returncode == 0 and finished.stderr == ''
+    assert 'test acc: ' in finished.stdout
+    assert f'not saved: {tmp_path / "run" / "result.json"}: Permission denied' in finished.stdout
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Streams
+
+
+def shell(command, tmp_path, **environment):
+    """Run a shell command in which $TRAIN trains two epochs of the digits in tmp_path/run."""
+    train = f'{sys.executable} {SCRIPT} {" ".join(QUICK)} --epochs 2 --run_dir {tmp_path}/run'
+    return subprocess.run(['bash', '-c', command], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, 'TRAIN': train, **environment})
+
+
+@pytest.mark.parametrize('command', ['$TRAIN >&-', '$TRAIN 2>&-', '$TRAIN >&- 2>&- <&-', '$TRAIN > /dev/full',
+                                     'set -o pipefail; $TRAIN | head -2'])
+def test_a_training_outlives_its_streams(tmp_path, command):
+    finished = shell(command, tmp_path)
+    assert finished.returncode == 0 and 'Traceback' not in finished.stderr
+    assert (tmp_path / 'run' / 'record.json').exists() and len(log(tmp_path / 'run')) == 2
+    assert checkpoints.find(tmp_path / 'run', 'last').endswith('last-2')
+
+
+def test_messages_are_never_among_the_results(tmp_path):
+    np.save(tmp_path / 'x.npy', np.zeros((3, 28, 28), np.uint8))
+    finished = shell(f'{sys.executable} -m twta.packed {ROOT}/pretrained/TWTA_4_4_MNIST.twta x.npy --engine numpy 2>&-',
+                     tmp_path, PYTHONPATH=str(ROOT))
+    assert finished.returncode == 0 and len(finished.stdout.split()) == 3
+
+
+@pytest.mark.parametrize('settings', [{'PYTHONIOENCODING': 'ascii'}, {'LC_ALL': 'C', 'PYTHONUTF8': '0',
+                                                                      'PYTHONCOERCECLOCALE': '0'}])
+def test_an_encoding_without_the_characters_of_a_path(tmp_path, settings):
+    """A name in Cyrillic letters is written with escapes, or refused in one line."""
+    finished = shell('$TRAIN/Прогон', tmp_path, **settings)
+    refused = finished.returncode == 2 and finished.stderr.count('\n') == 1
+    assert 'Traceback' not in finished.stderr and (refused or not finished.returncode)
+    assert refused or (tmp_path / 'run' / 'Прогон' / 'record.json').exists()
+
+
+def test_a_terminal_that_is_closed(tmp_path):
+    """Close the terminal of a training: it saves, and nothing is lost."""
+    import pty
+
+    process, terminal_of_it = pty.fork()
+    if not process:
+        command = [sys.executable, str(SCRIPT), *QUICK, '--epochs', '4000', '--run_dir', f'{tmp_path}/run']
+        os.execv(sys.executable, command)
+    seen = b''
+    while b'epoch 2/4000' not in seen:
+        seen += os.read(terminal_of_it, 1000)
+    os.close(terminal_of_it)  # the kernel sends SIGHUP
+    deadline = time.monotonic() + 60
+    while not (ended := os.waitpid(process, os.WNOHANG))[0] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if not ended[0]:
+        os.kill(process, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(ended[1]) == 128 + signal.SIGHUP
+    state = variables(tmp_path / 'run')['run_state']
+    assert state['epoch'] >= 2 and (state['part'] or state['epoch'] == len(log(tmp_path / 'run')))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedulers
+
+
+@pytest.mark.parametrize('number', [signal.SIGHUP, signal.SIGUSR1])
+def test_one_command_to_repeat(finished_run, tmp_path, monkeypatch, capsys, number):
+    """Preempt a training of --resume auto, repeat the command, repeat it once more: as if it had never stopped."""
+    command = *QUICK[2:], '--epochs', 4, '--resume', 'auto'
+    with monkeypatch.context() as context, pytest.raises(SystemExit) as stopped:
+        in_epoch(context, 3, lambda: signal.raise_signal(number))
+        start(tmp_path, *command)
+    assert stopped.value.code == 128 + number
+    assert capsys.readouterr().out.splitlines()[-1] == 'go on with the same command'
+    start(tmp_path, *command)
+    assert_same(variables(tmp_path), variables(finished_run))
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    start(tmp_path, *command)
+    assert capsys.readouterr().out.splitlines()[-1].startswith('the 4 epochs are done, and ')
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    with pytest.raises(UsageError, match=r'--learning_rate 0.5: --resume auto repeats .* has --learning_rate 0.001'):
+        start(tmp_path, *command, '--learning_rate', 0.5)
+
+
+def test_auto_begins_with_weights_and_goes_on_without(finished_run, tmp_path):
+    command = *QUICK[2:], '--epochs', 1, '--resume', 'auto', '--weights', finished_run / 'model.npz'
+    for _ in range(2):
+        start(tmp_path, *command)
+    assert variables(tmp_path)['run_state']['weights'] == str(finished_run / 'model.npz')
+    assert not (tmp_path / 'earlier-1').exists() and len(log(tmp_path)) == 1
+
+
+def test_a_run_begun_meanwhile_is_not_moved_aside(finished_run, tmp_path, monkeypatch):
+    """Let another command begin the run between the look for a checkpoint and the lock."""
+    import twta.command_line as command_line
+
+    shutil.copytree(finished_run, tmp_path / 'run')
+    monkeypatch.setattr(command_line, 'has_checkpoint', lambda run_dir: False)
+    with pytest.raises(UsageError, match='another command has begun this run meanwhile; repeat the command'):
+        start(tmp_path / 'run', *QUICK[2:], '--epochs', 4, '--resume', 'auto')
+    assert (tmp_path / 'run' / 'last-4.index').exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# File systems, Python
+
+
+@pytest.mark.parametrize('number', [*files.WITHOUT_LOCKS, files.errno.EIO])
+def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys, number):
+    def flock(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(files.fcntl, 'flock', flock)
+    if number == files.errno.EIO:
+        with pytest.raises(OSError, match='Input/output error'), files.holding(tmp_path / 'lock', None):
+            pass
+        return
+    with files.holding(tmp_path / 'lock', None):
+        assert f'WARNING: {tmp_path}: its file system has no locks' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('flags', [('-O',), ('-OO',)])
+def test_python_without_docstrings(tmp_path, flags):
+    np.save(tmp_path / 'x.npy', np.zeros((2, 28, 28), np.uint8))
+    commands = [['-m', 'twta.packed', ROOT / 'pretrained/TWTA_4_4_MNIST.twta', tmp_path / 'x.npy', '--engine', 'numpy'],
+                [SCRIPT, *QUICK, '--epochs', '1', '--run_dir', tmp_path / 'run'],
+                ['-m', 'twta.report', '--help'], [ROOT / 'MNIST' / 'Spiking_MNIST.py', '--help']]
+    for command in commands:
+        command = [sys.executable, *flags, *map(str, command)]
+        finished = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert finished.returncode == 0 and 'Traceback' not in finished.stderr, finished.stderr
+
+
+@pytest.mark.slow
+def test_the_package_alone_runs_packed_networks(tmp_path):
+    """Build a wheel, install it into an empty environment, classify a picture's pixels."""
+    def run(*command):
+        return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=tmp_path, timeout=600,
+                              env={name: value for name, value in os.environ.items() if name != 'PYTHONPATH'})
+
+    left_out = shutil.ignore_patterns('.*', 'data', 'runs', 'build', '*.egg-info')
+    shutil.copytree(ROOT, tmp_path / 'clone', ignore=left_out)
+    built = run(sys.executable, '-m', 'pip', 'wheel', '--no-deps', '-w', tmp_path, tmp_path / 'clone')
+    if 'connection' in built.stderr.lower():
+        pytest.skip('needs a package index')
+    assert built.returncode == 0, built.stderr
+    run(sys.executable, '-m', 'venv', tmp_path / 'empty')
+    python = tmp_path / 'empty' / 'bin' / 'python'
+    installed = run(python, '-m', 'pip', 'install', *tmp_path.glob('twta-*.whl'))
+    assert installed.returncode == 0, installed.stderr
+    np.save(tmp_path / 'x.npy', np.zeros((2, 28, 28), np.uint8))
+    finished = run(python, '-m', 'twta.packed', ROOT / 'pretrained' / 'TWTA_4_4_MNIST.twta', 'x.npy')
+    assert finished.returncode == 0 and len(finished.stdout.split()) == 2, finished.stderr
+    packages = json.loads(run(python, '-m', 'pip', 'list', '--format', 'json').stdout)
+    assert {package['name'] for package in packages} <= {'numpy', 'twta', 'pip', 'setuptools'}
+
+
+def test_a_script_that_is_called_by_a_link(tmp_path):
+    """The root is that of the script itself, not of a link to it."""
+    os.symlink(SCRIPT, tmp_path / 'train.py')
+    finished = run_script(tmp_path / 'train.py', '--help', cwd=tmp_path)
+    assert finished.returncode == 0 and 'TWTA_4_4_MNIST' in finished.stdout
