@@ -2,6 +2,7 @@
 import hashlib
 import io
 import json
+import pickle
 import tarfile
 
 import numpy as np
@@ -150,6 +151,27 @@ def test_without_a_network_one_line_says_what_to_do(small, monkeypatch):
     (data_dir / 'cifar10' / FOLDER / 'test_batch.bin').unlink()
     with pytest.raises(TwtaError, match=r'not be downloaded .* or put test_batch.bin .* --dataset shapes needs no'):
         datasets.load('cifar10', data_dir)
+
+
+def test_the_python_version_is_named_and_can_be_converted(small, monkeypatch):
+    """Offline, with cifar-10-batches-py: the line names it, and the code in data/README.md converts it."""
+    data_dir, files, *_ = small
+    before = datasets.load('cifar10', data_dir)
+    monkeypatch.setattr(download, 'WAITS', (0,))
+    there = data_dir / 'cifar10' / 'cifar-10-batches-py'
+    there.mkdir()
+    for name, content in files.items():
+        records = np.frombuffer(content, np.uint8).reshape(-1, 3073)
+        batch = {b'labels': records[:, 0].tolist(), b'data': records[:, 1:]}
+        (there / name.removesuffix('.bin')).write_bytes(pickle.dumps(batch, protocol=2))
+        (data_dir / 'cifar10' / FOLDER / name).unlink()
+    with pytest.raises(TwtaError, match=r'or convert .*-batches-py, its Python version, as data/README.md shows'):
+        datasets.load('cifar10', data_dir)
+    code = (ROOT / 'data' / 'README.md').read_text().split('```python')[1].split('```')[0]
+    monkeypatch.chdir(data_dir / 'cifar10')
+    exec(code, {})
+    after = datasets.load('cifar10', data_dir)
+    assert after.published and after.sha256 == before.sha256
 
 
 def test_the_archive_comes_over_tls():

@@ -65,6 +65,15 @@ def test_unpacked_files_do_as_well(small_mnist):
     assert datasets.load('mnist', data_dir, 10).published
 
 
+def test_files_that_a_browser_unpacked_or_another_program_named(small_mnist):
+    """Raw files called .gz, and names with a dot before idx."""
+    data_dir, _ = small_mnist
+    first, second, *_ = sorted((data_dir / 'mnist').iterdir())
+    first.write_bytes(gzip.decompress(first.read_bytes()))
+    second.rename(second.with_name(second.name.replace('-idx', '.idx')))
+    assert datasets.load('mnist', data_dir, 10).published
+
+
 def test_other_images_in_the_same_format_are_read_and_named(small_mnist):
     data_dir, arrays = small_mnist
     published = datasets.load('mnist', data_dir, 10)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import powerloss
 import pytest
 import soak
 from conftest import QUICK, ROOT, assert_same, log, run_script, start, variables
@@ -378,6 +379,32 @@ def test_killed_and_resumed_equals_never_killed_on_one_core(tmp_path):
     """Send SIGKILL at a random moment and in the middle of a write, with --deterministic; soak.py does it 50 times."""
     hits, in_writes = soak.soak(tmp_path, kills=2, epochs=12, seed=5)
     assert hits == 2 and in_writes
+
+
+def can_trace():
+    """Return whether strace is there and may trace a process."""
+    return bool(shutil.which('strace')) and not subprocess.run(['strace', '-o', '/dev/null', 'true'],
+                                                               capture_output=True).returncode
+
+
+traced = pytest.mark.skipif(not can_trace(), reason='needs strace, and the right to trace (Linux)')
+
+
+@traced
+def test_after_a_power_cut_the_newest_checkpoint_is_whole(tmp_path):
+    """Look at each seventh system call of two epochs; powerloss.py looks at all of four."""
+    n_calls, states = powerloss.run(tmp_path, epochs=2, every=7, say=lambda line: None)
+    assert n_calls > 200 and states > 50
+
+
+@traced
+@pytest.mark.slow
+def test_a_system_call_that_fails_loses_nothing(tmp_path):
+    """Let some calls of a training, an export and a download fail; injection.py takes all."""
+    finished = subprocess.run([sys.executable, ROOT / 'tests' / 'injection.py', '--only', '8'], capture_output=True,
+                              text=True)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count('nothing was lost') == 3
 
 
 def test_ctrl_c_ends_cleanly(tmp_path):

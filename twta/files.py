@@ -46,6 +46,14 @@ def put_in_place(part, path):
     sync(path.parent)
 
 
+def make_folder(path):
+    """Create a folder and those above it, unless they are there; after a power cut it is still there."""
+    absent = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in absent:
+        sync(folder.parent)
+
+
 def sync(path):
     """Wait until a file, or a folder's list of names, is on the disk."""
     if path.is_dir() and not fcntl:

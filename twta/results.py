@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from twta import describe_fault, in_a_line, processor
-from twta.files import replacing
+from twta.files import make_folder, replacing
 from twta.terminal import say
 
 PACKAGES = 'tensorflow', 'tensorflow-cpu', 'tensorlayer', 'numpy', 'numba'
@@ -31,7 +31,7 @@ def report(run_dir, dataset, loss, confusion, kind, network):
     say(f'test acc: {test_accuracy:.4f}')
     suffix = '' if kind == 'last' else f'-{kind}'
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(run_dir)
         write_json(run_dir / f'result{suffix}.json', {
             **network, 'test_loss': loss, 'test_accuracy': test_accuracy, 'test_images': len(dataset.test.labels),
             'confusion': confusion.tolist(), 'data': describe_data(dataset), **environment()})

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from twta import TwtaError, UsageError, describe_fault, results
+from twta import TwtaError, UsageError, describe_fault, files, results
 from twta.data import datasets
 from twta.data.datasets import Dataset
 from twta.graph import fast
@@ -157,7 +157,7 @@ def train(experiment, args, defaults, precision):
                           stage.augmentation)
     weights = read_weights(experiment.weights, network.net) if experiment.weights else {}
     run_directory.check_is_ours(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    files.make_folder(run_dir)
     with (contextlib.nullcontext() if args.resume else run_directory.locked(run_dir), network.graph.as_default(),
           open_session(network.graph, experiment.gpu) as session):
         store = prepare(experiment, network, session, weights, args.is_auto)

@@ -56,6 +56,8 @@ def move_aside(run_dir):
     earlier.mkdir()
     for path in found:
         path.rename(earlier / path.name)
+    files.sync(earlier)
+    files.sync(run_dir)
     return earlier
 
 
