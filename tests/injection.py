@@ -179,7 +179,9 @@ def run_all(only=None, say=print):
     """Inject into the three commands; return per command: its name, injections, exit codes that are not 0."""
     os.environ.update(TF_NUM_INTRAOP_THREADS='1', TF_NUM_INTEROP_THREADS='1')  # N counts the calls of one thread
     load_script(SCRIPT)
-    from twta.export import pack  # noqa: F401, imports TensorFlow before the forks
+    from twta.data import download
+    from twta.export import pack  # noqa: F401
+    from twta.training import evaluation, experiment  # noqa: F401
 
     rows, content = [], os.urandom(300_000)
     with prepared_run() as folder:

@@ -27,9 +27,9 @@ def test_defaults_do_not_depend_on_the_folder(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize('text, value', [('True', True), ('yes', True), ('1', True), ('False', False), ('no', False),
-                                         ('0', False), ('TRUE', True)])
+                                         ('0', False), ('TRUE', True), ('auto', 'auto')])
 def test_resume_is_read_by_a_parser(text, value):
-    assert terminal.truth(text) is value
+    assert terminal.truth_or_auto(text) == value
 
 
 LONG = 'x' * 5000

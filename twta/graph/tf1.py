@@ -59,6 +59,7 @@ with native_chatter_hidden(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
         logging.getLogger('tensorflow').setLevel(logging.ERROR)
     import tensorflow as tensorflow_2
+    from tensorflow.core.protobuf import tensor_bundle_pb2  # has no public name
     from tensorflow.python.util import _pywrap_util_port  # no public function tells whether oneDNN is on
 
     tf = tensorflow_2.compat.v1
@@ -78,4 +79,4 @@ ONEDNN = IS_X86 and _pywrap_util_port.IsMklEnabled()
 if QUIET:
     logging.getLogger('tensorlayer').setLevel(logging.WARNING)
 
-__all__ = ['ONEDNN', 'native_chatter_hidden', 'tf', 'tl']
+__all__ = ['ONEDNN', 'native_chatter_hidden', 'tensor_bundle_pb2', 'tf', 'tl']

@@ -11,9 +11,8 @@ import math
 import struct
 
 from google.protobuf.message import DecodeError
-from tensorflow.core.protobuf import tensor_bundle_pb2
 
-from twta.graph.tf1 import tf
+from twta.graph.tf1 import tensor_bundle_pb2, tf
 
 FOOTER = 48  # bytes: two handles, padded to 40, then MAGIC
 MAGIC = 0xdb4775248b80fb57
