@@ -119,11 +119,12 @@ def own_calls(trace, folder):
     return sorted(found)
 
 
-def inject(command, check, prepared, say=print, only=None):
+def inject(command, check, prepared, say=print, only=None, share=(1, 1)):
     """Run the command with each of its own calls failing; return the number of injections and of exit codes not 0.
 
     prepared    a folder, copied for each injection
     only        a number: so many of the injections, spread evenly
+    share       (k, n): every n-th of these, from the k-th on
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / 'f'
@@ -134,7 +135,7 @@ def inject(command, check, prepared, say=print, only=None):
         check(folder, True)
         tries = [(name, number, error) for name, number in own_calls(trace, folder) for error in ERRORS[name]]
         tries = tries[::max(1, len(tries) // only)] if only else tries
-        failed = 0
+        tries, failed = tries[share[0] - 1::share[1]], 0
         for count, (name, number, error) in enumerate(tries):
             shutil.rmtree(folder)
             shutil.copytree(prepared, folder)
@@ -175,7 +176,7 @@ def server(content):
             process.kill()
 
 
-def run_all(only=None, say=print):
+def run_all(only=None, share=(1, 1), say=print):
     """Inject into the three commands; return per command: its name, injections, exit codes that are not 0."""
     os.environ.update(TF_NUM_INTRAOP_THREADS='1', TF_NUM_INTEROP_THREADS='1')  # N counts the calls of one thread
     load_script(SCRIPT)
@@ -186,10 +187,10 @@ def run_all(only=None, say=print):
     rows, content = [], os.urandom(300_000)
     with prepared_run() as folder:
         for command, check in ((train, check_training), (export, check_export)):
-            rows.append((command.__name__, *inject(command, check, folder, say, only)))
+            rows.append((command.__name__, *inject(command, check, folder, say, only, share)))
     with server(content) as url, tempfile.TemporaryDirectory() as empty:
         rows.append(('download', *inject(partial(download, url=url, content=content),
-                                         partial(check_download, content=content), empty, say, only)))
+                                         partial(check_download, content=content), empty, say, only, share)))
     return rows
 
 
@@ -197,9 +198,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--only', type=int, metavar='N',
                         help='about N injections per command, spread evenly (default: all)')
+    parser.add_argument('--share', default='1/1', metavar='K/N',
+                        help='the K-th of N shares, for one process per core (default: 1/1)')
     args = parser.parse_args()
     begin = time.monotonic()
-    for name, tries, failed in run_all(args.only):
+    for name, tries, failed in run_all(args.only, tuple(map(int, args.share.split('/')))):
         print(f'{name}: {tries} injections, {failed} ended with one line and an exit code, {tries - failed} did not '
               'matter; nothing was lost')
     print(f'{(time.monotonic() - begin) / 60:.0f} minutes')

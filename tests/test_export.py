@@ -12,7 +12,7 @@ from conftest import ROOT, SCRIPTS, graph_of, hostile, random_packed, run_script
 from twta import TwtaError, command_line
 from twta.data import datasets
 from twta.export import folding, formats, spatial
-from twta.export.pack import make_header, pack
+from twta.export.pack import make_header, pack, read_out
 from twta.graph.tf1 import tf
 from twta.packed import cost, engines, file_format, numpy_engine
 from twta.training.blocks import Block
@@ -48,7 +48,7 @@ def packed_and_graph(name, dataset, parameters, n_images, **choices):
     with graph_of(name, dataset, parameters, **choices) as (network, session):
         packed = pack(network.net, session, make_header(name, 'data', dataset, {}))
         images = {network.images: dataset.test.images[:n_images]}
-        maps = [lanes and (session.run(lanes[0], images), *lanes[1:]) for lanes in spatial.read_out(network.net)]
+        maps = [lanes and (session.run(lanes[0], images), *lanes[1:]) for lanes in read_out(network.net)]
         return packed, maps, session.run(network.net.outputs, images)
 
 

@@ -72,7 +72,7 @@ def test_temporal_and_spatial_conversion_of_hostile_networks(name, choices, para
     with graph_of(name, dataset, parameters, **choices) as (network, session):
         packed = pack(network.net, session, make_header(name, 'data', dataset, {}))
         _, layers, weights, _, _ = folding.fold(network.net, session, name)
-        lanes = list(spatial.read_out(network.net))
+        lanes = list(pack_module.read_out(network.net))
         maps, logits = session.run([[outputs for outputs, _, _ in lanes], network.net.outputs], {network.images: few})
     unpacked = packed._replace(layers=tuple(layers), weights=weights)
     temporal = numpy_engine.NumpyEngine(unpacked, simulation.store_and_release)

@@ -152,10 +152,11 @@ def add_export(add):
     add('--engine', choices=('tensorflow', 'packed'), default='tensorflow',
         help='engine for inference; packed reads --file and needs no TensorFlow (default: tensorflow)')
     add('--file', type=path, metavar='FILE',
-        help='file that export writes and --engine packed reads (default: SCRIPT.twta, .npz, .h or .onnx in the '
+        help='file that export writes and --engine packed reads (default: SCRIPT.twta, .npz, .h, .onnx, ... in the '
              'current folder; if it is absent, packed reads the file in pretrained/, for the default data set only)')
     add('--format', choices=tuple(SUFFIXES), default='twta',
-        help='format for export: the packed file, plain arrays, a C header, or ONNX (default: twta)')
+        help='format for export: the packed file, plain arrays, a C header, ONNX, QONNX (FINN, Brevitas), or NIR '
+             '(spiking networks) (default: twta)')
     add('--threads', type=positive_integer, metavar='N',
         help='threads for --engine packed (default: one per core that the process may use)')
     add('--report', action='store_true',
@@ -257,7 +258,7 @@ def check_packed(args):
 def check_files(args, script):
     """Check that files are there to be read, and folders to be written to."""
     is_packed, is_export = args.engine == 'packed', args.mode == 'export'
-    if is_export and args.file.suffix != SUFFIXES[args.format]:
+    if is_export and not args.file.name.endswith(SUFFIXES[args.format]):
         raise UsageError(f'--file {args.file}: with --format {args.format} its name ends in {SUFFIXES[args.format]}')
     if is_export and not args.file.parent.is_dir():
         raise UsageError(f'--file {args.file}: no such folder; make it first, or choose another file')

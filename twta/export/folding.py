@@ -12,21 +12,13 @@ from typing import NamedTuple
 import numpy as np
 
 from twta import TwtaError, ternary_layers
+from twta.export.spatial import Maximum
 from twta.options import NOTHING_TO_PACK
 from twta.packed.file_format import Layer, Stem, fan_in
 from twta.training.blocks import read_blocks
 from twta.training.weights import is_sound
 
 LARGEST_FLOAT = 2.0 ** 64  # the encoder's sums stay below it
-
-
-class Maximum(NamedTuple):
-    """Max-pooling, with the batch normalisation and the ternary or binary activation after it."""
-    name: str
-    filter_size: int
-    stride: int
-    padding: str
-    response: np.ndarray  # int8 [3, channels]: the activation for a maximum of -1, 0, +1
 
 
 def fold(net, session, script):

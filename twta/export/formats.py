@@ -1,7 +1,7 @@
-"""A packed network in the formats of other programs: plain arrays (npz), a C header, ONNX.
+"""A packed network in the formats of other programs: plain arrays (npz), a C header, ONNX, QONNX, NIR.
 
-docs/deployment.md describes each format. Each file comes with test vectors: a few images, and the activations and
-logits that the numpy engine computes from them.
+docs/deployment.md and docs/exchange.md describe each format. Each file comes with test vectors: a few images, and the
+activations and logits that the numpy engine computes from them.
 """
 import importlib.util
 import math
@@ -17,13 +17,31 @@ from twta.packed.numpy_engine import NumpyEngine
 VECTORS = 4  # images among the test vectors
 
 
-def check_format(name, packed):
-    """Raise UsageError if a format cannot hold the network, or if the package that writes it is not installed."""
+def check_format(name, packed, core=False, dialect=None):
+    """Raise UsageError if a format cannot hold the network, or if the package that writes it is not installed.
+
+    core       leave the encoder out, if the format can: qonnx, nir
+    dialect    one of DIALECTS[name]; None: the first
+    """
     if name == 'c' and packed.stem:
         raise UsageError(f'--format c: {packed.network} has two real-valued convolutions, but the header has room for '
                          'one; use npz or onnx')
-    if name == 'onnx' and not importlib.util.find_spec('onnx'):
-        raise UsageError('--format onnx: the package onnx is not installed; pip install onnx')
+    package = {'onnx': 'onnx', 'qonnx': 'onnx', 'nir': 'h5py'}.get(name)
+    if package and not importlib.util.find_spec(package):
+        raise UsageError(f'--format {name}: the package {package} is not installed; pip install {package}')
+    if core and name not in DIALECTS:
+        raise UsageError(f'--core is for {" and ".join(DIALECTS)}; leave it out with --format {name}')
+    valid = DIALECTS.get(name, ())
+    if dialect not in (None, *valid):
+        raise UsageError(f'--dialect {dialect}: --format {name} has ' + (', '.join(valid) or 'none; leave it out'))
+    if name == 'qonnx' and dialect == 'quant' and not core:
+        raise UsageError('--dialect quant: the thresholds of the encoder cannot be written so; add --core')
+    if name == 'nir':
+        from twta.export import nir_format
+
+        reason = nir_format.check(packed, core)
+        if reason:
+            raise UsageError(f'--format nir: {reason}')
 
 
 def make_vectors(packed, images):
@@ -160,12 +178,26 @@ def write_onnx(path, packed, vectors):
     """Write an ONNX model and its test vectors; return the model's size in bytes."""
     from twta.export import onnx_format  # here: the package onnx is optional
 
-    return onnx_format.write_onnx(path, packed, vectors)
+    return onnx_format.write_model(path, onnx_format.build_model(packed), vectors)
 
 
 WRITERS = {'npz': write_npz, 'c': write_c, 'onnx': write_onnx}
+BESIDE = 'onnx', 'qonnx', 'nir'  # their test vectors are in a file of their own
+DIALECTS = {'qonnx': ('thresholds', 'quant'), 'nir': ('thresholds', 'biases')}  # the first is the default
 
 
-def write(name, path, packed, images):
-    """Write a packed network in a format of WRITERS, with test vectors of images; return the size in bytes."""
-    return WRITERS[name](path, packed, make_vectors(packed, images))
+def write(name, path, packed, images, core=False, dialect=None):
+    """Write a packed network in a format, with test vectors of images; return the size in bytes.
+
+    core, dialect    see check_format
+    """
+    if name in WRITERS:
+        return WRITERS[name](path, packed, make_vectors(packed, images))
+    dialect = dialect or DIALECTS[name][0]
+    if name == 'nir':
+        from twta.export import nir_format  # here, and below: the packages are optional
+
+        return nir_format.write_nir(path, packed, core, dialect, images)
+    from twta.export import onnx_format, qonnx_format
+
+    return onnx_format.write_model(path, qonnx_format.build_model(packed, core, dialect), make_vectors(packed, images))

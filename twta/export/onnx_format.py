@@ -39,15 +39,18 @@ class OnnxBuilder:
     def cast(self, x, kind):
         return self.node('Cast', x, to=kind)
 
-    def fire(self, sums, layer, output=None):
-        """Add a layer's thresholds: from sums float32 to activations float32.
+    def weights(self, layer):
+        """Add the weights of a ternary layer, float32 [filter, channel, row, column]."""
+        return self.cast(self.constant(layer.weights.transpose(3, 2, 0, 1)), TensorProto.FLOAT)
 
-        Filters are on the last axis in the encoder, on axis 1 in the other layers. Thresholds of whole sums are half a
-        step away from them: a runtime that rounds (Winograd, bfloat16) then gives the same activations.
+    def fire(self, sums, layer, output=None):
+        """Add a layer's thresholds: from sums float32 NCHW to activations float32.
+
+        Thresholds of whole sums are half a step away from them: a runtime that rounds (Winograd, bfloat16) then gives
+        the same activations.
         """
-        is_whole = layer.upper.dtype == np.int32
-        shape, half = ((-1, 1, 1), 0.5) if is_whole else ((-1,), 0)
-        upper, lower = ((thresholds + offset).astype(np.float32).reshape(shape)
+        half = 0.5 if layer.upper.dtype == np.int32 else 0
+        upper, lower = ((thresholds + offset).astype(np.float32).reshape(-1, 1, 1)
                         for thresholds, offset in ((layer.upper, -half), (layer.lower, half)))
         positive = self.cast(self.node('GreaterOrEqual', sums, upper), TensorProto.FLOAT)
         negative = self.cast(self.node('LessOrEqual', sums, lower), TensorProto.FLOAT)
@@ -108,9 +111,8 @@ def convolve_ternary(builder, x, shape, before, layer):
     if layer.border:
         x = builder.node('Pad', x, np.array([0, 0, *pads[:2], 0, 0, *pads[2:]]), np.array(layer.border, np.float32))
         pads = [0] * 4
-    weights = builder.cast(builder.constant(layer.weights.transpose(3, 2, 0, 1)), TensorProto.FLOAT)
-    return builder.node('Conv', x, weights, kernel_shape=layer.weights.shape[:2], strides=[layer.stride] * 2,
-                        group=layer.groups, pads=pads)
+    return builder.node('Conv', x, builder.weights(layer), kernel_shape=layer.weights.shape[:2],
+                        strides=[layer.stride] * 2, group=layer.groups, pads=pads)
 
 
 def classify(builder, x, packed):
@@ -128,25 +130,43 @@ def build_model(packed):
     Each layer's activations, float32 NCHW, have the layer's name.
     """
     builder = OnnxBuilder()
-    (encoder, shape, _, _), *others = shapes(packed)
+    classify(builder, add_ternary(builder, encode(builder, packed), packed), packed)
+    return finish(builder, packed, *ends(packed))
+
+
+def encode(builder, packed):
+    """Add the encoder, from `images` to its activations NCHW, which have its name."""
+    encoder, shape, _, _ = next(iter(shapes(packed)))
     sums = builder.cast(convolve_real(builder, encoder_input(builder, packed), shape, encoder), TensorProto.FLOAT)
-    x = builder.node('Transpose', builder.fire(sums, encoder), perm=[0, 3, 1, 2], output=encoder.name)
-    for layer, shape, before, _ in others:
+    return builder.fire(builder.node('Transpose', sums, perm=[0, 3, 1, 2]), encoder, output=encoder.name)
+
+
+def add_ternary(builder, x, packed):
+    """Add the ternary layers, from the encoder's activations NCHW to those of the last layer."""
+    for layer, shape, before, _ in list(shapes(packed))[1:]:
         x = builder.fire(convolve_ternary(builder, x, shape, before, layer), layer, output=layer.name)
-    classify(builder, x, packed)
-    images = helper.make_tensor_value_info('images', TensorProto.UINT8, ['n', *packed.image])
-    logits = helper.make_tensor_value_info('logits', TensorProto.FLOAT, ['n', len(packed.classes)])
-    graph = helper.make_graph(builder.nodes, packed.network, [images], [logits], builder.constants.values())
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', OPSET)], ir_version=IR_VERSION,
+    return x
+
+
+def ends(packed, n='n'):
+    """Return input and output of a whole model, for n images."""
+    return (helper.make_tensor_value_info('images', TensorProto.UINT8, [n, *packed.image]),
+            helper.make_tensor_value_info('logits', TensorProto.FLOAT, [n, len(packed.classes)]))
+
+
+def finish(builder, packed, first, last, opsets=()):
+    """Return the checked model of a builder's nodes; first, last: input and output; opsets: besides that of ONNX."""
+    graph = helper.make_graph(builder.nodes, packed.network, [first], [last], builder.constants.values())
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', OPSET), *opsets], ir_version=IR_VERSION,
                               producer_name='TWTA-Net')
     helper.set_model_props(model, {'dataset': packed.dataset, 'classes': ','.join(packed.classes)})
     onnx.checker.check_model(model)
     return model
 
 
-def write_onnx(path, packed, vectors):
-    """Write the model, and the test vectors as PATH.vectors.npz; return the model's size in bytes."""
-    data = build_model(packed).SerializeToString()
+def write_model(path, model, vectors):
+    """Write a model, and the test vectors as PATH.vectors.npz; return the model's size in bytes."""
+    data = model.SerializeToString()
     with replacing(path) as part, replacing(path.with_suffix('.vectors.npz')) as beside:  # both or neither
         part.write_bytes(data)
         with open(beside, 'wb') as file:

@@ -7,10 +7,11 @@ from twta import TwtaError
 from twta.export import formats
 from twta.export.folding import fold
 from twta.export.formats import check_format
-from twta.export.spatial import add_lanes, read_out, spatial
+from twta.export.spatial import add_lanes, spatial
 from twta.packed import engines, file_format
 from twta.packed.file_format import Layer, PackedNetwork
 from twta.terminal import say
+from twta.training.blocks import read_blocks
 from twta.training.evaluation import trained
 from twta.training.records import name_run
 
@@ -89,6 +90,24 @@ def compare(packed, network, session, dataset):
         f'activations on {len(images)} ({engine.name} engine)')
 
 
+def read_out(net):
+    """Yield, per layer of the spatial network, its activations in the graph, and groups and worth of its lanes.
+
+    The activations are a tensor. Yield None if the lanes feed a maximum: the graph has no such activations.
+    """
+    blocks = [block for block in read_blocks(net)[:-1] if block.levels]
+    for index, block in enumerate(blocks):
+        positive = [level for level in block.levels if level > 0]
+        worth, groups = np.full(len(positive), positive[0]), block.groups
+        if block.pooling == 'average':
+            groups = int(block.layer.inputs.shape[-1])
+        elif block.pooling == 'max':
+            groups = blocks[index - 1].groups
+            worth = np.array([1, -1] if block.levels[0] < 0 else [1])
+        feeds_maximum = index + 1 < len(blocks) and blocks[index + 1].pooling == 'max'
+        yield None if feeds_maximum else (block.activation.outputs, groups, worth)
+
+
 def predict(network, session, images):
     """Return the classes [n] that the graph predicts for any number of images."""
     return np.concatenate([session.run(network.evaluation.predicted, {network.images: images[start:start + COMPARED]})
@@ -107,6 +126,6 @@ def write(packed, dataset, file, form):
                f'{4 * parameters / integers:.1f} times less than float32 weights'))
     else:
         size = formats.write(form, file, packed, dataset.test.images[:formats.VECTORS])
-        beside = f', in {file.with_suffix(".vectors.npz")}' if form == 'onnx' else ''
+        beside = f', in {file.with_suffix(".vectors.npz")}' if form in formats.BESIDE else ''
         say(f'test vectors: {formats.VECTORS} images{beside}')
     say(f'{file}: {size:,} bytes')

@@ -6,12 +6,21 @@ negatively. Source: github.com/edwardzcl/Spatio_temporal_SNNs.
 The neurons that stand for one activation are its lanes. A layer's filters are ordered by group, and in a group by lane.
 The worth of a lane is what its spike counts in the next layer.
 """
+from typing import NamedTuple
+
 import numpy as np
 
 from twta import TwtaError
-from twta.export.folding import Maximum
 from twta.packed.file_format import Layer, fan_in
-from twta.training.blocks import read_blocks
+
+
+class Maximum(NamedTuple):
+    """Max-pooling, with the batch normalisation and the ternary or binary activation after it."""
+    name: str
+    filter_size: int
+    stride: int
+    padding: str
+    response: np.ndarray  # int8 [3, channels]: the activation for a maximum of -1, 0, +1
 
 
 def spatial(layers, weights):
@@ -98,24 +107,6 @@ def any_or_none(layer, maximum):
         signs.append(np.where(rises, 1, -1))
         worth.append(value)
     return np.stack(upper), np.stack(signs), np.array(worth, np.int8)
-
-
-def read_out(net):
-    """Yield, per layer of the spatial network, its activations in the graph, and groups and worth of its lanes.
-
-    The activations are a tensor. Yield None if the lanes feed a maximum: the graph has no such activations.
-    """
-    blocks = [block for block in read_blocks(net)[:-1] if block.levels]
-    for index, block in enumerate(blocks):
-        positive = [level for level in block.levels if level > 0]
-        worth, groups = np.full(len(positive), positive[0]), block.groups
-        if block.pooling == 'average':
-            groups = int(block.layer.inputs.shape[-1])
-        elif block.pooling == 'max':
-            groups = blocks[index - 1].groups
-            worth = np.array([1, -1] if block.levels[0] < 0 else [1])
-        feeds_maximum = index + 1 < len(blocks) and blocks[index + 1].pooling == 'max'
-        yield None if feeds_maximum else (block.activation.outputs, groups, worth)
 
 
 def add_lanes(spikes, groups, worth):

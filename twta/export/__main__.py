@@ -1,0 +1,58 @@
+"""python -m twta.export NET.twta --format FORMAT: write a packed network for other programs, without TensorFlow."""
+from pathlib import Path
+
+import numpy as np
+
+from twta import UsageError
+from twta.export import formats
+from twta.options import SUFFIXES
+from twta.packed import file_format
+from twta.packed.images import read_images
+from twta.terminal import Parser, errors_in_a_line, input_file, output_file, say
+
+
+def main(argv=None):
+    parser = make_parser()
+    with errors_in_a_line('twta.export'):
+        args = parser.parse_args(argv)
+        packed = file_format.read(args.file)
+        formats.check_format(args.format, packed, args.core, args.dialect)
+        out = (args.out or Path(args.file.stem + SUFFIXES[args.format])).resolve()
+        if not out.name.endswith(SUFFIXES[args.format]):
+            raise UsageError(f'--out {out}: with --format {args.format} its name ends in {SUFFIXES[args.format]}')
+        if args.images:
+            images, which = read_images(args.images, packed.image)[:formats.VECTORS], str(args.images)
+        else:
+            images = np.random.default_rng(0).integers(0, 256, (formats.VECTORS, *packed.image)).astype(np.uint8)
+            which = 'noise'
+        size = formats.write(args.format, out, packed, images, args.core, args.dialect)
+        beside = f', in {out.with_suffix(".vectors.npz")}' if args.format in formats.BESIDE else ''
+        say(f'test vectors: {len(images)} images ({which}){beside}')
+        say(f'{out}: {size:,} bytes')
+
+
+def make_parser():
+    parser = Parser(prog='python -m twta.export', allow_abbrev=False,
+                    description='Write a packed network in the format of another program, without TensorFlow.')
+    add = parser.add_argument
+    add('file', type=input_file, help='packed network (.twta), written by --mode export')
+    add('--format', choices=[name for name in SUFFIXES if name != 'twta'], required=True,
+        help='npz: plain arrays; c: a C header; onnx: ONNX; qonnx: QONNX, for FINN and hls4ml; nir: NIR, for spiking '
+             'networks')
+    add('--out', type=output_file, metavar='FILE',
+        help='file to write (default: the name of the network with .npz, .h, .onnx, .qonnx.onnx or .nir in the current '
+             'folder)')
+    add('--images', type=input_file, metavar='NPY',
+        help=f'uint8 images [n, height, width, channels], written by numpy.save; test vectors are made of the first '
+             f'{formats.VECTORS} (default: noise)')
+    add('--core', action='store_true',
+        help="qonnx, nir: only the ternary layers, from the encoder's activations on; without groups")
+    add('--dialect', choices=sorted({dialect for dialects in formats.DIALECTS.values() for dialect in dialects}),
+        help='how activations are written. qonnx: thresholds (MultiThreshold) or quant (Mul, Add, Quant; for hls4ml). '
+             'nir: thresholds, or biases for readers with one threshold per layer (default: thresholds)')
+    add('--debug', action='store_true', help='show the traceback of an error')
+    return parser
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,44 @@
+"""A packed network rewritten for other programs: without groups, or as unsigned spikes from the state of rest."""
+import numpy as np
+
+from twta.export.spatial import spatial
+from twta.packed.file_format import fan_in
+
+
+def without_groups(layer):
+    """Return a layer of one group that computes the same; its weights between groups are 0."""
+    height, width, channels, filters = layer.weights.shape
+    weights = np.zeros((height, width, channels * layer.groups, filters), layer.weights.dtype)
+    share = filters // layer.groups
+    for group in range(layer.groups):
+        own = slice(group * share, (group + 1) * share)
+        weights[:, :, group::layer.groups, own] = layer.weights[..., own]
+    return layer._replace(weights=weights, groups=1)
+
+
+def fires_negatively(layer):
+    """Return whether any sum makes a filter of the layer -1."""
+    least = -np.inf if layer.lower.dtype == np.float32 else -fan_in(layer.weights) - 1
+    return bool((layer.lower > least).any())
+
+
+def count_from_rest(packed):
+    """Return a network of --rest -1 as unsigned spikes: neurons count events a + 1 in {0, 1, 2} instead of a.
+
+    Each activation becomes two neurons with the same weights w: one fires if a >= 0, the other if a = 1. A sum over w
+    (a + 1) is larger by the sum of w, so each threshold is, too. The border, -1, becomes 0. All activations are the
+    same, exactly; logits differ by rounding. Raises ValueError if the border of a layer is not -1, and TwtaError if
+    groups cannot be divided among neurons: see without_groups.
+    """
+    layers = []
+    for index, layer in enumerate(packed.layers):
+        if index and layer.border != -1:
+            raise ValueError(f'{layer.name} pads with {layer.border}, not with -1')
+        if index:
+            upper = np.stack([layer.lower + 1, layer.upper]) + layer.weights.sum((0, 1, 2), dtype=np.int32)
+        else:  # real sums of the image
+            upper = np.stack([np.nextafter(layer.lower, np.float32(np.inf)), layer.upper])
+        layers.append(layer._replace(upper=upper, border=0))
+    layers, weights = spatial(layers, packed.weights)
+    shift = packed.shift - packed.scale * packed.weights.astype(np.float64).sum(0).astype(np.float32)
+    return packed._replace(layers=tuple(layers), weights=weights, shift=shift)
