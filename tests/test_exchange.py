@@ -57,7 +57,7 @@ def test_events_from_the_state_of_rest(packed, tmp_path):
     np.testing.assert_allclose(found_logits, logits, rtol=1e-4, atol=1e-3)
     file_format.write(tmp_path / 'n.twta', events)
     file_format.read(tmp_path / 'n.twta')
-    with pytest.raises(ValueError, match='pads with 0'):
+    with pytest.raises(TwtaError, match='pads with 0'):
         count_from_rest(with_border(packed, 0))
 
 

@@ -1,6 +1,7 @@
 """A packed network rewritten for other programs: without groups, or as unsigned spikes from the state of rest."""
 import numpy as np
 
+from twta import TwtaError
 from twta.export.spatial import spatial
 from twta.packed.file_format import fan_in
 
@@ -22,23 +23,31 @@ def fires_negatively(layer):
     return bool((layer.lower > least).any())
 
 
-def count_from_rest(packed):
+def count_from_rest(packed, temporal=False):
     """Return a network of --rest -1 as unsigned spikes: neurons count events a + 1 in {0, 1, 2} instead of a.
 
     Each activation becomes two neurons with the same weights w: one fires if a >= 0, the other if a = 1. A sum over w
     (a + 1) is larger by the sum of w, so each threshold is, too. The border, -1, becomes 0. All activations are the
-    same, exactly; logits differ by rounding. Raises ValueError if the border of a layer is not -1, and TwtaError if
-    groups cannot be divided among neurons: see without_groups.
+    same, exactly; logits differ by rounding.
+
+    temporal    keep one neuron per activation, which fires up to twice: its layer has upper [2, filters], for
+                twta.spikes
+
+    Raises TwtaError if the border of a layer is not -1, or if groups cannot be divided among neurons: see
+    without_groups.
     """
     layers = []
     for index, layer in enumerate(packed.layers):
         if index and layer.border != -1:
-            raise ValueError(f'{layer.name} pads with {layer.border}, not with -1')
+            raise TwtaError(f'{packed.network} was not trained with --rest -1 ({layer.name} pads with {layer.border}): '
+                            'its spikes cannot be counted from the state of rest')
         if index:
             upper = np.stack([layer.lower + 1, layer.upper]) + layer.weights.sum((0, 1, 2), dtype=np.int32)
         else:  # real sums of the image
             upper = np.stack([np.nextafter(layer.lower, np.float32(np.inf)), layer.upper])
         layers.append(layer._replace(upper=upper, border=0))
-    layers, weights = spatial(layers, packed.weights)
+    weights = packed.weights
+    if not temporal:
+        layers, weights = spatial(layers, weights)
     shift = packed.shift - packed.scale * packed.weights.astype(np.float64).sum(0).astype(np.float32)
     return packed._replace(layers=tuple(layers), weights=weights, shift=shift)

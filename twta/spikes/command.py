@@ -48,8 +48,9 @@ def make_parser(script, description, datasets, default):
     add = parser.add_argument
     add('--network', choices=networks, metavar='NAME',
         help=f'trained network to convert: {", ".join(networks)} (default: {default})')
-    add('--conversion', choices=('spatial', 'temporal'), default='spatial',
-        help='spatial: one neuron per level, one step; temporal: one step per level, store and release '
+    add('--conversion', choices=('spatial', 'temporal', 'rest'), default='spatial',
+        help='spatial: one neuron per level, one step; temporal: one step per level, store and release; rest: for '
+             'networks of --rest -1, one neuron per activation a fires a + 1 times in two steps, none negatively '
              '(default: spatial)')
     add('--noise_ratio', type=partial(number, least=0, most=0.99), metavar='P', default=0.0,
         help='probability that a spike of the encoder is deleted (default: 0)')

@@ -5,6 +5,7 @@ import numpy as np
 
 from twta import TwtaError
 from twta.data import datasets
+from twta.export.rewrite import count_from_rest
 from twta.files import replacing
 from twta.packed import engines, inference, numpy_engine
 from twta.results import environment, save_picture, write_csv, write_json
@@ -27,11 +28,9 @@ def convert(experiment, flags):
     with trained(experiment) as (network, session):
         packed = pack(network.net, session, header_of(experiment), flags.conversion == 'temporal')
         predicted = predict(network, session, images)
-    thresholds = packed.layers[0].upper
-    steps = len(thresholds) if thresholds.ndim == 2 else 1
+    plain, steps = open_simulator(packed, flags.conversion, PackedSimulator)
     if flags.conversion == 'temporal' and steps == 1:
         say('temporal: one level is one step, the same as spatial')
-    plain = PackedSimulator(packed) if steps == 1 else numpy_engine.NumpyEngine(packed, store_and_release)
     report(flags, plain, steps, predicted, 'the graph', dataset, images)
 
 
@@ -47,8 +46,22 @@ def convert_file(flags, packed):
     say(f'data: {dataset}')
     say(f'network: {packed.network}, {flags.file}')
     images = dataset.test.images[:flags.images]
+    plain, steps = open_simulator(packed, flags.conversion, numpy_engine.NumpyEngine)
     predicted = engines.logits(engines.warm_engine(packed, 'auto', None), images).argmax(1)
-    report(flags, numpy_engine.NumpyEngine(packed), 1, predicted, 'the packed engine', dataset, images)
+    report(flags, plain, steps, predicted, 'the packed engine', dataset, images)
+
+
+def open_simulator(packed, conversion, of_one_step):
+    """Return a simulator of a packed network without noise, and its number of time steps per image.
+
+    of_one_step    PackedSimulator, or NumpyEngine if the packed engine is what it is compared with
+    """
+    if conversion == 'rest':
+        packed = count_from_rest(packed, temporal=True)
+    thresholds = packed.layers[0].upper
+    if thresholds.ndim == 1:
+        return of_one_step(packed), 1
+    return numpy_engine.NumpyEngine(packed, store_and_release), len(thresholds)
 
 
 def report(flags, plain, steps, expected, whose, dataset, images):

@@ -10,6 +10,9 @@ temporal    Store and release: one neuron for all levels. It adds up all spikes 
             step per level: the neuron fires if v reaches the first threshold, and each spike subtracts the distance to
             the next threshold from v. With one level, this is the spatial conversion.
 
+rest        For networks of --rest -1: activations a in {-1, 0, +1} are counted from the state of rest, as a + 1 spikes,
+            none of them negative. Store and release in two steps; most neurons fire in neither.
+
 A neuron fires as often as the network's activation says, so the predictions are the network's. Every run checks this on
 every image. Source: github.com/edwardzcl/Spatio_temporal_SNNs, which has the spatial conversion.
 
