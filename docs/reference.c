@@ -3,38 +3,44 @@
    The exit status is 0 if all activations and predictions agree. The program is plain C99 and needs only the header and
    sqrt. It sums ternary products bit by bit: it is meant to be read and ported, not to be fast.
 
-       cc -O2 -ffp-contract=off -I. -DHEADER='"TWTA_4_4_MNIST.h"' docs/reference.c -lm -o reference && ./reference
+       cc -O2 -ffp-contract=off -I. -DNETWORK=TWTA_4_4_MNIST -DHEADER='"TWTA_4_4_MNIST.h"' docs/reference.c -lm \\
+          -o reference && ./reference
+
+   NETWORK is the name of the struct at the end of the header.
 
    -ffp-contract=off: preprocessing rounds every product, as NumPy and TensorFlow do.
 */
 #include <math.h>
 #include <stdio.h>
 #ifndef HEADER
-#error "say which network: -DHEADER='\"TWTA_4_4_MNIST.h\"'"
+#error "say which network: -DNETWORK=TWTA_4_4_MNIST -DHEADER='\"TWTA_4_4_MNIST.h\"'"
 #endif
 #include HEADER
+#define JOIN(a, b) a##b
+#define OF(network, what) JOIN(network, what)
 
-static int8_t maps[2][TWTA_LARGEST_MAP];
-static float input[TWTA_LARGEST_MAP];
+static int8_t maps[2][OF(NETWORK, _LARGEST_MAP)];
+static float input[OF(NETWORK, _LARGEST_MAP)];
+static const struct twta_network *const net = &NETWORK;
 
 /* Write an image into input. Without a crop: pixels / 256. With one: its pixels, mean 0 and standard deviation 1. */
 static void prepare(const uint8_t *image)
 {
-    const int height = TWTA_CROP ? TWTA_CROP : TWTA_HEIGHT, width = TWTA_CROP ? TWTA_CROP : TWTA_WIDTH;
-    const int top = (TWTA_HEIGHT - height) / 2, left = (TWTA_WIDTH - width) / 2;
-    const double values = (double)height * width * TWTA_CHANNELS;
+    const int height = net->crop ? net->crop : net->height, width = net->crop ? net->crop : net->width;
+    const int top = (net->height - height) / 2, left = (net->width - width) / 2;
+    const double values = (double)height * width * net->channels;
     double sum = 0, squares = 0, mean = 0, deviation = 256;
     for (int pass = 0; pass < 2; pass++) {
         int k = 0;
         for (int y = 0; y < height; y++)
             for (int x = 0; x < width; x++)
-                for (int c = 0; c < TWTA_CHANNELS; c++) {
-                    double value = image[((top + y) * TWTA_WIDTH + left + x) * TWTA_CHANNELS + c];
+                for (int c = 0; c < net->channels; c++) {
+                    double value = image[((top + y) * net->width + left + x) * net->channels + c];
                     sum += value;
                     squares += value * value;
                     input[k++] = (float)((value - mean) / deviation);
                 }
-        if (!TWTA_CROP)
+        if (!net->crop)
             return;
         if (!pass) {
             mean = sum / values;
@@ -74,30 +80,31 @@ static void run(const struct twta_layer *l, const int8_t *in, int8_t *out)
 int main(void)
 {
     int wrong = 0;
-    for (int n = 0; n < TWTA_VECTORS; n++) {
-        prepare(twta_images + (size_t)n * TWTA_HEIGHT * TWTA_WIDTH * TWTA_CHANNELS);
-        for (int i = 0; i < TWTA_LAYERS; i++) {
-            const struct twta_layer *l = &twta_layers[i];
+    for (int n = 0; n < net->vectors; n++) {
+        const float *known = net->logits + (size_t)n * net->classes;
+        float logits[OF(NETWORK, _CLASSES)];
+        int best = 0, expected = 0;
+        prepare(net->images + (size_t)n * net->height * net->width * net->channels);
+        for (int i = 0; i < net->layers; i++) {
+            const struct twta_layer *l = &net->layer[i];
             const size_t size = (size_t)l->out_height * l->out_width * l->filters;
             run(l, maps[i % 2], maps[(i + 1) % 2]);
             for (size_t k = 0; k < size; k++)
-                wrong += maps[(i + 1) % 2][k] != twta_vectors[i][n * size + k];
+                wrong += maps[(i + 1) % 2][k] != net->activations[i][n * size + k];
         }
-        int best = 0, expected = 0;
-        float logits[TWTA_CLASSES];
-        for (int c = 0; c < TWTA_CLASSES; c++) {
+        for (int c = 0; c < net->classes; c++) {
             double sum = 0;
-            for (int k = 0; k < TWTA_FEATURES; k++)
-                sum += maps[TWTA_LAYERS % 2][k] * (double)twta_weights[k * TWTA_CLASSES + c];
-            logits[c] = (float)sum * twta_scale[c] + twta_shift[c];
+            for (int k = 0; k < net->features; k++)
+                sum += maps[net->layers % 2][k] * (double)net->weights[k * net->classes + c];
+            logits[c] = (float)sum * net->scale[c] + net->shift[c];
             if (logits[c] > logits[best])
                 best = c;
-            if (twta_logits[n * TWTA_CLASSES + c] > twta_logits[n * TWTA_CLASSES + expected])
+            if (known[c] > known[expected])
                 expected = c;
         }
         wrong += best != expected;
-        printf("image %d: %s\n", n, twta_classes[best]);
+        printf("image %d: %s\n", n, net->class_names[best]);
     }
-    printf("%s: %d activations or predictions differ\n", TWTA_NETWORK, wrong);
+    printf("%s: %d activations or predictions differ\n", net->name, wrong);
     return wrong != 0;
 }

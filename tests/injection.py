@@ -2,10 +2,10 @@
 
     python tests/injection.py              # needs strace (Linux); about half an hour
 
-strace (-e inject) makes the Nth openat, write, fsync, rename or unlink of each thread fail with "no space left", "disk
-quota exceeded", "input/output error" or "interrupted". Every N is tried at which the command works on its own files. A
-command may fail then, with one line. It may not show a traceback, lose the checkpoint of an earlier epoch, leave a file
-half written under its name, or end with exit code 0 without its result.
+strace (-e inject) makes the Nth openat, write, fsync, rename or unlink of each thread fail as ERRORS says: "no space
+left", "disk quota exceeded", "input/output error", "interrupted". Every N is tried at which the command works
+on its own files. A command may fail then, with one line. It may not show a traceback, lose the checkpoint of an earlier
+epoch, leave a file half written under its name, or end with exit code 0 without its result.
 
 Each command runs in a fork of this process, which has imported TensorFlow, but opened no session.
 """
@@ -86,7 +86,7 @@ def run(command, folder, options):
             with errors_in_a_line('command'):
                 command(folder)
         except SystemExit as stopped:
-            code = stopped.code
+            code = stopped.code or 0
         except BaseException:
             sys.excepthook(*sys.exc_info())
             code = 99
@@ -98,6 +98,7 @@ def run(command, folder, options):
     tracer = subprocess.Popen(['strace', '-f', '-qq', '-p', str(child), *options], stderr=subprocess.DEVNULL)
     status = Path(f'/proc/{child}/status')
     while 'TracerPid:\t0\n' in status.read_text():
+        assert tracer.poll() is None, 'strace may not trace here'
         time.sleep(0.002)
     os.kill(child, signal.SIGCONT)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -134,7 +135,7 @@ def inject(command, check, prepared, say=print, only=None, share=(1, 1)):
         assert code == 0, errors
         check(folder, True)
         tries = [(name, number, error) for name, number in own_calls(trace, folder) for error in ERRORS[name]]
-        tries = tries[::max(1, len(tries) // only)] if only else tries
+        tries = tries[::-(-len(tries) // only)] if only else tries
         tries, failed = tries[share[0] - 1::share[1]], 0
         for count, (name, number, error) in enumerate(tries):
             shutil.rmtree(folder)

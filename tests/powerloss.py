@@ -30,6 +30,7 @@ from twta.training import checkpoints
 
 SCRIPT = ROOT / 'MNIST' / 'TWTA_2_2_MNIST.py'  # the smallest network
 CALLS = 'open,openat,creat,lseek,write,writev,fsync,fdatasync,rename,renameat,renameat2,unlink,unlinkat'
+OTHERS = 'pwrite64', 'pwritev', 'ftruncate', 'truncate', 'link', 'linkat', 'mkdir', 'mkdirat'  # must not occur
 CALL = re.compile(r'(\w+)\((.*)\) += (-?\d+)')
 TEXT = re.compile(r'"((?:\\x[0-9a-f]{2})*)"(\.\.\.)?')
 OPENED = re.compile(r'(-?\d+)<((?:\\x[0-9a-f]{2})*|[^>]*)>')
@@ -37,7 +38,8 @@ OPENED = re.compile(r'(-?\d+)<((?:\\x[0-9a-f]{2})*|[^>]*)>')
 
 def record(run_dir, trace, epochs):
     """Train in run_dir under strace, which writes the calls into the file `trace`."""
-    command = ['strace', '-f', '-y', '-xx', '-s', '99999999', '--seccomp-bpf', '-e', f'trace={CALLS}', '-o', trace,
+    traced = f'trace={CALLS},{",".join(OTHERS)}'
+    command = ['strace', '-f', '-y', '-xx', '-s', '99999999', '--seccomp-bpf', '-e', traced, '-o', trace,
                sys.executable, SCRIPT, *QUICK, '--epochs', epochs, '--run_dir', run_dir]
     subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
 
@@ -70,7 +72,7 @@ def calls(trace, failed=False):
 class Disk:
     """The files of one folder: as programs see them, and what is on the disk for certain.
 
-    names      name: number of the file, or None for a folder, as programs see them
+    names      name: number of the file, as programs see them
     content    the bytes of each file; synced: its bytes when it was last synced
     certain    names as on the disk; pending: changes of names since then, as (what, name, new name or file)
     """
@@ -104,7 +106,7 @@ class Disk:
             self.synced[number] = bytes(self.content[number])
 
     def states(self):
-        """Yield what a power cut may leave: dictionaries of name: bytes, or None for a folder."""
+        """Yield what a power cut may leave: dictionaries of name: bytes."""
         changes = self.pending
         selections = [(), changes, *(changes[:i] + changes[i + 1:] for i in range(len(changes))),
                       *([change] for change in changes)]
@@ -148,8 +150,11 @@ def replay(trace, folder):
         path = plain(opened[2]).decode() if opened else ''
         if opened and opened[1] == '1' and name == 'write':
             epochs = max([epochs, *map(int, re.findall(rb'^epoch (\d+)/', texts[-1], re.M))])
-        elif name == 'lseek':
+        elif name == 'lseek' and disk.name(path):
             position[opened[1]] = result
+            continue
+        elif name in OTHERS:
+            assert not any(disk.name(where) for where in (path, *map(absolute, texts))), f'{name} is not replayed'
             continue
         elif name in ('write', 'writev') and disk.name(path) in disk.names:
             content = disk.content[disk.names[disk.name(path)]]
@@ -177,9 +182,9 @@ def check(state, epochs, folder):
     """Open the state of a run directory, made in an empty folder; raise AssertionError if something is lost."""
     for name, content in state.items():
         (folder / name).write_bytes(content)
-    found = 0
     with contextlib.redirect_stdout(io.StringIO()):
         for _ in range(2):  # before and after a command has tidied up
+            found = 0
             if checkpoints.listed(folder, 'last'):
                 with contextlib.suppress(checkpoints.TwtaError):
                     found = int(Path(checkpoints.find(folder, 'last')).name.partition('-')[2])

@@ -332,21 +332,49 @@ def test_c_header(deployed, tmp_path):
     """Check that docs/reference.c compiles without warnings, computes every vector, and notices a changed threshold."""
     packed, images = deployed
     formats.write('c', tmp_path / 'network.h', packed, images[:3])
-    assert run_c(tmp_path).returncode == 0
+    assert run_c(tmp_path, packed).returncode == 0
     changed = packed.layers[1]._replace(upper=packed.layers[1].upper + 1)
     text = (tmp_path / 'network.h').read_text()
-    spoilt = text.replace(formats.c_array('int32_t', 'twta_1_upper', packed.layers[1].upper),
-                          formats.c_array('int32_t', 'twta_1_upper', changed.upper))
+    spoilt = text.replace(formats.c_array('int32_t', f'{packed.network}_1_upper', packed.layers[1].upper),
+                          formats.c_array('int32_t', f'{packed.network}_1_upper', changed.upper))
     assert spoilt != text
     (tmp_path / 'network.h').write_text(spoilt)
-    assert run_c(tmp_path).returncode == 1
+    assert run_c(tmp_path, packed).returncode == 1
 
 
-def run_c(folder):
+STRICT = '-Wall', '-Wextra', '-pedantic', '-Werror', '-O1'
+
+
+def run_c(folder, packed):
     """Compile docs/reference.c with the header in the folder and run it; return the finished process."""
-    subprocess.run(['cc', '-std=c99', '-Wall', '-Wextra', '-Werror', '-O2', '-DHEADER="network.h"', f'-I{folder}',
+    name = formats.c_name(packed.network)
+    subprocess.run(['cc', '-std=c99', *STRICT, f'-DNETWORK={name}', '-DHEADER="network.h"', f'-I{folder}',
                     ROOT / 'docs' / 'reference.c', '-lm', '-o', folder / 'reference'], check=True)
     return subprocess.run([folder / 'reference'], capture_output=True)
+
+
+TWO = '''
+#include <stdio.h>
+#include "first.h"
+#include "second.h"
+int main(void)
+{
+    printf("%s %d %s %d", one_net.name, one_net.layers, network_2_net.name, network_2_net.layers);
+    return 0;
+}
+'''
+
+
+@pytest.mark.skipif(not shutil.which('c++'), reason='needs a C++ compiler')
+@pytest.mark.parametrize('compiler', [('cc', '-std=c99', '-xc'), ('c++', '-std=c++17', '-xc++')])
+def test_two_networks_in_one_program(tmp_path, compiler):
+    """Names of networks that C cannot hold become other names; nothing collides, in C and in C++."""
+    for name, file in (('one net', 'first'), ('2 net', 'second')):
+        packed = random_packed((5, 5, 1), 0, [(3, 3, 1, 'SAME', 1), (6, 2, 2, 'VALID', 3)])._replace(network=name)
+        formats.write('c', tmp_path / f'{file}.h', packed, np.zeros((1, 5, 5, 1), np.uint8))
+    (tmp_path / 'two.c').write_text(TWO)
+    subprocess.run([*compiler, *STRICT, tmp_path / 'two.c', '-o', tmp_path / 'two'], check=True)
+    assert subprocess.run([tmp_path / 'two'], capture_output=True, text=True).stdout == 'one net 2 2 net 2'
 
 
 def test_onnx(deployed, tmp_path):

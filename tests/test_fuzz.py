@@ -86,6 +86,15 @@ def test_a_checkpoint_that_would_take_all_memory_is_not_opened(changed, words):
         fuzz.read_index(fuzz.index(fuzz.tensors(**changed)))
 
 
+def test_a_small_index_that_would_become_large_is_not_opened():
+    """Entries share the beginning of their names: half a megabyte would become ten gigabytes."""
+    with pytest.raises(TwtaError, match='too long'):
+        fuzz.read_index(fuzz.index({b'': fuzz.tensors()[b''], b'n' * 400_000: b''}))
+    entries = {b'': fuzz.tensors()[b'']} | {str(i).encode(): fuzz.tensors()[b'W'] for i in range(10_001)}
+    with pytest.raises(TwtaError, match='more than 10,000 entries'):
+        fuzz.read_index(fuzz.index(entries))
+
+
 def test_a_table_that_would_take_all_memory_is_not_opened():
     whole = fuzz.index(fuzz.tensors())
     for damaged, words in ((fuzz.index(fuzz.tensors(), compressed=1), 'compressed'), (whole[:-48], 'no table|bytes'),

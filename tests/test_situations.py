@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import QUICK, ROOT, assert_same, log, run_script, start, variables
+from PIL import Image
 from test_faults import SCRIPT, SCRIPT_5_5, in_epoch
 
 from twta import TwtaError, UsageError, files, results, terminal
@@ -71,13 +72,54 @@ def test_a_folder_whose_files_would_be_replaced_is_refused(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == '{"theirs": 1}'
 
 
+def test_the_lock_of_another_program_is_no_sign_of_a_run(tmp_path):
+    (tmp_path / 'config.json').write_text('{"theirs": 1}')
+    (tmp_path / 'lock').write_text('4711')
+    with pytest.raises(UsageError, match='not of a run'):
+        run_directory.check_is_ours(tmp_path)
+    (tmp_path / 'lock').write_text('')
+    run_directory.check_is_ours(tmp_path)
+
+
+def test_two_that_write_one_file_use_two_temporary_files(tmp_path, monkeypatch):
+    (tmp_path / '.part.x.json').write_text('theirs')
+    for process in (1, 2):
+        monkeypatch.setattr(os, 'getpid', lambda process=process: process)
+        with files.replacing(tmp_path / 'x.json') as part:
+            assert part.name == f'.part.{process}.x.json'
+            part.write_text(str(process))
+    assert (tmp_path / 'x.json').read_text() == '2' and (tmp_path / '.part.x.json').read_text() == 'theirs'
+
+
+def test_the_record_does_not_depend_on_result_json(tmp_path):
+    (tmp_path / 'result.json').mkdir()
+    (tmp_path / 'lock').touch()
+    start(tmp_path, *QUICK[2:], '--epochs', 1)
+    (tmp_path / 'record.json').unlink()
+    (tmp_path / 'result.json').unlink()
+    (tmp_path / 'result.json').mkdir()
+    with pytest.raises(TwtaError, match='Is a directory'):
+        start(tmp_path, *QUICK[2:], '--epochs', 1, '--resume', 'auto')
+    assert json.loads((tmp_path / 'record.json').read_text())['epochs'] == 1
+
+
 def test_a_folder_with_an_earlier_inference_is_not_refused(tmp_path):
     results.write_json(tmp_path / 'result-packed.json', {'script': 'TWTA_5_5_MNIST'})
     run_directory.check_is_ours(tmp_path)
     run_directory.check_is_ours(tmp_path / 'absent')
 
 
-@pytest.mark.skipif(os.name != 'posix' or (os.geteuid() == 0 and not shutil.which('setpriv')), reason='needs setpriv')
+unprivileged = pytest.mark.skipif(os.name != 'posix' or (os.geteuid() == 0 and not shutil.which('setpriv')),
+                                  reason='needs a user without rights (setpriv)')
+
+
+def as_nobody(*command, **how):
+    """Run a command as a user without rights; return the finished process."""
+    drop = ['setpriv', '--reuid', '65534', '--clear-groups'] if os.geteuid() == 0 else []
+    return subprocess.run([*drop, *map(str, command)], capture_output=True, text=True, **how)
+
+
+@unprivileged
 def test_the_run_of_a_colleague_can_be_evaluated(finished_run, tmp_path):
     """Evaluate a run in a folder without write permission: accuracy, one line, exit code 0."""
     shutil.copytree(finished_run, tmp_path / 'run')
@@ -85,22 +127,77 @@ def test_the_run_of_a_colleague_can_be_evaluated(finished_run, tmp_path):
         path.chmod(0o555 if path.is_dir() else 0o444)
     for folder in (tmp_path, *tmp_path.parents[:-2]):
         folder.chmod(0o755)
-    drop = ['setpriv', '--reuid', '65534', '--clear-groups'] if os.geteuid() == 0 else []
-    command = [*drop, sys.executable, SCRIPT_5_5, '--dataset', 'digits', '--mode', 'inference', '--run_dir',
-               tmp_path / 'run']
-    finished = subprocess.run(command, capture_output=True, text=True, env={**os.environ, 'HOME': '/tmp'})
+    finished = as_nobody(sys.executable, SCRIPT_5_5, '--dataset', 'digits', '--mode', 'inference', '--run_dir',
+                         tmp_path / 'run', env={**os.environ, 'HOME': '/tmp'})
     assert finished.returncode == 0 and finished.stderr == ''
     assert 'test acc: ' in finished.stdout
     assert f'not saved: {tmp_path / "run" / "result.json"}: Permission denied' in finished.stdout
+
+
+@unprivileged
+def test_a_folder_that_can_be_written_to_but_not_read(tmp_path):
+    for folder in (tmp_path, *tmp_path.parents[:-2]):
+        folder.chmod(0o755)
+    drop = tmp_path / 'drop'
+    drop.mkdir()
+    drop.chmod(0o1733)
+    finished = as_nobody(sys.executable, SCRIPT, *QUICK, '--epochs', 1, '--run_dir', drop / 'run',
+                         env={**os.environ, 'HOME': '/tmp'})
+    assert finished.returncode == 0 and finished.stderr == ''
+    assert (drop / 'run' / 'record.json').exists()
+
+
+@pytest.mark.parametrize('name, words', [('fifo.png', 'not a file path'), ('in.png', 'this file is read'),
+                                         ('n.twta', 'ends in .png'), ('out.jpg', 'ends in .png')])
+def test_a_picture_replaces_nothing_that_is_needed(tmp_path, name, words):
+    shutil.copy(ROOT / 'pretrained' / 'TWTA_2_2_MNIST.twta', tmp_path / 'n.twta')
+    Image.fromarray(np.zeros((28, 28), np.uint8)).save(tmp_path / 'in.png')
+    os.mkfifo(tmp_path / 'fifo.png')
+    before = (tmp_path / 'n.twta').read_bytes(), (tmp_path / 'in.png').read_bytes()
+    finished = run_packed(tmp_path, 'n.twta', 'in.png', '--picture', name)
+    assert finished.returncode == 2 and words in finished.stderr and finished.stderr.count('\n') == 1
+    assert ((tmp_path / 'n.twta').read_bytes(), (tmp_path / 'in.png').read_bytes()) == before
+    assert (tmp_path / 'fifo.png').is_fifo()
+
+
+def test_a_picture_that_cannot_be_written_is_told_on_stderr(tmp_path):
+    shutil.copy(ROOT / 'pretrained' / 'TWTA_2_2_MNIST.twta', tmp_path / 'n.twta')
+    Image.fromarray(np.zeros((28, 28), np.uint8)).save(tmp_path / 'in\nput.png')
+    (tmp_path / 'matplotlib.py').write_text('raise ImportError("broken")')
+    finished = run_packed(tmp_path, 'n.twta', 'in\nput.png', '--picture', 'out.png', PYTHONPATH=f'{tmp_path}:{ROOT}')
+    assert finished.returncode == 0 and finished.stdout.count('\n') == 1 and finished.stdout.startswith('in put.png: ')
+    assert f'no picture {tmp_path}/out.png: broken' in finished.stderr
+
+
+def run_packed(folder, *arguments, **environment):
+    """Run python -m twta.packed in a folder with the numpy engine; return the finished process."""
+    return subprocess.run([sys.executable, '-m', 'twta.packed', *arguments, '--engine', 'numpy'], cwd=folder,
+                          capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(ROOT), **environment})
+
+
+@pytest.mark.parametrize('settings', [{'NUMBA_NUM_THREADS': '0'}, {'NUMBA_THREADING_LAYER': 'nonsense'}])
+def test_settings_of_numba_that_it_refuses(tmp_path, settings):
+    np.save(tmp_path / 'x.npy', np.zeros((2, 28, 28), np.uint8))
+    command = [sys.executable, '-m', 'twta.packed', ROOT / 'pretrained' / 'TWTA_2_2_MNIST.twta', tmp_path / 'x.npy']
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **settings})
+    assert finished.returncode == 0 and len(finished.stdout.split()) == 2
+    assert 'numba, which is much faster, cannot be used: ' in finished.stderr and 'Traceback' not in finished.stderr
+
+
+def test_a_working_folder_that_is_gone(tmp_path):
+    (tmp_path / 'gone').mkdir()
+    finished = shell(f'rmdir {tmp_path}/gone; $TRAIN --mode export; $TRAIN', tmp_path / 'gone', tmp_path / 'run')
+    assert 'Traceback' not in finished.stderr and finished.stderr.count('\n') <= 1
+    assert (tmp_path / 'run' / 'record.json').exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Streams
 
 
-def shell(command, tmp_path, **environment):
-    """Run a shell command in which $TRAIN trains two epochs of the digits in tmp_path/run."""
-    train = f'{sys.executable} {SCRIPT} {" ".join(QUICK)} --epochs 2 --run_dir {tmp_path}/run'
+def shell(command, tmp_path, run_dir=None, **environment):
+    """Run a shell command in a folder; in it, $TRAIN trains two epochs of the digits in tmp_path/run, or run_dir."""
+    train = f'{sys.executable} {SCRIPT} {" ".join(QUICK)} --epochs 2 --run_dir {run_dir or tmp_path / "run"}'
     return subprocess.run(['bash', '-c', command], cwd=tmp_path, capture_output=True, text=True, timeout=300,
                           env={**os.environ, 'TRAIN': train, **environment})
 

@@ -264,6 +264,8 @@ def check_files(args, script):
         raise UsageError(f'--file {args.file}: no such folder; make it first, or choose another file')
     if args.file and args.file.exists() and not args.file.is_file():
         raise UsageError(f'--file {args.file}: not a file')
+    if is_export and args.file.parent == args.run_dir and args.file.name in ('model.npz', 'config.json'):
+        raise UsageError(f'--file {args.file}: the run keeps its weights there; choose another name')
     if is_packed and not args.file.is_file():
         make = command(script, '--mode export', 'dataset', 'data_dir', 'run_dir', 'file', args=args)
         raise UsageError(f'--file {args.file}: no such file; make it with: {make}')

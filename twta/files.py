@@ -27,12 +27,13 @@ PACKINGS = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED  # numpy writes these; zipfi
 @contextlib.contextmanager
 def replacing(path):
     """Yield a temporary path. If the block succeeds, its file replaces `path`; otherwise it is removed."""
-    part = path.with_name(f'.part.{path.name}')
+    part = path.with_name(f'.part.{os.getpid()}.{path.name}')
     try:
         yield part
         put_in_place(part, path)
     except OSError as error:
-        error.filename, error.filename2 = str(path), None  # the error of a full disk names no file
+        if error.filename in (None, part, str(part)):  # the error of a full disk names no file
+            error.filename, error.filename2 = str(path), None
         raise
     finally:
         with contextlib.suppress(OSError):
@@ -56,8 +57,9 @@ def make_folder(path):
 
 def sync(path):
     """Wait until a file, or a folder's list of names, is on the disk."""
-    if path.is_dir() and not fcntl:
-        return  # Windows cannot open folders
+    is_folder = path.is_dir()
+    if not fcntl or (is_folder and not os.access(path, os.R_OK)):
+        return  # Windows cannot sync what is open for reading; an unreadable folder cannot be opened
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

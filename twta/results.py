@@ -3,6 +3,7 @@ import contextlib
 import csv
 import errno
 import json
+import logging
 import platform
 import re
 import subprocess
@@ -19,16 +20,20 @@ from twta.terminal import say
 PACKAGES = 'tensorflow', 'tensorflow-cpu', 'tensorlayer', 'numpy', 'numba'
 
 
-def report(run_dir, dataset, loss, confusion, kind, network):
-    """Print loss and accuracy on the test images; write result.json and confusion.png into run_dir.
+def say_accuracy(loss, confusion):
+    """Print mean cross-entropy and accuracy on the test images."""
+    say(f'test loss: {loss:.4f}')
+    say(f'test acc: {accuracy(confusion):.4f}')
+
+
+def save(run_dir, dataset, loss, confusion, kind, network):
+    """Write result.json and confusion.png into run_dir.
 
     loss, confusion    mean cross-entropy, and confusion matrix [true class, predicted class]
     kind               'last', 'best', 'weights' or 'packed'; but for 'last', the files are result-KIND.json, ...
     network            of the network: script, choices (its options), weights (as words, or a path), epoch or None
     """
     test_accuracy = accuracy(confusion)
-    say(f'test loss: {loss:.4f}')
-    say(f'test acc: {test_accuracy:.4f}')
     suffix = '' if kind == 'last' else f'-{kind}'
     try:
         make_folder(run_dir)
@@ -121,8 +126,8 @@ def draw_confusion(title, classes, confusion):
     return figure
 
 
-def save_picture(path, draw, *arguments):
-    """Write the figure that draw(*arguments) returns as PNG; return False if that failed.
+def save_picture(path, draw, *arguments, tell=say):
+    """Write the figure that draw(*arguments) returns as PNG; return False if that failed, which `tell` then says.
 
     Pictures are optional: if matplotlib is absent, broken or misconfigured, one line names the cause and the command
     goes on. Text is drawn literally: names may hold characters that LaTeX and mathtext would interpret.
@@ -130,6 +135,7 @@ def save_picture(path, draw, *arguments):
     try:
         import matplotlib  # here: only some commands draw
 
+        logging.getLogger('matplotlib').setLevel(logging.ERROR)  # a thousand lines about a font that is absent
         with matplotlib.rc_context({'text.usetex': False, 'text.parse_math': False}), replacing(path) as part:
             figure = draw(*arguments)
             label_plainly(figure)
@@ -137,7 +143,7 @@ def save_picture(path, draw, *arguments):
         return True
     except Exception as error:  # any kind: matplotlib's settings can run foreign code
         cause = describe_fault(error) if isinstance(error, OSError) else str(error) or type(error).__name__
-        say(f'no picture {path}: {in_a_line(cause)[:200]}')
+        tell(f'no picture {path}: {in_a_line(cause)[:200]}')
         return False
 
 

@@ -34,6 +34,10 @@ def complain(line):
 
 def silence(stream):
     """Send what a stream still holds, and all that follows, to /dev/null."""
+    try:
+        stream.fileno()
+    except OSError:  # not a file, but a StringIO, say
+        return
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
@@ -50,11 +54,20 @@ def errors_in_a_line(name):
         if '--debug' in sys.argv:
             raise
         line = describe_fault(error) if isinstance(error, OSError) else str(error)
+        if isinstance(error, FileNotFoundError) and not error.filename and not has_working_folder():
+            line = 'the working folder has been removed; change to another one'
         complain(f'{name}: error: {line}')
         sys.exit(getattr(error, 'exit_code', TwtaError.exit_code))
     except KeyboardInterrupt:
         complain(f'{name}: interrupted')
         sys.exit(130)  # 128 + SIGINT
+
+
+def has_working_folder():
+    try:
+        return bool(os.getcwd())
+    except FileNotFoundError:
+        return False
 
 
 def prepare_streams():
@@ -145,6 +158,6 @@ def input_file(text):
 
 def output_file(text):
     file = path(text)
-    if file.is_dir() or not file.resolve().parent.is_dir():
+    if not file.resolve().parent.is_dir() or (file.exists() and not file.is_file()):  # no folder, no device
         raise argparse.ArgumentTypeError(f'{text!r} is not a file path in an existing folder')
-    return file
+    return file.resolve()

@@ -20,6 +20,8 @@ def main(argv=None):
         out = (args.out or Path(args.file.stem + SUFFIXES[args.format])).resolve()
         if not out.name.endswith(SUFFIXES[args.format]):
             raise UsageError(f'--out {out}: with --format {args.format} its name ends in {SUFFIXES[args.format]}')
+        if args.images and out in (args.file.resolve(), args.images.resolve()):
+            raise UsageError(f'--out {out}: this file is read; choose another name')
         if args.images:
             images, which = read_images(args.images, packed.image)[:formats.VECTORS], str(args.images)
         else:

@@ -76,42 +76,65 @@ def write_npz(path, packed, vectors):
     return path.stat().st_size
 
 
+C_TYPES = """\
+#ifndef TWTA_TYPES
+#define TWTA_TYPES
+struct twta_layer {
+    const char *name;
+    int height, width, channels;              /* of its input */
+    int out_height, out_width, filters;       /* of its output */
+    int kernel_height, kernel_width, stride, top, left, groups;  /* top, left: cells before the map */
+    int border;                               /* the activation in the cells around the map */
+    const float *real;                        /* encoder: weights [filter][row][column][channel] */
+    const uint32_t *nonzero, *negative;       /* others: bits in that order, a new word per filter */
+    const float *real_upper, *real_lower;     /* encoder: thresholds */
+    const int32_t *upper, *lower;             /* others: thresholds */
+};
+
+struct twta_network {
+    const char *name;
+    int height, width, channels, crop;        /* of an image */
+    int layers, classes, features;            /* features: values that the classifier reads */
+    const struct twta_layer *layer;           /* [layers] */
+    const char *const *class_names;           /* [classes] */
+    const float *weights, *scale, *shift;     /* classifier: [features][classes], [classes], [classes] */
+    int vectors;                              /* number of test images */
+    const uint8_t *images;                    /* [vectors][height][width][channels] */
+    const int8_t *const *activations;         /* [layers], of each [vectors][out_height][out_width][filters] */
+    const float *logits;                      /* [vectors][classes] */
+};
+#endif
+"""
+
+
 def write_c(path, packed, vectors):
-    """Write a C99 header of struct twta_layer, layers, classifier and test vectors; return its size in bytes."""
-    lines = [
-        f'/* {packed.network} on {packed.dataset}, written by --mode export --format c; see docs/deployment.md. */',
-        f'#ifndef {guard(packed)}', f'#define {guard(packed)}', '#include <math.h>', '#include <stdint.h>', '',
-        f'#define TWTA_NETWORK "{c_text(packed.network)}"',
-        *(f'#define TWTA_{name} {value}' for name, value in zip(
-            ('HEIGHT', 'WIDTH', 'CHANNELS', 'CROP', 'LAYERS', 'CLASSES', 'FEATURES', 'VECTORS', 'LARGEST_MAP'),
-            (*packed.image, packed.crop, len(packed.layers), len(packed.classes), len(packed.weights),
-             len(vectors['images']),
-             max(math.prod(input_shape(packed)), *(math.prod(out) for _, _, _, out in shapes(packed)))),
-            strict=True)),
-        '', 'struct twta_layer {',
-        '    const char *name;',
-        '    int height, width, channels;              /* of its input */',
-        '    int out_height, out_width, filters;       /* of its output */',
-        '    int kernel_height, kernel_width, stride, top, left, groups;  /* top, left: cells before the map */',
-        '    int border;                               /* the activation in the cells around the map */',
-        '    const float *real;                        /* encoder: weights [filter][row][column][channel] */',
-        '    const uint32_t *nonzero, *negative;       /* others: bits in that order, a new word per filter */',
-        '    const float *real_upper, *real_lower;     /* encoder: thresholds */',
-        '    const int32_t *upper, *lower;             /* others: thresholds */', '};', '']
+    """Write a C header (C99, C++17) of a struct twta_network with the network's name; return its size in bytes.
+
+    Every name in it begins with the network's, so that two headers fit into one program.
+    """
+    name = c_name(packed.network)
+    largest = max(math.prod(input_shape(packed)), *(math.prod(out) for _, _, _, out in shapes(packed)))
+    lines = [f'/* {c_text(packed.network)} on {c_text(packed.dataset)}; see docs/deployment.md of TWTA-Net. */',
+             f'#ifndef {name}_H', f'#define {name}_H', '#include <math.h>', '#include <stdint.h>', '',
+             f'#define {name}_LARGEST_MAP {largest}', f'#define {name}_CLASSES {len(packed.classes)}', '', C_TYPES]
     rows = []
     for index, (layer, *geometry) in enumerate(shapes(packed)):
-        arrays, row = c_layer(f'twta_{index}', layer, *geometry, is_encoder=not index)
-        lines += arrays
+        arrays, row = c_layer(f'{name}_{index}', layer, *geometry, is_encoder=not index)
+        lines += [*arrays, c_array('int8_t', f'{name}_{index}_activations', vectors[layer.name])]
         rows.append('    {' + ', '.join(map(str, row)) + '},')
-    lines += ['static const struct twta_layer twta_layers[TWTA_LAYERS] = {', *rows, '};', '',
-              f'static const char *const twta_classes[] = {{{", ".join(map(c_string, packed.classes))}}};',
-              c_array('float', 'twta_weights', packed.weights),  # [feature][class]
-              c_array('float', 'twta_scale', packed.scale), c_array('float', 'twta_shift', packed.shift),
-              c_array('uint8_t', 'twta_images', vectors['images']), c_array('float', 'twta_logits', vectors['logits'])]
-    for index, layer in enumerate(packed.layers):
-        lines.append(c_array('int8_t', f'twta_{index}_vectors', vectors[layer.name]))
-    pointers = ', '.join(f'twta_{index}_vectors' for index in range(len(packed.layers)))
-    lines += [f'static const int8_t *const twta_vectors[TWTA_LAYERS] = {{{pointers}}};', '', '#endif']
+    activations = ', '.join(f'{name}_{index}_activations' for index in range(len(rows)))
+    lines += [f'static const struct twta_layer {name}_layer[] = {{', *rows, '};', '',
+              f'static const char *const {name}_class_names[] = {{{", ".join(map(c_string, packed.classes))}}};',
+              f'static const int8_t *const {name}_activations[] = {{{activations}}};',
+              *(c_array(kind, f'{name}_{field}', values) for kind, field, values in (
+                  ('float', 'weights', packed.weights), ('float', 'scale', packed.scale),
+                  ('float', 'shift', packed.shift), ('uint8_t', 'images', vectors['images']),
+                  ('float', 'logits', vectors['logits'])))]
+    fields = [c_string(packed.network), *packed.image, packed.crop, len(rows), len(packed.classes),
+              len(packed.weights),
+              *(f'{name}_{field}' for field in ('layer', 'class_names', 'weights', 'scale', 'shift')),
+              len(vectors['images']), *(f'{name}_{field}' for field in ('images', 'activations', 'logits'))]
+    lines += ['', f'static const struct twta_network {name} = {{', f'    {", ".join(map(str, fields))}', '};', '#endif']
     text = '\n'.join(lines) + '\n'
     with replacing(path) as part:
         part.write_text(text, encoding='ascii')
@@ -169,9 +192,10 @@ def c_string(text):
     return f'"{c_text(text)}"'
 
 
-def guard(packed):
-    """Return the name of the header's include guard."""
-    return re.sub(r'\W', '_', packed.network, flags=re.ASCII).upper() + '_H'
+def c_name(text):
+    """Return a name in C for a text."""
+    name = re.sub(r'\W', '_', text, flags=re.ASCII)
+    return name if name[:1].isalpha() else f'network_{name}'
 
 
 def write_onnx(path, packed, vectors):

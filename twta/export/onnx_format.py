@@ -167,7 +167,8 @@ def finish(builder, packed, first, last, opsets=()):
 def write_model(path, model, vectors):
     """Write a model, and the test vectors as PATH.vectors.npz; return the model's size in bytes."""
     data = model.SerializeToString()
-    with replacing(path) as part, replacing(path.with_suffix('.vectors.npz')) as beside:  # both or neither
+    vectors_path = path.with_suffix('.vectors.npz')
+    with replacing(path) as part, replacing(vectors_path) as beside:  # neither is in place before both are written
         part.write_bytes(data)
         with open(beside, 'wb') as file:
             np.savez_compressed(file, **vectors)

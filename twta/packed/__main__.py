@@ -3,7 +3,7 @@ import sys
 
 import numpy as np
 
-from twta import UsageError
+from twta import UsageError, in_a_line
 from twta.packed import file_format
 from twta.packed.engines import logits, warm_engine
 from twta.packed.images import have_bright_borders, read_images, read_picture
@@ -17,6 +17,7 @@ def main(argv=None):
     parser = make_parser()
     with errors_in_a_line('twta.packed'):
         args = parser.parse_args(argv)
+        check_picture(args)
         packed = file_format.read(args.file)
         is_array = args.images[0].suffix.lower() == '.npy'
         images = read_all(args.images, packed.image)
@@ -29,12 +30,14 @@ def main(argv=None):
         predicted = values.argmax(1)
         lines = [packed.classes[k] if args.names else str(k) for k in predicted]
         if not is_array:
-            lines = [f'{path}: {describe(k, packed.classes)}' for path, k in zip(args.images, predicted, strict=True)]
+            lines = [f'{in_a_line(str(path))}: {describe(k, packed.classes)}'
+                     for path, k in zip(args.images, predicted, strict=True)]
         write(lines)
         if args.picture:
             from twta.results import save_picture  # here: the classes need no matplotlib
 
-            save_picture(args.picture, draw, args.images, images[:SHOWN], values[:SHOWN], packed.classes)
+            shown = images[:SHOWN], values[:SHOWN]
+            save_picture(args.picture, draw, args.images, *shown, packed.classes, tell=complain)
 
 
 def make_parser():
@@ -44,17 +47,27 @@ def make_parser():
     add('file', type=input_file, help='packed network (.twta), written by --mode export')
     add('images', type=input_file, nargs='+', metavar='IMAGES',
         help='one .npy file: uint8 array [n, height, width, channels] written by numpy.save, or [n, height, width] if '
-             'images have one channel. Or pictures (PNG, JPEG, ...): cut to the proportions of the network, resized')
+             'images have one channel. Or pictures (PNG, JPEG, WEBP, GIF, BMP), cut to the proportions of the network '
+             'and resized; write -- before names that begin with -')
     add('--invert', action='store_true', help='swap light and dark, for dark digits on a light ground')
     add('--names', action='store_true', help='print names of classes instead of numbers')
     add('--picture', type=output_file, metavar='PNG',
-        help=f'draw the first {SHOWN} images as the network gets them, each with its three most probable classes')
+        help=f'draw the first {SHOWN} images as the network gets them, each with its three most probable classes; '
+         'replaces a file of that name')
     add('--engine', choices=('auto', 'numba', 'numpy'), default='auto',
         help='numba, numpy (slower, same classes) or auto: numba if installed (default: auto)')
     add('--threads', type=positive_integer, metavar='N',
         help='threads for --engine numba (default: one per core that the process may use)')
     add('--debug', action='store_true', help='show the traceback of an error')
     return parser
+
+
+def check_picture(args):
+    """Raise UsageError if --picture would replace a file that is read, or has another suffix than .png."""
+    if args.picture and args.picture.suffix.lower() != '.png':
+        raise UsageError(f'--picture {args.picture}: it is a PNG; give it a name that ends in .png')
+    if args.picture in [path.resolve() for path in (args.file, *args.images)]:
+        raise UsageError(f'--picture {args.picture}: this file is read; choose another name')
 
 
 def read_all(paths, shape):

@@ -9,7 +9,7 @@ import time
 
 import numpy as np
 
-from twta import TwtaError, UsageError
+from twta import TwtaError, UsageError, in_a_line
 from twta.packed.numpy_engine import NumpyEngine, check_images
 from twta.terminal import complain
 
@@ -52,12 +52,20 @@ def warm_engine(packed, engine, threads):
     Raises UsageError as open_engine does, and TwtaError if there is too little memory.
     """
     start = time.perf_counter()
+    first = np.zeros((1, *packed.image), np.uint8)
     try:
-        engine = open_engine(packed, engine, threads)
-        engine.logits(np.zeros((1, *packed.image), np.uint8))
+        try:
+            found = open_engine(packed, engine, threads)
+            found.logits(first)
+        except (ValueError, ImportError, RuntimeError) as error:  # for example of a variable NUMBA_...
+            if engine == 'numba':
+                raise UsageError(f'--engine numba: {error}; use --engine numpy') from None
+            complain(f'numba, which is much faster, cannot be used: {in_a_line(str(error))}')
+            found = NumpyEngine(packed)
+            found.logits(first)
     except MemoryError:
         raise TwtaError(f'{packed.network}: too little memory for its maps') from None
-    threads = f', {engine.threads} thread{"s" if engine.threads > 1 else ""}' if engine.name == 'numba' else ''
+    threads = f', {found.threads} thread{"s" if found.threads > 1 else ""}' if found.name == 'numba' else ''
     taken = time.perf_counter() - start
-    complain(f'engine: {engine.name}{threads}, ready after {taken:.1f} s')
-    return engine
+    complain(f'engine: {found.name}{threads}, ready after {taken:.1f} s')
+    return found

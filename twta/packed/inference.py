@@ -38,7 +38,8 @@ def infer(script, args):
     values -= values.max(1, keepdims=True)
     loss = np.log(np.exp(values).sum(1)) - values[np.arange(len(labels)), labels]
     confusion = results.confusion_matrix(labels, values.argmax(1), len(packed.classes))
-    results.report(args.run_dir, dataset, float(loss.mean()), confusion, 'packed', {
+    results.say_accuracy(float(loss.mean()), confusion)
+    results.save(args.run_dir, dataset, float(loss.mean()), confusion, 'packed', {
         'script': script, 'choices': packed.record.get('choices'), 'weights': str(args.file), 'epoch': epoch})
     if args.report:
         cost.report(engine, dataset, args.run_dir)

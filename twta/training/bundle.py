@@ -18,6 +18,7 @@ FOOTER = 48  # bytes: two handles, padded to 40, then MAGIC
 MAGIC = 0xdb4775248b80fb57
 TRAILER = 5  # bytes after each block: 0 if it is not compressed, and a checksum
 LARGEST_INDEX = 1 << 20  # bytes; the largest network here has 25,000
+LONGEST_NAME, MOST_ENTRIES = 500, 10_000  # entries share parts of their names: a small index could hold large ones
 CHECKSUM = 4  # bytes before the characters of a string
 
 
@@ -45,34 +46,41 @@ def read_table(table):
     handles = table[-FOOTER:]
     start, at = read_varint(handles, 0)
     length, at = read_varint(handles, at)
-    read_block(table, start, length)  # "metaindex": empty, but TensorFlow reads it
+    list(read_block(table, start, length))  # "metaindex": empty, but TensorFlow reads it
     start, at = read_varint(handles, at)
     length, at = read_varint(handles, at)
+    end = entries = 0
     for _, handle in read_block(table, start, length):
         start, at = read_varint(handle, 0)
         length, at = read_varint(handle, at)
-        yield from read_block(table, start, length)
+        if start < end:
+            raise ValueError('two blocks of its index overlap')
+        end = start + length
+        for pair in read_block(table, start, length):
+            entries += 1
+            if entries > MOST_ENTRIES:
+                raise ValueError(f'its index has more than {MOST_ENTRIES:,} entries')
+            yield pair
 
 
 def read_block(table, start, length):
-    """Return key and value of each entry of a block."""
+    """Yield key and value of each entry of a block."""
     end = start + length
     if not 4 <= length <= len(table) or end + TRAILER > len(table):
         raise ValueError('a block of its index is longer than the file')
     if table[end]:
         raise ValueError('its index is compressed')
     end -= 4 + 4 * struct.unpack('<I', table[end - 4:end])[0]  # positions for a binary search, and their number
-    pairs, key, at = [], b'', start
+    key, at = b'', start
     while at < end:
         shared, at = read_varint(table, at)
         added, at = read_varint(table, at)
         size, at = read_varint(table, at)
-        if shared > len(key) or at + added + size > end:
-            raise ValueError('an entry of its index is longer than its block')
+        if shared > len(key) or shared + added > LONGEST_NAME or at + added + size > end:
+            raise ValueError('an entry of its index is too long')
         key = key[:shared] + table[at:at + added]
-        pairs.append((key, table[at + added:at + added + size]))
+        yield key, table[at + added:at + added + size]
         at += added + size
-    return pairs
 
 
 def check_entry(name, entry, file, size):

@@ -27,7 +27,7 @@ INDEX = {'last': 'checkpoint', 'best': 'checkpoint_best'}  # the files that name
 KEPT = {'last': 2, 'best': 1}  # number of checkpoints
 SAVED = re.compile(r'(?P<name>(?P<which>last|best)-\d+(\.\d+)?)\.(index|data-\d+-of-\d+)')  # Saver's files
 HALF_WRITTEN = re.compile(r'(last|best)-\d+(\.\d+)?(_temp|\..*\.tempstate\d+)'
-                          rf'|\.part\.({run_directory.OURS.pattern})')  # by Saver, and by files.replacing
+                          rf'|\.part\.\d+\.({run_directory.OURS.pattern})')  # by Saver, and by files.replacing
 
 
 class Checkpoints:
@@ -148,6 +148,8 @@ def find(run_dir, which):
             if path != paths[-1]:
                 say(f'{path}: whole, and used in its place')
             return path
+        except FileNotFoundError:
+            say(f'{path}: damaged (a file of it is absent)')
         except UNREADABLE as error:
             say(f'{path}: damaged ({first_line(error)})')
     raise TwtaError(f'{paths[-1]}: damaged, and no older checkpoint is whole; {otherwise}')

@@ -30,7 +30,9 @@ def evaluate(network, session, split):
 def infer(experiment):
     """Evaluate the network of a checkpoint, or of --weights, on the test images."""
     with trained(experiment) as (network, session):
-        report(experiment, network, session, experiment.state.epoch if experiment.state else None)
+        loss, confusion = evaluate(network, session, experiment.dataset.test)
+    results.say_accuracy(loss, confusion)
+    save(experiment, loss, confusion, experiment.state.epoch if experiment.state else None)
 
 
 @contextlib.contextmanager
@@ -47,18 +49,17 @@ def trained(experiment):
         yield network, session
 
 
-def report(experiment, network, session, epoch):
-    """Evaluate the network on the test images, report it, and return mean cross-entropy and confusion matrix.
+def save(experiment, loss, confusion, epoch):
+    """Write the result of an evaluation into the run directory.
 
-    epoch    after which the weights are; None: they are of --weights
+    loss, confusion    from evaluate
+    epoch              after which the weights are; None: they are of --weights
     """
-    loss, confusion = evaluate(network, session, experiment.dataset.test)
     kind, weights = experiment.checkpoint, experiment.checkpoint
     if epoch is None:
         kind, weights = 'weights', str(experiment.weights.resolve())
-    results.report(experiment.run_dir, experiment.dataset, loss, confusion, kind, {
+    results.save(experiment.run_dir, experiment.dataset, loss, confusion, kind, {
         'script': experiment.script, 'choices': experiment.options, 'weights': weights, 'epoch': epoch})
-    return loss, confusion
 
 
 def describe_network(experiment, net, source):

@@ -21,7 +21,7 @@ from twta.results import accuracy
 from twta.terminal import say
 from twta.training import checkpoints, records, run_directory
 from twta.training.build import build_graph
-from twta.training.evaluation import describe_network, evaluate, report
+from twta.training.evaluation import describe_network, evaluate, save
 from twta.training.loop import train_epochs
 from twta.training.schedule import describe_stage, next_stage
 from twta.training.state import State
@@ -178,9 +178,11 @@ def train(experiment, args, defaults, precision):
                     say('go on with the same command' if args.is_auto else 'go on with --resume True and the same '
                         'flags' + (', without --weights' if experiment.weights else ''))
                     sys.exit(128 + stop[0])
-            loss, confusion = report(experiment, network, session, state.epoch)
+            loss, confusion = evaluate(network, session, dataset.test)
+            results.say_accuracy(loss, confusion)
             best = evaluate_best(network, session, dataset, run_dir, state)
             records.write_record(run_dir, config, state, network.net.count_params(), loss, confusion, best)
+            save(experiment, loss, confusion, state.epoch)
         except FloatingPointError as error:
             raise TwtaError(f'{error}; {where_to_go_on(run_dir, state)} and a lower --learning_rate') from None
         except (OSError, tf.errors.OpError) as error:

@@ -32,7 +32,8 @@ def check_is_ours(run_dir):
     """Raise UsageError if files with the names of a run's files are in the folder, but no sign of a run."""
     found = own_files(run_dir)
     signs = [path for path in found if path.suffix == '.json' and 'script' in read_object(path)]
-    if found and not signs and not (run_dir / 'lock').exists():
+    lock = run_dir / 'lock'
+    if found and not signs and not (lock.is_file() and not lock.stat().st_size):
         raise UsageError(f'--run_dir {run_dir}: {found[0].name} there is not of a run; choose an empty or a new folder')
 
 
