@@ -353,6 +353,43 @@ def run_c(folder, packed):
     return subprocess.run([folder / 'reference'], capture_output=True)
 
 
+# A program for a Cortex-M3 with 4 MB of flash and of RAM, as QEMU's mps2-an385 has them.
+LINKER = '''
+MEMORY { FLASH (rx) : ORIGIN = 0, LENGTH = 4M  RAM (rwx) : ORIGIN = 0x20000000, LENGTH = 4M }
+ENTRY(_start)
+SECTIONS {
+  .text : { KEEP(*(.vectors)) *(.text*) *(.rodata*) KEEP(*(.init)) KEEP(*(.fini)) . = ALIGN(4);
+    __preinit_array_start = .; KEEP(*(.preinit_array)) __preinit_array_end = .;
+    __init_array_start = .; KEEP(*(SORT(.init_array.*))) KEEP(*(.init_array)) __init_array_end = .;
+    __fini_array_start = .; KEEP(*(.fini_array)) __fini_array_end = .; } > FLASH
+  .ARM.exidx : { __exidx_start = .; *(.ARM.exidx*) __exidx_end = .; } > FLASH
+  .data : { *(.data*) } > RAM
+  .bss (NOLOAD) : { __bss_start__ = .; *(.bss*) *(COMMON) __bss_end__ = .; end = .; __end__ = .; } > RAM
+  __stack = 0x20400000;
+}
+'''
+VECTORS = """extern void _start(void);
+__attribute__((section(".vectors"), used)) static void *const vectors[] = {(void *)0x20400000, (void *)_start};
+"""
+
+
+@pytest.mark.skipif(not (shutil.which('arm-none-eabi-gcc') and shutil.which('qemu-system-arm')),
+                    reason='needs arm-none-eabi-gcc and qemu-system-arm')
+def test_c_header_on_a_microcontroller(tmp_path):
+    packed = file_format.read(ROOT / 'pretrained' / 'TWTA_2_2_MNIST.twta')
+    formats.write('c', tmp_path / 'network.h', packed, np.zeros((1, 28, 28, 1), np.uint8))
+    (tmp_path / 'm3.ld').write_text(LINKER)
+    (tmp_path / 'vectors.c').write_text(VECTORS)
+    for_cortex = '-mcpu=cortex-m3', '-mthumb', '-O2', '-ffp-contract=off', '--specs=rdimon.specs', '-T', 'm3.ld'
+    of_network = '-DNETWORK=TWTA_2_2_MNIST', '-DHEADER="network.h"', f'-I{tmp_path}'
+    subprocess.run(['arm-none-eabi-gcc', *for_cortex, *of_network, ROOT / 'docs' / 'reference.c', 'vectors.c', '-lm',
+                    '-o', 'program'], check=True, cwd=tmp_path)
+    finished = subprocess.run(['qemu-system-arm', '-M', 'mps2-an385', '-nographic', '-monitor', 'none', '-kernel',
+                               tmp_path / 'program', '-semihosting-config', 'enable=on,target=native'],
+                              capture_output=True, text=True, timeout=120, stdin=subprocess.DEVNULL)
+    assert 'TWTA_2_2_MNIST: 0 activations or predictions differ' in finished.stdout
+
+
 TWO = '''
 #include <stdio.h>
 #include "first.h"

@@ -21,7 +21,7 @@ class OnnxBuilder:
 
     def constant(self, array):
         """Add an initializer; equal arrays share one."""
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order='C')
         key = array.dtype.str, array.shape, array.tobytes()
         return self.constants.setdefault(key, numpy_helper.from_array(array, f'constant_{len(self.constants)}')).name
 
@@ -112,7 +112,7 @@ def convolve_ternary(builder, x, shape, before, layer):
         x = builder.node('Pad', x, np.array([0, 0, *pads[:2], 0, 0, *pads[2:]]), np.array(layer.border, np.float32))
         pads = [0] * 4
     return builder.node('Conv', x, builder.weights(layer), kernel_shape=layer.weights.shape[:2],
-                        strides=[layer.stride] * 2, group=layer.groups, pads=pads)
+                        strides=[layer.stride] * 2, dilations=[1, 1], group=layer.groups, pads=pads)
 
 
 def classify(builder, x, packed):

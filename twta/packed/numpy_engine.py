@@ -81,7 +81,7 @@ class NumpyEngine:
 
         Raises ValueError if images have another type or shape.
         """
-        check_images(images, self.packed, self.batch)
+        check_images(images, self.packed, len(images))
         encoder, *layers = self.packed.layers
         maps = [self.neuron(convolve(encoder_input(images, self.packed), encoder).astype(np.float32), encoder)]
         if self.between:
