@@ -16,7 +16,7 @@ DATASETS = ('cifar10', 'shapes')  # the first is the default
 LEARNING_RATE = 1e-2
 EPOCHS = 200
 BATCH_SIZE = 200
-OPTIONS = ('threshold', 'threshold_value', 'pooling', 'rest')
+OPTIONS = ('threshold', 'threshold_value', 'pooling', 'rest', 'quantize')
 
 
 def model(x, is_train, **options):

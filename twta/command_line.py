@@ -134,6 +134,9 @@ def add_network(add, options):
     add('--weights', type=path, metavar='NPZ',
         help='a model.npz to start from, to evaluate or to export, in place of a checkpoint; repeat the flags of the '
              'network that it was trained with')
+    add('--teacher', type=path, metavar='NPZ',
+        help='model.npz of the same script trained with --quantize nothing: training then follows its probabilities '
+             'too, image by image (distillation); a resumed run keeps its teacher')
     add('--checkpoint', choices=('last', 'best'), default='last',
         help='which checkpoint inference and export read: the last, or the best on the validation images; without '
              'validation images best is the last (default: last)')
@@ -205,6 +208,11 @@ def check_network(args, script):
     if chosen.get('rest') and chosen.get('pooling') == 'max':
         raise UsageError('--rest -1 with --pooling max: such a network cannot be exported; use --pooling conv or '
                          'average')
+    if chosen.get('quantize', 'both') != 'both' and (args.engine == 'packed' or args.mode == 'export'):
+        raise UsageError(f'--quantize {chosen["quantize"]}: such a network cannot be packed; leave it out')
+    if chosen.get('quantize') in ('weights', 'nothing') and chosen.get('rest'):
+        raise UsageError(f'--rest -1 has no meaning with --quantize {chosen["quantize"]}: its activations are ReLU; '
+                         'leave one out')
     if script.stem.startswith('FP_') and (args.engine == 'packed' or args.mode == 'export'):
         raise UsageError(f'{script.stem} {NOTHING_TO_PACK}')
     if 'k' in chosen and chosen['B'] * 2 ** chosen['k'] > 8:
@@ -220,6 +228,13 @@ def check_meaning(args):
         raise UsageError(f'--weights {args.weights}: {reason}; a training writes model.npz into its --run_dir')
     if args.resume == 'auto' and not is_training:
         raise UsageError(f'--resume auto is for --mode training; leave it out with --mode {args.mode}')
+    if args.teacher and not is_training:
+        raise UsageError(f'--teacher has no meaning with --mode {args.mode}; leave it out')
+    if args.teacher and 'quantize' not in args.options:
+        raise UsageError('--teacher is for scripts that have --quantize, which trains the teacher; leave it out')
+    if args.teacher and not args.teacher.is_file():
+        raise UsageError(f'--teacher {args.teacher}: no such file; a training with --quantize nothing writes model.npz '
+                         'into its --run_dir')
     if args.weights and args.resume is True:
         raise UsageError('--weights and --resume True: weights come from a file or from a checkpoint; leave one out')
     if not is_training and args.resume is False and not args.weights and not is_packed:

@@ -3,22 +3,18 @@
 Each layer is given its quantiser and computes in the type of its input: float32, or bfloat16, in which -1, 0 and +1
 are exact. Variables (latent weights, batch normalisation, thresholds) are always float32 and listed in `all_params`.
 Images are NHWC. Each layer keeps its arguments, and the layer before it as `prev_layer`; training.blocks reads them.
-
 Source: the published TWTA scripts (github.com/edwardzcl/TWTA).
 """
 from twta.graph.fast import convolve, factors, type_of_sums
 from twta.graph.tf1 import tf, tl
 from twta.quantizers import full_precision, ternarize_activations, ternarize_from_rest, ternarize_weights
 
-DECAY = 0.9  # of moving averages
-EPSILON = 1e-5  # added to the variance
+DECAY, EPSILON = 0.9, 1e-5  # of moving averages; added to the variance
 
 
 def get_variable(name, shape, initializer, trainable=True, constraint=None, **arguments):
-    """Return a float32 variable of the current scope; its initial value depends only on its position and the seed.
-
-    TensorFlow alone would count all operations, so that float32 and bfloat16 would start with different weights.
-    """
+    """Return a float32 variable of the current scope; its initial value depends only on its position and the seed."""
+    # TensorFlow alone would count all operations, so that float32 and bfloat16 would start with different weights
     if initializer in (tf.truncated_normal_initializer, tf.random_normal_initializer):
         arguments['seed'] = len(tf.global_variables())
     return tf.get_variable(name, shape, tf.float32, initializer(**arguments), trainable=trainable,
@@ -74,8 +70,8 @@ class PoolLayer(tl.layers.Layer):
 
     def __init__(self, prev_layer, filter_size, stride, padding, kind, name='pool'):
         super().__init__(prev_layer=prev_layer, name=name)
-        self.prev_layer, self.stride, self.padding, self.kind = prev_layer, stride, padding, kind
-        self.filter_size = filter_size
+        self.prev_layer, self.filter_size, self.stride, self.padding, self.kind = (
+            prev_layer, filter_size, stride, padding, kind)
         x = self.inputs = prev_layer.outputs
         tiled = filter_size == stride and not x.shape[1] % stride and not x.shape[2] % stride
         if kind == 'average' and padding == 'SAME' and not tiled:
@@ -186,22 +182,26 @@ class Network:
     weights     quantiser of all layers but the first (stem, encode) and the last (classify)
     activation  quantiser after each batch normalisation
     threshold, threshold_value    of ternary activations, see ActivationLayer
-    pooling     'conv': pool() is a convolution (learned); 'max', 'average': pool() has no weights if it keeps the
-                number of channels
+    pooling     'conv': pool() is a convolution (learned); 'max', 'average': it has no weights if it keeps the channels
     rest        -1: activations are ternarize_from_rest, every beta but the classifier's begins at -1, ternary layers
                 pad with -1; 0: as published
+    quantize    'both'; 'weights', with ReLU; 'activations', with full-precision weights; 'nothing'
+    exact       sum in float64 up to the encoder's sums, see Conv2dLayer; None: in evaluation
     """
 
     def __init__(self, x, is_train, weights=ternarize_weights, activation=ternarize_activations, threshold=None,
-                 threshold_value=None, pooling='conv', rest=0):
-        self.net = tl.layers.InputLayer(x, name='images')
+                 threshold_value=None, pooling='conv', rest=0, quantize='both', exact=None):
+        weights = full_precision if quantize in ('activations', 'nothing') else weights
+        if quantize in ('weights', 'nothing'):
+            activation, threshold, rest = tf.nn.relu, None, 0
+        self.net, self.exact = tl.layers.InputLayer(x, name='images'), not is_train if exact is None else exact
         self.is_train, self.weights, self.pooling, self.rest = is_train, weights, pooling, rest
         self.activation = ternarize_from_rest if rest else activation
         self.threshold, self.depth = (threshold, threshold_value), 0
 
     def stem(self, n_filter, filter_size):
         """Add a convolution before the encoder, e.g. 32C3, with full-precision weights and ReLU."""
-        if not self.is_train:  # float64 up to the encoder's sums: see `exact` in Conv2dLayer
+        if self.exact:
             self.net = tl.layers.InputLayer(tf.cast(self.net.outputs, tf.float64), name='images')
         self.depth += 1
         name = f'stem{self.depth}'
@@ -211,7 +211,7 @@ class Network:
 
     def encode(self, n_filter, filter_size, padding='SAME'):
         """Add the first convolution, e.g. 32C4, with full-precision weights: it turns images into activations."""
-        self.add('conv', Conv2dLayer, n_filter, filter_size, 1, padding, 1, full_precision, not self.is_train)
+        self.add('conv', Conv2dLayer, n_filter, filter_size, 1, padding, 1, full_precision, self.exact)
 
     def conv(self, n_filter, filter_size, padding='SAME', stride=1, groups=1, kind='conv'):
         """Add a convolution, e.g. 64C4 (64 filters of 4*4), or 512C3/16 in 16 groups."""

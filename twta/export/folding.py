@@ -120,6 +120,9 @@ def fold_layer(session, block, probe, input_probe):
     if input_probe is None:
         upper, lower = real_thresholds(probe)
     else:
+        if not np.isin(weights, (-1, 0, 1)).all():
+            raise TwtaError(f'{layer.name} has full-precision weights: there is nothing to pack or to convert; train '
+                            'with --quantize both')
         weights = weights.astype(np.int8)
         upper, lower = integer_thresholds(probe, input_probe.steps * fan_in(weights), input_probe.unit * area)
     return Layer(layer.name, weights * probe.sign, upper, lower, getattr(layer, 'stride', 1),

@@ -84,6 +84,7 @@ def protocol(record):
         words.append('the published files' if record['data']['published'] else 'NOT the published files')
     words += [] if record['precision'] == 'bfloat16' else [record['precision']]
     words += ['from other weights'] if record['flags']['weights'] else []
+    words += ['with a teacher'] if record['flags'].get('teacher') else []
     return ', '.join(words)
 
 

@@ -3,6 +3,7 @@ from typing import NamedTuple
 
 from twta.graph import preprocessing
 from twta.graph.tf1 import tf
+from twta.training import teacher
 from twta.training.blocks import value_fractions
 
 
@@ -10,7 +11,7 @@ class Measures(NamedTuple):
     """Tensors of a network on a batch."""
     loss: tf.Tensor  # the cross-entropy, summed over the batch
     predicted: tf.Tensor  # classes, int32 [batch]
-    step: tf.Operation | None = None  # applies Adam to the mean cross-entropy
+    step: tf.Operation | None = None  # applies Adam to the mean cross-entropy, or to what teacher.mixed_loss returns
 
 
 class Graph(NamedTuple):
@@ -24,15 +25,17 @@ class Graph(NamedTuple):
     evaluation: Measures
     training: Measures | None
     value_fractions: dict | None  # see blocks.value_fractions
+    teacher: object  # its last TensorLayer layer, or None
 
 
-def build_graph(model, image_shape, crop, seed, precision=None, augmentation='published'):
+def build_graph(model, image_shape, crop, seed, precision=None, augmentation='published', taught_by=None):
     """Return the Graph of a network; only with a precision it has training and value_fractions.
 
     model          see twta.command_line.run
     image_shape    height, width and channels of the images; crop: see twta.graph.preprocessing
     seed           of initial weights and augmentation
     precision      tf.float32 or tf.bfloat16, in which the network trains; None: it is only evaluated
+    taught_by      model of the teacher, see teacher.model_of, or None
     """
     graph = tf.Graph()
     with graph.as_default():
@@ -43,16 +46,20 @@ def build_graph(model, image_shape, crop, seed, precision=None, augmentation='pu
         step = tf.placeholder(tf.int32, [], 'step')
         net = model(preprocessing.for_evaluation(images, crop), False)
         evaluation = measure(net, labels)
-        training = fractions = None
+        training = fractions = teacher_net = None
         if precision:
             fractions = value_fractions(net)
             x = preprocessing.for_training(images, crop, seed, step, augmentation)
             with tf.variable_scope(tf.get_variable_scope(), reuse=True):
-                training = measure(model(tf.cast(x, precision), True), labels)
+                trained = model(tf.cast(x, precision), True)
+                training = measure(trained, labels)
+            teacher_net = teacher.build(taught_by, tf.cast(x, precision)) if taught_by else None
             with tf.control_dependencies(tf.get_collection(tf.GraphKeys.UPDATE_OPS)):
-                mean_loss = training.loss / tf.cast(tf.size(labels), tf.float32)
-                training = training._replace(step=tf.train.AdamOptimizer(learning_rate).minimize(mean_loss))
-    return Graph(graph, images, labels, learning_rate, step, net, evaluation, training, fractions)
+                loss = training.loss / tf.cast(tf.size(labels), tf.float32)
+                if taught_by:
+                    loss = teacher.mixed_loss(loss, trained.outputs, teacher_net.outputs)
+                training = training._replace(step=tf.train.AdamOptimizer(learning_rate).minimize(loss))
+    return Graph(graph, images, labels, learning_rate, step, net, evaluation, training, fractions, teacher_net)
 
 
 def measure(net, labels):

@@ -19,7 +19,7 @@ from twta.graph.tf1 import tf
 from twta.options import with_defaults
 from twta.results import accuracy
 from twta.terminal import say
-from twta.training import checkpoints, records, run_directory
+from twta.training import checkpoints, records, run_directory, teacher
 from twta.training.build import build_graph
 from twta.training.evaluation import describe_network, evaluate, save
 from twta.training.loop import train_epochs
@@ -151,16 +151,21 @@ def train(experiment, args, defaults, precision):
     script, dataset, run_dir = experiment.script, experiment.dataset, experiment.run_dir
     state = experiment.state or State(
         script, experiment.dataset_name, dataset.sha256, args.seed or 0, len(dataset.validation.labels),
-        experiment.options, str(experiment.weights) if experiment.weights else None)
+        experiment.options, str(experiment.weights) if experiment.weights else None, teacher.describe(args.teacher))
     stage = open_stage(state, experiment, args, defaults, precision)
+    taught_by = teacher.find(state, args.teacher)
     network = build_graph(experiment.model, dataset.test.images.shape[1:], dataset.crop, state.seed, precision,
-                          stage.augmentation)
+                          stage.augmentation, taught_by and teacher.model_of(taught_by, experiment.model))
     weights = read_weights(experiment.weights, network.net) if experiment.weights else {}
+    of_teacher = read_weights(taught_by, network.teacher, '--teacher', f'{teacher.SCOPE}/') if taught_by else {}
     run_directory.check_is_ours(run_dir)
     files.make_folder(run_dir)
     with (contextlib.nullcontext() if args.resume else run_directory.locked(run_dir), network.graph.as_default(),
           open_session(network.graph, experiment.gpu) as session):
         store = prepare(experiment, network, session, weights, args.is_auto)
+        if taught_by:
+            set_weights(network.teacher, of_teacher, session)
+            say(f'teacher: {taught_by}')
         describe_network(experiment, network.net, experiment.weights or run_dir)
         if state.epoch >= stage.last_epoch:
             say(f'the {state.epoch} epochs are done, but have no record: now the test images')
@@ -234,7 +239,7 @@ def open_stage(state, experiment, args, defaults, precision):
 
 def describe_run(experiment, args, state, precision):
     """Return the contents of config.json."""
-    flags = {**vars(args), 'choices': experiment.options, 'weights': state.weights}
+    flags = {**vars(args), 'choices': experiment.options, 'weights': state.weights, 'teacher': state.teacher}
     del flags['options'], flags['is_auto']
     return {'script': experiment.script, 'command': sys.argv, 'flags': flags,
             'stages': [stage.to_json() for stage in state.stages], 'seed': state.seed, 'precision': precision.name,

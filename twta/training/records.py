@@ -32,6 +32,8 @@ def without_places(config):
     """Return config.json without the command and without every path but the name of the weights."""
     flags = {name: value for name, value in config['flags'].items() if name not in PLACES}
     flags['weights'] = Path(flags['weights']).name if flags['weights'] else None
+    if flags.get('teacher'):
+        flags['teacher'] = flags['teacher']['sha256']
     data = {name: value for name, value in config['data'].items() if name != 'folder'}
     return {**{name: value for name, value in config.items() if name != 'command'}, 'flags': flags, 'data': data}
 
@@ -46,7 +48,8 @@ def by_sign(history):
 def name_run(state):
     """Return SCRIPT-DATASET-SEED-PROTOCOL and the options that are not default, e.g. TWTA_4_4_MNIST-mnist-0-short30."""
     stages = '+'.join(f'{name_schedule(stage.schedule, stage.augmentation)}{stage.epochs}' for stage in state.stages)
-    return f'{state.script}-{state.dataset}-{state.seed}-{stages}{name_options(state.options)}'
+    taught = '-taught' if state.teacher else ''
+    return f'{state.script}-{state.dataset}-{state.seed}-{stages}{taught}{name_options(state.options)}'
 
 
 def name_options(options):

@@ -55,6 +55,7 @@ class State:
     validation: int  # images held out
     options: dict  # of the network; 'choices' in JSON
     weights: str | None  # the file that it began with, from --weights
+    teacher: dict | None = None  # of --teacher: file and sha256
     precision: list = dataclasses.field(default_factory=list)  # every type that it was trained in
     epoch: int = 0  # complete epochs
     part: PartialEpoch | None = None  # of the next one
@@ -72,6 +73,7 @@ class State:
     @classmethod
     def from_json(cls, entry):
         """Return the state of a dictionary; raises ValueError if it is not what a run saves."""
+        entry = {'teacher': None, **entry}  # older runs have none
         check_keys('its state', entry, KEYS)
         check_options(entry['choices'])
         stages = [Stage.from_json(stage) for stage in entry['stages']]
@@ -150,13 +152,18 @@ def is_finite(value):
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
+def is_teacher(value):
+    return value is None or (isinstance(value, dict) and value.keys() == {'file', 'sha256'}
+                             and all(isinstance(text, str) for text in value.values()))
+
+
 STAGE_KEYS = {'first_epoch': is_natural, 'epochs': is_natural, 'learning_rate': is_finite,
               'batch_size': lambda value: is_natural(value) and value > 0,
               **{name: values.__contains__ for name, values in WAYS.items()}}
 KEYS = {'format': is_natural, 'script': str, 'dataset': str, 'data_sha256': str, 'seed': is_natural,
         'validation': is_natural, 'epoch': is_natural, 'part': (dict, NoneType), 'stages': are_objects,
         'history': are_objects, 'best_validation_accuracy': is_finite, 'choices': dict,
-        'weights': (str, NoneType), 'precision': are_names}
+        'weights': (str, NoneType), 'precision': are_names, 'teacher': is_teacher}
 PART_KEYS = {'steps': is_natural, 'loss': is_finite, 'correct': is_natural, 'seconds': is_finite}
 ROW_KEYS = {**dict.fromkeys(FIELDS, is_finite), 'validation_accuracy': lambda value: value is None or is_finite(value),
             'shares': are_fractions}  # epochs of older versions have no shares

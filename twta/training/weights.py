@@ -12,28 +12,31 @@ def save_weights(path, net, session):
         tl.files.save_npz_dict(net.all_params, str(part), session)
 
 
-def read_weights(path, net):
-    """Return the arrays of a model.npz by variable name.
+def read_weights(path, net, flag='--weights', scope=''):
+    """Return the arrays of a model.npz by the name that their variable has in the network.
+
+    flag     that names the file
+    scope    of the network's variables, 'teacher/' for example; the file is without it
 
     Raises TwtaError if an array is not finite, not float32, or not of the shape that the network has.
     """
     def check(headers):
-        check_shapes(f'--weights {path}', net, {name: list(shape) for name, (shape, _) in headers.items()})
+        check_shapes(f'{flag} {path}', net, {scope + name: list(shape) for name, (shape, _) in headers.items()})
         for name, (_, kind) in headers.items():
             if kind != np.float32:
-                raise TwtaError(f'--weights {path}: {name} is {kind}, weights are float32')
+                raise TwtaError(f'{flag} {path}: {name} is {kind}, weights are float32')
 
     try:
         weights = files.read_npz(path, check)
     except PermissionError:
         raise
     except files.UNREADABLE:
-        raise TwtaError(f'--weights {path}: not an npz file of weights, or damaged; a training writes model.npz into '
+        raise TwtaError(f'{flag} {path}: not an npz file of weights, or damaged; a training writes model.npz into '
                         'its --run_dir') from None
     wrong = [name for name, value in weights.items() if not is_sound(name, value)]
     if wrong:
-        raise TwtaError(f'--weights {path}: {wrong[0]} holds NaN, infinity or a negative variance')
-    return weights
+        raise TwtaError(f'{flag} {path}: {wrong[0]} holds NaN, infinity or a negative variance')
+    return {scope + name: value for name, value in weights.items()}
 
 
 def is_sound(name, value):

@@ -1,0 +1,114 @@
+"""Distillation: the loss against numpy, runs with a teacher resumed, teachers that do not fit; --quantize."""
+import json
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from conftest import QUICK, assert_same, load_script, start, variables
+from test_faults import in_epoch
+
+from twta import TwtaError, UsageError
+from twta.graph.tf1 import tf
+from twta.training import teacher as teacher_module
+from twta.training.blocks import read_blocks
+
+FLAGS = QUICK[2:]
+
+
+@pytest.fixture(scope='module')
+def teacher(tmp_path_factory):
+    """The directory of a run of two epochs with --quantize nothing; tests must not change it."""
+    run_dir = tmp_path_factory.mktemp('teacher')
+    start(run_dir, *FLAGS, '--epochs', 2, '--quantize', 'nothing')
+    return run_dir
+
+
+def taught(run_dir, teacher, *flags):
+    start(run_dir, *FLAGS, '--epochs', 3, '--teacher', teacher / 'model.npz', *flags)
+
+
+def softmax(logits):
+    exponentials = np.exp(logits - logits.max(1, keepdims=True))
+    return exponentials / exponentials.sum(1, keepdims=True)
+
+
+def test_the_loss_is_that_of_the_paper(session):
+    rng = np.random.default_rng(0)
+    student, of_teacher = rng.standard_normal((2, 7, 10)).astype(np.float32) * 3
+    found = session.run(teacher_module.mixed_loss(tf.constant(1.5), tf.constant(student), tf.constant(of_teacher)))
+    share, temperature = teacher_module.SHARE, teacher_module.TEMPERATURE
+    soft = -(softmax(of_teacher / temperature) * np.log(softmax(student / temperature))).sum(1).mean()
+    np.testing.assert_allclose(found, (1 - share) * 1.5 + share * temperature ** 2 * soft, rtol=1e-5)
+
+
+def test_a_resumed_run_keeps_its_teacher(teacher, tmp_path, monkeypatch, capsys):
+    """Stop in the second epoch, go on without --teacher: the bits of a run that never stopped; without one, others."""
+    taught(tmp_path / 'whole', teacher)
+    with monkeypatch.context() as context, pytest.raises(SystemExit):
+        in_epoch(context, 2, lambda: signal.raise_signal(signal.SIGTERM))
+        taught(tmp_path / 'stopped', teacher)
+    start(tmp_path / 'stopped', '--resume', 'True')
+    assert f'teacher: {teacher / "model.npz"}' in capsys.readouterr().out
+    whole = variables(tmp_path / 'whole')
+    assert_same(variables(tmp_path / 'stopped'), whole)
+    assert not [name for name in whole if name.startswith('teacher')]
+    start(tmp_path / 'alone', *FLAGS, '--epochs', 3)
+    alone = variables(tmp_path / 'alone')
+    assert any((alone[name] != value).any() for name, value in whole.items() if name.endswith('/W'))
+    record = json.loads((tmp_path / 'whole' / 'record.json').read_text())
+    assert record['name'].endswith('-taught') and len(record['flags']['teacher']) == 64
+
+
+def test_teachers_that_do_not_fit(teacher, finished_run, tmp_path):
+    with pytest.raises(UsageError, match=r'trained with --quantize both; give the model\.npz of a training with'):
+        taught(tmp_path / 'a', finished_run)
+    with pytest.raises(UsageError, match=r'--teacher .*: no such file; a training with --quantize nothing writes'):
+        taught(tmp_path / 'a', tmp_path)
+    with pytest.raises(TwtaError, match=r'--teacher .* is of another network: teacher/'):
+        start(tmp_path / 'a', *FLAGS, '--teacher', teacher / 'model.npz', script='TWTA_4_4_MNIST')
+    with pytest.raises(UsageError, match='for scripts that have --quantize'):
+        start(tmp_path / 'a', *FLAGS, '--teacher', teacher / 'model.npz', script='TWBA_5_5_MNIST')
+    with pytest.raises(UsageError, match='no meaning with --mode inference'):
+        start(finished_run, '--mode', 'inference', '--teacher', teacher / 'model.npz')
+    assert not (tmp_path / 'a').exists()
+
+
+def test_a_teacher_that_is_gone_or_another_one(teacher, finished_run, tmp_path):
+    shutil.copytree(teacher, tmp_path / 'teacher')
+    taught(tmp_path / 'run', tmp_path / 'teacher')
+    (tmp_path / 'teacher' / 'model.npz').write_bytes((finished_run / 'model.npz').read_bytes())
+    with pytest.raises(UsageError, match='is another file now, but the run learns from one with the SHA-256'):
+        start(tmp_path / 'run', '--resume', 'True', '--epochs', 1)
+    (tmp_path / 'teacher' / 'model.npz').unlink()
+    with pytest.raises(UsageError, match=r'model\.npz: no such file, but the run learns'):
+        start(tmp_path / 'run', '--resume', 'True', '--epochs', 1)
+    start(tmp_path / 'run', '--resume', 'True', '--epochs', 1, '--teacher', teacher / 'model.npz')  # the same
+    shutil.copytree(finished_run, tmp_path / 'without')
+    with pytest.raises(UsageError, match='was started without a teacher'):
+        start(tmp_path / 'without', '--resume', 'True', '--epochs', 1, '--teacher', teacher / 'model.npz')
+
+
+@pytest.mark.parametrize('quantize, ternary, levels', [('both', True, (-1, 0, 1)), ('weights', True, ()),
+                                                       ('activations', False, (-1, 0, 1)), ('nothing', False, ())])
+def test_what_is_quantised(session, quantize, ternary, levels):
+    net = load_script('TWTA_5_5_MNIST').model(tf.zeros([2, 28, 28, 1]), False, quantize=quantize)
+    session.run(tf.global_variables_initializer())
+    for block in read_blocks(net)[1:-1]:
+        assert np.isin(session.run(block.layer.quantized), (-1, 0, 1)).all() == ternary
+        assert block.levels == levels
+
+
+@pytest.mark.parametrize('flags, words', [
+    (('--quantize', 'weights', '--mode', 'export'), 'such a network cannot be packed'),
+    (('--quantize', 'nothing', '--rest', -1), '--rest -1 has no meaning with --quantize nothing')])
+def test_quantize_beside_other_flags(tmp_path, flags, words):
+    with pytest.raises(UsageError, match=words):
+        start(tmp_path / 'a', *flags)
+
+
+def test_a_network_without_ternary_weights_is_not_packed(tmp_path):
+    start(tmp_path / 'run', *FLAGS, '--epochs', 1, '--quantize', 'activations')
+    with pytest.raises(TwtaError, match='has full-precision weights'):
+        start(tmp_path / 'run', '--mode', 'export', '--file', tmp_path / 'net.twta')
+    assert not (tmp_path / 'net.twta').exists()
