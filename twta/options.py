@@ -7,7 +7,7 @@ from twta.terminal import natural, number
 NOTHING_TO_PACK = ('has full-precision activations: there is nothing to pack or to convert; choose a network with '
                    'quantised activations')
 SUFFIXES = {'twta': '.twta', 'npz': '.npz', 'c': '.h', 'onnx': '.onnx', 'qonnx': '.qonnx.onnx',
-            'nir': '.nir'}  # end of the file name for each --format
+            'nir': '.nir', 'html': '.html'}  # end of the file name for each --format
 
 # valid values of the training flags
 WAYS = {'schedule': ('constant', 'cosine'), 'augmentation': ('published', 'geometric'),

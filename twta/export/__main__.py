@@ -22,15 +22,20 @@ def main(argv=None):
             raise UsageError(f'--out {out}: with --format {args.format} its name ends in {SUFFIXES[args.format]}')
         if args.images and out in (args.file.resolve(), args.images.resolve()):
             raise UsageError(f'--out {out}: this file is read; choose another name')
-        if args.images:
-            images, which = read_images(args.images, packed.image)[:formats.VECTORS], str(args.images)
-        else:
-            images = np.random.default_rng(0).integers(0, 256, (formats.VECTORS, *packed.image)).astype(np.uint8)
-            which = 'noise'
+        images, which = choose_images(args, packed)
         size = formats.write(args.format, out, packed, images, args.core, args.dialect)
-        beside = f', in {out.with_suffix(".vectors.npz")}' if args.format in formats.BESIDE else ''
-        say(f'test vectors: {len(images)} images ({which}){beside}')
+        say(formats.describe_images(args.format, out, len(images), which))
         say(f'{out}: {size:,} bytes')
+
+
+def choose_images(args, packed):
+    """Return the images that the file needs, uint8 [n, *packed.image], and where they are from."""
+    most = formats.IMAGES.get(args.format, formats.VECTORS)
+    if args.images:
+        return read_images(args.images, packed.image)[:most], str(args.images)
+    if args.format == 'html':  # a page without test images
+        return np.zeros((0, *packed.image), np.uint8), 'none given'
+    return np.random.default_rng(0).integers(0, 256, (most, *packed.image)).astype(np.uint8), 'noise'
 
 
 def make_parser():
@@ -40,13 +45,13 @@ def make_parser():
     add('file', type=input_file, help='packed network (.twta), written by --mode export')
     add('--format', choices=[name for name in SUFFIXES if name != 'twta'], required=True,
         help='npz: plain arrays; c: a C header; onnx: ONNX; qonnx: QONNX, for FINN and hls4ml; nir: NIR, for spiking '
-             'networks')
+             'networks; html: a web page that runs the network')
     add('--out', type=output_file, metavar='FILE',
-        help='file to write (default: the name of the network with .npz, .h, .onnx, .qonnx.onnx or .nir in the current '
-             'folder)')
+        help='file to write (default: the name of the network with .npz, .h, .onnx, .qonnx.onnx, .nir or .html in the '
+             'current folder)')
     add('--images', type=input_file, metavar='NPY',
-        help=f'uint8 images [n, height, width, channels], written by numpy.save; test vectors are made of the first '
-             f'{formats.VECTORS} (default: noise)')
+        help=f'uint8 images [n, height, width, channels], written by numpy.save. The first {formats.VECTORS} become '
+             f'test vectors (default: noise); the first {formats.IMAGES["html"]} are in a web page (default: none)')
     add('--core', action='store_true',
         help="qonnx, nir: only the ternary layers, from the encoder's activations on; without groups")
     add('--dialect', choices=sorted({dialect for dialects in formats.DIALECTS.values() for dialect in dialects}),

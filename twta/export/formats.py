@@ -206,8 +206,17 @@ def write_onnx(path, packed, vectors):
 
 
 WRITERS = {'npz': write_npz, 'c': write_c, 'onnx': write_onnx}
+IMAGES = {'html': 10}  # images in a file, if not VECTORS
 BESIDE = 'onnx', 'qonnx', 'nir'  # their test vectors are in a file of their own
 DIALECTS = {'qonnx': ('thresholds', 'quant'), 'nir': ('thresholds', 'biases')}  # the first is the default
+
+
+def describe_images(name, path, count, which):
+    """Return a line about the images in a file of a format."""
+    if name == 'html':
+        return f'test images in the page: {count} ({which})'
+    beside = f', in {path.with_suffix(".vectors.npz")}' if name in BESIDE else ''
+    return f'test vectors: {count} images ({which}){beside}'
 
 
 def write(name, path, packed, images, core=False, dialect=None):
@@ -217,6 +226,10 @@ def write(name, path, packed, images, core=False, dialect=None):
     """
     if name in WRITERS:
         return WRITERS[name](path, packed, make_vectors(packed, images))
+    if name == 'html':
+        from twta.export import html_format
+
+        return html_format.write_html(path, packed, images)
     dialect = dialect or DIALECTS[name][0]
     if name == 'nir':
         from twta.export import nir_format  # here, and below: the packages are optional

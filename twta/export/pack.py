@@ -125,7 +125,7 @@ def write(packed, dataset, file, form):
             + ('as neurons with one or two thresholds each' if file_format.is_expanded(packed) else
                f'{4 * parameters / integers:.1f} times less than float32 weights'))
     else:
-        size = formats.write(form, file, packed, dataset.test.images[:formats.VECTORS])
-        beside = f', in {file.with_suffix(".vectors.npz")}' if form in formats.BESIDE else ''
-        say(f'test vectors: {formats.VECTORS} images{beside}')
+        images = dataset.test.images[:formats.IMAGES.get(form, formats.VECTORS)]
+        size = formats.write(form, file, packed, images)
+        say(formats.describe_images(form, file, len(images), 'of the test set'))
     say(f'{file}: {size:,} bytes')
