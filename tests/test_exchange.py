@@ -165,18 +165,33 @@ def interpret(nodes, x):
 
 
 @pytest.mark.parametrize('dialect', ['thresholds', 'biases'])
+def test_nir_of_an_encoder_with_filters_that_never_change(tmp_path, dialect):
+    """Infinite thresholds: one filter never fires, one is always +1, one always -1; the others are as before."""
+    packed = random_packed(*NETWORKS['odd'])
+    encoder = packed.layers[0]
+    encoder.upper[:3], encoder.lower[:3] = (np.inf, -np.inf, np.inf), (-np.inf, -np.inf, np.inf)
+    formats.write('nir', tmp_path / 'n.nir', packed, random_images(packed, 4), False, dialect)
+    with np.load(tmp_path / 'n.nir.vectors.npz') as vectors:
+        found = interpret(read_nir(tmp_path / 'n.nir'), vectors['input'])[encoder.name]
+        assert (found == vectors[encoder.name]).mean() > 0.999
+        filters = len(encoder.upper)
+        for channel in (0, 1, 2, filters, filters + 1, filters + 2):
+            np.testing.assert_array_equal(found[:, channel], vectors[encoder.name][:, channel])
+
+
+@pytest.mark.parametrize('dialect', ['thresholds', 'biases'])
 @pytest.mark.parametrize('core', [False, True])
 @pytest.mark.parametrize('border', [0, -1])
 def test_nir(packed, tmp_path, dialect, core, border):
     """Every spike of the ternary layers is ours; without --core the encoder may differ on ties of its real sums."""
     packed = with_border(packed, border)
     if packed.stem and not core:
-        with pytest.raises(UsageError, match='ReLU before the encoder, which NIR has not; use --core'):
+        with pytest.raises(UsageError, match='ReLU before the encoder, which NIR has not'):
             formats.check_format('nir', packed)
         return
     formats.write('nir', tmp_path / 'n.nir', packed, random_images(packed, 5), core, dialect)
     nodes = read_nir(tmp_path / 'n.nir')
-    with np.load(tmp_path / 'n.vectors.npz') as vectors:
+    with np.load(tmp_path / 'n.nir.vectors.npz') as vectors:
         found = interpret(nodes, vectors['input'])
         same = found[packed.layers[1].name] == vectors[packed.layers[1].name]
         assert same.all() if core else same.mean() > 0.99
@@ -205,14 +220,14 @@ def snntorch(path):
 
 @pytest.mark.parametrize('reader, dialect', [(norse, 'thresholds'), (norse, 'biases'), (snntorch, 'biases')])
 def test_nir_in_its_readers(tmp_path, reader, dialect):
-    """Call the layers one by one: the modules of snnTorch 1.0.0 return tuples, which its convolutions refuse."""
+    """Call snnTorch's layers one by one: those of 1.0.0 return tuples, which its convolutions refuse."""
     torch = pytest.importorskip('torch', reason='needs torch, nir and the reader: pip install norse snntorch nir')
     pytest.importorskip(reader.__name__, reason=f'needs {reader.__name__}')
     packed = file_format.read(PRETRAINED / 'TWTA_4_4_MNIST.twta')
     formats.write('nir', tmp_path / 'n.nir', packed, random_images(packed, 200), True, dialect)
-    with np.load(tmp_path / 'n.vectors.npz') as vectors:
-        x = torch.from_numpy(vectors['input'].astype(np.float32))
-        for _, module in reader(tmp_path / 'n.nir').named_children():
+    with np.load(tmp_path / 'n.nir.vectors.npz') as vectors:
+        x, network = torch.from_numpy(vectors['input'].astype(np.float32)), reader(tmp_path / 'n.nir')
+        for module in [network] if reader is norse else [module for _, module in network.named_children()]:
             x = module(x)
             x = x[0] if isinstance(x, tuple) else x
         np.testing.assert_array_equal(x.detach().numpy().reshape(200, -1).argmax(1), vectors['logits'].argmax(1))
@@ -239,7 +254,26 @@ def test_every_format_from_a_packed_file(tmp_path, monkeypatch, capsys, form):
         f'{(tmp_path / name).stat().st_size:,} bytes')
     before = (tmp_path / name).read_bytes()
     export('net.twta', '--format', form, '--out', tmp_path / f'other{__main__.SUFFIXES[form]}')  # vectors of noise
-    assert len(before) > 100
+    assert (tmp_path / f'other{__main__.SUFFIXES[form]}').exists() and (tmp_path / name).read_bytes() == before
+
+
+def test_the_formats_of_one_network_lie_beside_each_other(tmp_path, monkeypatch):
+    """No file of one format replaces one of another; a folder of that name is refused before anything is written."""
+    file_format.write(tmp_path / 'net.twta', random_packed(*NETWORKS['dense']))
+    monkeypatch.chdir(tmp_path)
+    names = set()
+    for form in ('npz', 'c', 'onnx', 'qonnx', 'nir', 'html'):
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        export('net.twta', '--format', form)
+        assert {name: (tmp_path / name).read_bytes() for name in before} == before
+        names = {path.name for path in tmp_path.iterdir()}
+    assert len(names) == 10
+    (tmp_path / 'b.onnx').mkdir()
+    (tmp_path / 'c.nir.vectors.npz').mkdir()
+    for form, out in (('onnx', 'b.onnx'), ('nir', 'c.nir')):
+        with pytest.raises(SystemExit):
+            export('net.twta', '--format', form, '--out', out)
+    assert {path.name for path in tmp_path.iterdir()} == names | {'b.onnx', 'c.nir.vectors.npz'}
 
 
 def test_the_command_needs_no_tensorflow(tmp_path):
@@ -253,9 +287,9 @@ def test_the_command_needs_no_tensorflow(tmp_path):
 
 
 @pytest.mark.parametrize('flags, words', [
-    (('--format', 'nir', '--dialect', 'quant'), '--dialect quant: --format nir has thresholds, biases'),
+    (('--format', 'nir', '--dialect', 'quant'), 'is not one of --format nir; choose one of thresholds, biases'),
     (('--format', 'npz', '--core'), '--core is for qonnx and nir'),
-    (('--format', 'c', '--dialect', 'biases'), '--format c has none'),
+    (('--format', 'c', '--dialect', 'biases'), 'is not one of --format c; leave it out'),
     (('--format', 'qonnx', '--dialect', 'quant'), 'add --core'),
     (('--format', 'onnx', '--out', 'x.nir'), 'its name ends in .onnx'),
     (('--format', 'twta'), 'invalid choice'), ((), '--format')])
@@ -270,7 +304,7 @@ def test_flags_that_contradict_each_other(tmp_path, monkeypatch, capsys, flags, 
 
 
 def test_networks_that_nir_cannot_hold():
-    with pytest.raises(TwtaError, match=r'pads with \[1\]; NIR pads with 0'):
+    with pytest.raises(TwtaError, match=r'pads with \[1\], but NIR pads with 0'):
         formats.check_format('nir', with_border(random_packed(*NETWORKS['odd']), 1))
     assert nir_format.check(random_packed(*NETWORKS['odd']), core=False) is None
 

@@ -176,9 +176,9 @@ def test_leftovers_of_kills_are_removed_and_other_files_stay(finished_run, tmp_p
     shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
     before = set(os.listdir(tmp_path))
     for name in ('last-1.index', 'last-1.data-00000-of-00001', 'last-5.data-00000-of-00001.tempstate123',
-                 'best-1.index', '.part.checkpoint', '.part.log.csv', 'last-2.7.index'):
+                 'best-1.index', '.part.7.checkpoint', '.part.7.log.csv', 'last-2.7.index'):
         (tmp_path / name).write_text('')
-    others = {'best-model.npz', '.part.film.mp4', 'last-2.index.bak', 'best-2-copy.index', 'mine_temp',
+    others = {'best-model.npz', '.part.film.mp4', '.part.log.csv', 'last-2.index.bak', 'best-2-copy.index', 'mine_temp',
               'checkpoint.txt', 'last-2'}
     for name in others:
         (tmp_path / name).mkdir()

@@ -296,6 +296,10 @@ def test_a_newer_version_is_refused_as_such(file):
     (lambda header: header.update(network='two\nlines'), 'network'),
     (lambda header: header.update(classes=['\ud800', 'b', 'c']), 'classes'),
     (lambda header: header['layers'][1].update(name='\x1b[31m'), 'name'),
+    (lambda header: header['layers'][1].update(name=''), 'name'),
+    (lambda header: header['layers'][1].update(name='images'), 'name'),
+    (lambda header: header['layers'][1].update(name='a/b'), 'name'),
+    (lambda header: header['layers'][1].update(name=header['layers'][0]['name']), 'name'),
     (lambda header: header['record'].update(choices=[1]), 'choices'),
     (lambda header: header['record'].update(choices={'k': '\x1b[31m'}), 'choices'),
 ])

@@ -2,6 +2,7 @@
 import json
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ def test_a_resumed_run_keeps_its_teacher(teacher, tmp_path, monkeypatch, capsys)
 
 
 def test_teachers_that_do_not_fit(teacher, finished_run, tmp_path):
-    with pytest.raises(UsageError, match=r'trained with --quantize both; give the model\.npz of a training with'):
+    with pytest.raises(UsageError, match=r'trained with --quantize both; give the model\.npz in the run directory'):
         taught(tmp_path / 'a', finished_run)
     with pytest.raises(UsageError, match=r'--teacher .*: no such file; a training with --quantize nothing writes'):
         taught(tmp_path / 'a', tmp_path)
@@ -71,7 +72,17 @@ def test_teachers_that_do_not_fit(teacher, finished_run, tmp_path):
         start(tmp_path / 'a', *FLAGS, '--teacher', teacher / 'model.npz', script='TWBA_5_5_MNIST')
     with pytest.raises(UsageError, match='no meaning with --mode inference'):
         start(finished_run, '--mode', 'inference', '--teacher', teacher / 'model.npz')
+    shutil.copy(teacher / 'model.npz', tmp_path)
+    with pytest.raises(UsageError, match=r'config\.json beside it does not tell that it was trained with'):
+        taught(tmp_path / 'a', tmp_path)
     assert not (tmp_path / 'a').exists()
+
+
+def test_a_teacher_by_a_relative_path(teacher, tmp_path, monkeypatch):
+    monkeypatch.chdir(teacher)
+    taught(tmp_path / 'run', Path())
+    monkeypatch.chdir(tmp_path)
+    start(tmp_path / 'run', '--resume', 'True', '--epochs', 1)
 
 
 def test_a_teacher_that_is_gone_or_another_one(teacher, finished_run, tmp_path):
@@ -101,7 +112,8 @@ def test_what_is_quantised(session, quantize, ternary, levels):
 
 @pytest.mark.parametrize('flags, words', [
     (('--quantize', 'weights', '--mode', 'export'), 'such a network cannot be packed'),
-    (('--quantize', 'nothing', '--rest', -1), '--rest -1 has no meaning with --quantize nothing')])
+    (('--quantize', 'nothing', '--rest', -1), '--rest -1 has no meaning with --quantize nothing'),
+    (('--quantize', 'weights', '--threshold', 'trainable'), '--threshold trainable has no meaning')])
 def test_quantize_beside_other_flags(tmp_path, flags, words):
     with pytest.raises(UsageError, match=words):
         start(tmp_path / 'a', *flags)

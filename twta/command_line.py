@@ -210,9 +210,11 @@ def check_network(args, script):
                          'average')
     if chosen.get('quantize', 'both') != 'both' and (args.engine == 'packed' or args.mode == 'export'):
         raise UsageError(f'--quantize {chosen["quantize"]}: such a network cannot be packed; leave it out')
-    if chosen.get('quantize') in ('weights', 'nothing') and chosen.get('rest'):
-        raise UsageError(f'--rest -1 has no meaning with --quantize {chosen["quantize"]}: its activations are ReLU; '
-                         'leave one out')
+    if chosen.get('quantize') in ('weights', 'nothing'):
+        for flag in ('rest', 'threshold', 'threshold_value'):
+            if args.options[flag] not in (None, OPTIONS[flag][0]):
+                raise UsageError(f'--{flag} {args.options[flag]} has no meaning with --quantize {chosen["quantize"]}: '
+                                 'its activations are ReLU; leave one out')
     if script.stem.startswith('FP_') and (args.engine == 'packed' or args.mode == 'export'):
         raise UsageError(f'{script.stem} {NOTHING_TO_PACK}')
     if 'k' in chosen and chosen['B'] * 2 ** chosen['k'] > 8:
@@ -233,7 +235,8 @@ def check_meaning(args):
     if args.teacher and 'quantize' not in args.options:
         raise UsageError('--teacher is for scripts that have --quantize, which trains the teacher; leave it out')
     if args.teacher and not args.teacher.is_file():
-        raise UsageError(f'--teacher {args.teacher}: no such file; a training with --quantize nothing writes model.npz '
+        reason = 'not a file' if args.teacher.exists() else 'no such file'
+        raise UsageError(f'--teacher {args.teacher}: {reason}; a training with --quantize nothing writes model.npz '
                          'into its --run_dir')
     if args.weights and args.resume is True:
         raise UsageError('--weights and --resume True: weights come from a file or from a checkpoint; leave one out')

@@ -18,14 +18,23 @@ def main(argv=None):
         packed = file_format.read(args.file)
         formats.check_format(args.format, packed, args.core, args.dialect)
         out = (args.out or Path(args.file.stem + SUFFIXES[args.format])).resolve()
-        if not out.name.endswith(SUFFIXES[args.format]):
-            raise UsageError(f'--out {out}: with --format {args.format} its name ends in {SUFFIXES[args.format]}')
-        if args.images and out in (args.file.resolve(), args.images.resolve()):
-            raise UsageError(f'--out {out}: this file is read; choose another name')
+        check_out(out, args)
         images, which = choose_images(args, packed)
         size = formats.write(args.format, out, packed, images, args.core, args.dialect)
         say(formats.describe_images(args.format, out, len(images), which))
         say(f'{out}: {size:,} bytes')
+
+
+def check_out(out, args):
+    """Raise UsageError if the file or its test vectors cannot be written there, or would replace what is read."""
+    if not out.name.endswith(SUFFIXES[args.format]):
+        raise UsageError(f'--out {out}: with --format {args.format} its name ends in {SUFFIXES[args.format]}')
+    read = {args.file.resolve(), args.images and args.images.resolve()}
+    for path in (out, formats.vectors_file(args.format, out)):
+        if path in read - {None}:
+            raise UsageError(f'--out {out}: {path.name} is read; choose another name')
+        if path and path.exists() and not path.is_file():
+            raise UsageError(f'--out {out}: {path.name} is there and is not a file; choose another name')
 
 
 def choose_images(args, packed):
@@ -44,18 +53,20 @@ def make_parser():
     add = parser.add_argument
     add('file', type=input_file, help='packed network (.twta), written by --mode export')
     add('--format', choices=[name for name in SUFFIXES if name != 'twta'], required=True,
-        help='npz: plain arrays; c: a C header; onnx: ONNX; qonnx: QONNX, for FINN and hls4ml; nir: NIR, for spiking '
+        help='npz: plain arrays; c: a C header; onnx: ONNX; qonnx: QONNX, for FINN and Brevitas; nir: NIR, for spiking '
              'networks; html: a web page that runs the network')
     add('--out', type=output_file, metavar='FILE',
-        help='file to write (default: the name of the network with .npz, .h, .onnx, .qonnx.onnx, .nir or .html in the '
-             'current folder)')
+        help='file to write (default: the name of the packed file with .npz, .h, .onnx, .qonnx.onnx, .nir or .html, '
+             'in the current folder)')
     add('--images', type=input_file, metavar='NPY',
         help=f'uint8 images [n, height, width, channels], written by numpy.save. The first {formats.VECTORS} become '
              f'test vectors (default: noise); the first {formats.IMAGES["html"]} are in a web page (default: none)')
     add('--core', action='store_true',
-        help="qonnx, nir: only the ternary layers, from the encoder's activations on; without groups")
+        help="begin with the encoder's activations. qonnx: also without the classifier and without groups; nir: the "
+             'classifier stays')
     add('--dialect', choices=sorted({dialect for dialects in formats.DIALECTS.values() for dialect in dialects}),
-        help='how activations are written. qonnx: thresholds (MultiThreshold) or quant (Mul, Add, Quant; for hls4ml). '
+        help='how activations are written. qonnx: thresholds (MultiThreshold) or quant (Mul, Add, Quant; for '
+             'readers without MultiThreshold). '
              'nir: thresholds, or biases for readers with one threshold per layer (default: thresholds)')
     add('--debug', action='store_true', help='show the traceback of an error')
     return parser

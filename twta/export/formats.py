@@ -33,7 +33,8 @@ def check_format(name, packed, core=False, dialect=None):
         raise UsageError(f'--core is for {" and ".join(DIALECTS)}; leave it out with --format {name}')
     valid = DIALECTS.get(name, ())
     if dialect not in (None, *valid):
-        raise UsageError(f'--dialect {dialect}: --format {name} has ' + (', '.join(valid) or 'none; leave it out'))
+        choose = f'choose one of {", ".join(valid)}' if valid else 'leave it out'
+        raise UsageError(f'--dialect {dialect} is not one of --format {name}; {choose}')
     if name == 'qonnx' and dialect == 'quant' and not core:
         raise UsageError('--dialect quant: the thresholds of the encoder cannot be written so; add --core')
     if name == 'nir':
@@ -114,7 +115,7 @@ def write_c(path, packed, vectors):
     """
     name = c_name(packed.network)
     largest = max(math.prod(input_shape(packed)), *(math.prod(out) for _, _, _, out in shapes(packed)))
-    lines = [f'/* {c_text(packed.network)} on {c_text(packed.dataset)}; see docs/deployment.md of TWTA-Net. */',
+    lines = [f'/* {name} on {c_name(packed.dataset)}; see docs/deployment.md of TWTA-Net. */',
              f'#ifndef {name}_H', f'#define {name}_H', '#include <math.h>', '#include <stdint.h>', '',
              f'#define {name}_LARGEST_MAP {largest}', f'#define {name}_CLASSES {len(packed.classes)}', '', C_TYPES]
     rows = []
@@ -215,8 +216,15 @@ def describe_images(name, path, count, which):
     """Return a line about the images in a file of a format."""
     if name == 'html':
         return f'test images in the page: {count} ({which})'
-    beside = f', in {path.with_suffix(".vectors.npz")}' if name in BESIDE else ''
-    return f'test vectors: {count} images ({which}){beside}'
+    beside = vectors_file(name, path)
+    return f'test vectors: {count} image{"s" * (count > 1)} ({which})' + (f', in {beside}' if beside else '')
+
+
+def vectors_file(name, path):
+    """Return the file of the test vectors, or None if they are in the file itself."""
+    if name not in BESIDE:
+        return None
+    return path.with_name(f'{path.name}.vectors.npz') if name == 'nir' else path.with_suffix('.vectors.npz')
 
 
 def write(name, path, packed, images, core=False, dialect=None):

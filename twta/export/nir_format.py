@@ -13,14 +13,14 @@ biases        every threshold is 1; weights are scaled by 2 ** -k, biases hold t
 
 The file is HDF5 without v_reset, which older versions of the package nir refuse.
 """
+import io
 import itertools
-import math
 
 import numpy as np
 
 from twta.export.rewrite import count_from_rest, fires_negatively, without_groups
 from twta.files import replacing
-from twta.packed.file_format import after, fan_in, shapes
+from twta.packed.file_format import after, shapes
 
 VERSION = '1.0.8'  # of nir
 
@@ -45,7 +45,7 @@ def build_nodes(packed, core, dialect):
             kernel = read_halves(layer.weights.astype(np.float32), halves)
             least = [half_below(layer.upper)] + ([half_below(-layer.lower)] if signed else [])
             kernel = np.concatenate([kernel, -kernel], axis=3) if signed else kernel
-            kernel, bias, threshold = encode(kernel, np.concatenate(least), dialect, bool(index))
+            kernel, bias, threshold = encode(kernel, np.concatenate(least), dialect)
             kernel, padding = pad_evenly(kernel, before, after(shape, layer))
             nodes[f'{layer.name}_sums'] = convolution(kernel, bias, shape[:2], layer.stride, padding)
             nodes[layer.name] = {'type': 'IF', **spread(threshold, out[:2])}
@@ -66,17 +66,23 @@ def read_halves(kernel, halves):
 def half_below(upper):
     """Return thresholds that a sum exceeds if it is `upper` or more."""
     if upper.dtype == np.float32:
-        return np.nextafter(upper, np.float32(-np.inf)).clip(-1e30, 1e30)  # infinity times 0 would be no number
+        return np.nextafter(upper, np.float32(-np.inf))
     return (upper - 0.5).astype(np.float32)
 
 
-def encode(kernel, threshold, dialect, is_ternary):
-    """Return kernel, bias and thresholds, [filters] each, in a dialect."""
+def encode(kernel, threshold, dialect):
+    """Return kernel, bias and thresholds, [filters] each, in a dialect.
+
+    Thresholds of the encoder may be infinite: the neuron fires never, or always (after nextafter the lowest float).
+    """
     if dialect == 'thresholds':
-        return kernel, np.zeros_like(threshold), threshold
-    largest = 2 * fan_in(kernel) + 1 if is_ternary else 2 * np.abs(threshold).max() + 1
-    scale = np.float32(2.0 ** -math.ceil(math.log2(largest + 1)))
-    return kernel * scale, 1 - threshold * scale, np.ones_like(threshold)
+        return kernel, np.zeros_like(threshold), threshold.clip(-1e30, 1e30)
+    is_constant = np.abs(threshold) > 1e30
+    known = np.where(is_constant, 0, threshold)
+    largest = np.maximum(np.abs(kernel).sum((0, 1, 2)), np.abs(known))  # sum and threshold are within it
+    scale = (2.0 ** -np.ceil(np.log2(2 * largest + 2))).astype(np.float32)
+    bias = np.where(is_constant, np.where(threshold > 0, 0, 2), 1 - known * scale)
+    return kernel * np.where(is_constant, 0, scale), bias, np.ones_like(threshold)
 
 
 def pad_evenly(kernel, before, behind):
@@ -109,7 +115,7 @@ def classifier(packed, halves, shape):
 
 
 def write_nir(path, packed, core, dialect, images):
-    """Write the graph and, as PATH.vectors.npz, test vectors; return the file's size in bytes.
+    """Write the graph and, as PATH.vectors.npz (.nir included), test vectors; return the file's size in bytes.
 
     images    uint8 [n, height, width, channels]; the vectors are the inputs of the graph and the spikes of each IF,
               NCHW, and the logits
@@ -118,8 +124,9 @@ def write_nir(path, packed, core, dialect, images):
 
     packed = neurons(packed)
     nodes = build_nodes(packed, core, dialect)
-    with replacing(path) as part, replacing(path.with_suffix('.vectors.npz')) as beside:
-        with h5py.File(part, 'w') as file:
+    content = io.BytesIO()  # on a full disk, HDF5 itself would end in a segmentation fault
+    with replacing(path) as part, replacing(path.with_name(f'{path.name}.vectors.npz')) as beside:
+        with h5py.File(content, 'w') as file:
             file.create_dataset('version', data=VERSION)
             group = file.create_group('node')
             group.create_dataset('type', data='NIRGraph')
@@ -131,6 +138,7 @@ def write_nir(path, packed, core, dialect, images):
                     where = f'nodes/{name}/{key}'
                     packing = {'compression': 'gzip'} if getattr(value, 'size', 1) > 100 else {}
                     group.create_dataset(where, data=value, **packing)
+        part.write_bytes(content.getvalue())
         with open(beside, 'wb') as file:
             np.savez_compressed(file, **make_vectors(packed, core, images))
     return path.stat().st_size
@@ -155,8 +163,9 @@ def halve(fired, layer):
 def check(packed, core):
     """Return why the network cannot be written, or None."""
     if packed.stem and not core:
-        return f'{packed.network} has a ReLU before the encoder, which NIR has not; use --core'
+        return (f'{packed.network} has a ReLU before the encoder, which NIR has not; export a .twta file, then use '
+                'python -m twta.export FILE.twta --format nir --core')
     borders = {layer.border for layer in packed.layers[1:]}
     if borders not in ({0}, {-1}, set()):
-        return f'{packed.network} pads with {sorted(borders)}; NIR pads with 0'
+        return f'{packed.network} pads with {sorted(borders)}, but NIR pads with 0; use qonnx or onnx'
     return None

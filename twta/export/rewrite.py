@@ -40,7 +40,7 @@ def count_from_rest(packed, temporal=False):
     for index, layer in enumerate(packed.layers):
         if index and layer.border != -1:
             raise TwtaError(f'{packed.network} was not trained with --rest -1 ({layer.name} pads with {layer.border}): '
-                            'its spikes cannot be counted from the state of rest')
+                            'its spikes cannot be counted from rest; use --conversion spatial')
         if index:
             upper = np.stack([layer.lower + 1, layer.upper]) + layer.weights.sum((0, 1, 2), dtype=np.int32)
         else:  # real sums of the image

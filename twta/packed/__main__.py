@@ -48,7 +48,7 @@ def make_parser():
     add('images', type=input_file, nargs='+', metavar='IMAGES',
         help='one .npy file: uint8 array [n, height, width, channels] written by numpy.save, or [n, height, width] if '
              'images have one channel. Or pictures (PNG, JPEG, WEBP, GIF, BMP), cut to the proportions of the network '
-             'and resized; write -- before names that begin with -')
+             'and resized. Write -- before a name like -x.png')
     add('--invert', action='store_true', help='swap light and dark, for dark digits on a light ground')
     add('--names', action='store_true', help='print names of classes instead of numbers')
     add('--picture', type=output_file, metavar='PNG',

@@ -39,6 +39,7 @@ KINDS = {str: 'a string that prints in one line', int: 'a whole number', list: '
 LARGEST_FILE = 1 << 28  # bytes; the scripts' largest network is about 200 times smaller
 LARGEST_SIZE = 1 << 16  # limit of every size in the header
 LARGEST_MAPS = 1 << 22  # values; limit of an image, and of the bordered inputs of all layers together
+RESERVED = '', 'input', 'output', 'images', 'logits', 'stem', 'layers', 'classifier'  # no names of layers: of formats
 POWERS = 3 ** np.arange(5)
 
 
@@ -312,9 +313,12 @@ def read_stem(entry, channels, arrays):
 
 def read_layers(entries, shape, arrays):
     """Return the Layers of a header's entries, and the shape of the last one's output."""
-    layers, values = [], 0
+    layers, values, names = [], 0, set(RESERVED)
     for index, entry in enumerate(entries):
         layers.append(read_layer(entry, shape, arrays, is_encoder=not index))
+        if layers[-1].name in names or '/' in layers[-1].name:
+            raise InvalidFile(f'the name {layers[-1].name[:80]!r} of a layer is taken, empty, or has a /')
+        names.add(layers[-1].name)
         values += math.prod(border(shape, layers[-1])[1]) * shape[2]
         shape = geometry(shape, layers[-1])[1]
         if max(values, math.prod(shape)) > LARGEST_MAPS:

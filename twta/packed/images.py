@@ -19,7 +19,7 @@ def read_images(path, shape):
         images = files.read_npy(path)
     except files.UNREADABLE as error:
         reason = getattr(error, 'strerror', None) or 'damaged, or no array of numbers'
-        raise TwtaError(f'{path}: {reason}; give images written by numpy.save, or pictures') from None
+        raise TwtaError(f'{path}: {reason}; give images written by numpy.save') from None
     wanted = f'uint8 [n, {", ".join(map(str, shape))}]'
     if images.dtype != np.uint8:
         raise TwtaError(f'{path}: {images.dtype}, but the network takes {wanted}')

@@ -62,7 +62,8 @@ def make_parser(script, description, datasets, default):
         help='folder with the checkpoints of --network (default: runs/NETWORK-DATASET beside README.md)')
     add('--checkpoint', choices=('last', 'best'), help='checkpoint of --network (default: last)')
     add('--file', type=path, metavar='FILE',
-        help='packed network, from --mode export, in place of --network; spatial only, needs no TensorFlow')
+        help='packed network, from --mode export, in place of --network; for --conversion spatial or '
+             'rest; needs no TensorFlow')
     add('--output', type=path, metavar='DIR',
         help='folder for the results (default: spikes-CONVERSION or spikes-CONVERSION-noise-P in the run directory; '
              'with --file, FILE-spikes-... in the current folder)')

@@ -151,7 +151,8 @@ def train(experiment, args, defaults, precision):
     script, dataset, run_dir = experiment.script, experiment.dataset, experiment.run_dir
     state = experiment.state or State(
         script, experiment.dataset_name, dataset.sha256, args.seed or 0, len(dataset.validation.labels),
-        experiment.options, str(experiment.weights) if experiment.weights else None, teacher.describe(args.teacher))
+        experiment.options, str(experiment.weights) if experiment.weights else None,
+        teacher=teacher.describe(args.teacher))
     stage = open_stage(state, experiment, args, defaults, precision)
     taught_by = teacher.find(state, args.teacher)
     network = build_graph(experiment.model, dataset.test.images.shape[1:], dataset.crop, state.seed, precision,

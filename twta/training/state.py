@@ -55,20 +55,20 @@ class State:
     validation: int  # images held out
     options: dict  # of the network; 'choices' in JSON
     weights: str | None  # the file that it began with, from --weights
-    teacher: dict | None = None  # of --teacher: file and sha256
     precision: list = dataclasses.field(default_factory=list)  # every type that it was trained in
     epoch: int = 0  # complete epochs
     part: PartialEpoch | None = None  # of the next one
     stages: list = dataclasses.field(default_factory=list)  # of Stage, in order
     history: list = dataclasses.field(default_factory=list)  # per epoch a dictionary of FIELDS and shares
     best_validation_accuracy: float = -1.0
+    teacher: dict | None = None  # of --teacher: file and sha256
 
     def to_json(self):
         entry = {'format': FORMAT, **vars(self), 'choices': self.options,
                  'part': self.part._asdict() if self.part else None,
                  'stages': [stage.to_json() for stage in self.stages]}
         del entry['options']
-        return entry
+        return {name: value for name, value in entry.items() if name != 'teacher' or value}
 
     @classmethod
     def from_json(cls, entry):

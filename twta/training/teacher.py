@@ -19,7 +19,7 @@ SCOPE = 'teacher'  # of its variables
 
 def describe(path):
     """Return what a run's state keeps of a teacher: file and SHA-256; None without one."""
-    return {'file': str(path), 'sha256': digest(path)} if path else None
+    return {'file': str(path.resolve()), 'sha256': digest(path)} if path else None
 
 
 def find(state, flag):
@@ -47,12 +47,13 @@ def model_of(path, model):
     path     of its model.npz
     model    of the student, functools.partial of the script's model with its options
 
-    Raises UsageError if config.json beside the file tells that it was not trained with --quantize nothing.
+    Raises UsageError if config.json beside the file does not tell that it was trained with --quantize nothing.
     """
     trained_with = run_directory.read_config(path.parent)['flags'].get('choices', {})
-    if trained_with.get('quantize', 'nothing') != 'nothing':
-        raise UsageError(f'--teacher {path}: trained with --quantize {trained_with["quantize"]}; give the model.npz '
-                         'of a training with --quantize nothing')
+    if trained_with.get('quantize') != 'nothing':
+        reason = (f'trained with --quantize {trained_with["quantize"]}' if 'quantize' in trained_with else
+                  'config.json beside it does not tell that it was trained with --quantize nothing')
+        raise UsageError(f'--teacher {path}: {reason}; give the model.npz in the run directory of such a training')
     options = with_defaults(dict.fromkeys(model.keywords))
     pooling = trained_with.get('pooling', model.keywords['pooling'])
     return functools.partial(model.func, **{**options, 'pooling': pooling, 'quantize': 'nothing', 'exact': False})
