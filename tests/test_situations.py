@@ -21,7 +21,7 @@ from twta.training import checkpoints, run_directory
 # Names and folders
 
 
-@pytest.mark.parametrize('name', ['lr[1e-3]', 'a*b', 'what?', 'back\\slash', 'sp ace', '~', '$HOME', '%d', 'Прогон 跑'])
+@pytest.mark.parametrize('name', ['lr[1e-3]', 'a*b?', 'back\\slash', '~', 'Прогон 跑 %d $HOME'])
 def test_any_name_of_a_run_directory_works(finished_run, tmp_path, name):
     """Train two epochs, resume for the third, evaluate; a neighbour that the name matches as a pattern stays."""
     neighbour = tmp_path / 'lr1' / 'last-1.index'

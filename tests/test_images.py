@@ -1,0 +1,138 @@
+"""Images for the stand-alone command: arrays and pictures; its engine after a fork and with a damaged cache."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import NETWORKS, ROOT, random_images, random_packed
+
+from twta.packed import __main__, file_format, images, numpy_engine
+
+
+def standalone_main(arguments):
+    __main__.main(list(map(str, arguments)))
+
+
+@pytest.mark.parametrize('array', [np.zeros((9, 8), np.uint8), np.zeros((9, 8, 1), np.uint8),
+                                   np.zeros((1, 9, 8), np.uint8), np.zeros((1, 9, 8, 1), np.uint8)])
+def test_one_image_is_one_image(tmp_path, array):
+    np.save(tmp_path / 'x.npy', array)
+    assert images.read_images(tmp_path / 'x.npy', (9, 8, 1)).shape == (1, 9, 8, 1)
+
+
+def picture(path, array, **how):
+    from PIL import Image
+
+    Image.fromarray(array).save(path, **how)
+    return path
+
+
+def test_a_picture_of_the_right_size_is_its_pixels(tmp_path):
+    for shape in ((9, 8, 1), (9, 8, 3)):
+        pixels = np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+        path = picture(tmp_path / 'a.png', pixels.squeeze())
+        np.testing.assert_array_equal(images.read_picture(path, shape), pixels)
+
+
+def test_pictures_of_other_sizes_and_kinds(tmp_path):
+    """A square in the centre stays there: resized, cut, grey or coloured, with 16 bits, transparent, turned."""
+    from PIL import Image
+
+    square = np.zeros((40, 80), np.uint8)
+    square[10:30, 30:50] = 255
+    expected = np.pad(np.full((4, 4, 1), 255, np.uint8), ((2, 2), (2, 2), (0, 0)))
+    clear = np.stack([square * 0, square * 0, square * 0, 255 - square], axis=-1)  # the square is transparent, so white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    paths = [picture(tmp_path / 'grey.png', square), picture(tmp_path / 'colour.bmp', np.stack([square] * 3, axis=-1)),
+             picture(tmp_path / 'deep.png', square.astype(np.uint16) * 257), picture(tmp_path / 'clear.png', clear),
+             picture(tmp_path / 'turned.jpg', square, exif=exif)]
+    for path in paths:
+        found = images.read_picture(path, (8, 8, 1)).astype(int)
+        assert np.abs(found - expected).max() < 60, (path, found[..., 0])
+    assert images.read_picture(paths[0], (8, 8, 3)).shape == (8, 8, 3)
+
+
+def test_pictures_at_the_command(tmp_path, capsys):
+    packed = random_packed(*NETWORKS['dense'])._replace(dataset='mnist')
+    file_format.write(tmp_path / 'n.twta', packed)
+    x = random_images(packed, 3) // 4
+    paths = [picture(tmp_path / f'{i}.png', image[..., 0]) for i, image in enumerate(x)]
+    expected = numpy_engine.NumpyEngine(packed).logits(x).argmax(1)
+    standalone_main([tmp_path / 'n.twta', *paths, '--engine', 'numpy', '--picture', tmp_path / 'drawn.png'])
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [f'{path}: {k} class{k}' for path, k in zip(paths, expected, strict=True)]
+    assert 'WARNING' not in said.err and (tmp_path / 'drawn.png').stat().st_size > 1000
+    bright = [picture(tmp_path / f'{i}.png', 255 - image[..., 0]) for i, image in enumerate(x)]
+    standalone_main([tmp_path / 'n.twta', *bright, '--engine', 'numpy', '--names'])
+    assert 'try --invert' in capsys.readouterr().err
+    standalone_main([tmp_path / 'n.twta', *bright, '--engine', 'numpy', '--invert'])
+    assert capsys.readouterr().out.splitlines() == [f'{path}: {k} class{k}' for path, k in
+                                                    zip(bright, expected, strict=True)]
+
+
+@pytest.mark.parametrize('names, words', [(['no.png'], 'damaged, or none of PNG'), (['x.npy', 'no.png'], 'given alone'),
+                                          (['large.png'], 'too large')])
+def test_pictures_that_cannot_be_read(tmp_path, monkeypatch, capsys, names, words):
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    file_format.write(tmp_path / 'n.twta', random_packed(*NETWORKS['dense']))
+    np.save('x.npy', np.zeros((2, 9, 8), np.uint8))
+    Path('no.png').write_text('no picture')
+    picture('large.png', np.zeros((40, 40), np.uint8))
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
+    with pytest.raises(SystemExit):
+        standalone_main(['n.twta', *names])
+    said = capsys.readouterr()
+    assert words in said.err and said.err.count('\n') == 1 and said.out == ''
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes and caches
+
+
+FORK = """
+import multiprocessing, sys
+from conftest import NETWORKS, random_images, random_packed
+from twta import TwtaError
+from twta.packed import engines
+packed = random_packed(*NETWORKS['dense'])
+engine, x = engines.open_engine(packed, 'numba'), random_images(packed, 300)
+def classes(_):
+    try:
+        return engines.logits(engine, x).argmax(1).tolist()
+    except TwtaError as error:
+        return str(error)
+if sys.argv[1] == 'after':
+    before = classes(0)
+with multiprocessing.get_context('fork').Pool(2) as pool:
+    for found in pool.map(classes, range(2)):
+        print(found if isinstance(found, str) else 'same' if found == classes(0) else 'other')
+"""
+
+
+@pytest.mark.parametrize('moment, words', [('before', 'same'), ('after', 'this process was forked from one whose')])
+def test_after_a_fork_an_engine_works_or_says_why_not(tmp_path, moment, words):
+    finished = subprocess.run([sys.executable, '-c', FORK, moment], capture_output=True, text=True, timeout=100,
+                              env={**os.environ, 'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'})
+    assert [line.startswith(words) for line in finished.stdout.splitlines()] == [True, True], finished.stderr
+
+
+@pytest.mark.parametrize('suffix', ['nbi', 'nbc'])
+def test_a_damaged_cache_of_numba_costs_only_time(tmp_path, suffix):
+    packed = random_packed(*NETWORKS['dense'])
+    file_format.write(tmp_path / 'n.twta', packed)
+    np.save(tmp_path / 'x.npy', random_images(packed, 3))
+    outputs = []
+    for damage in (False, True):
+        for path in (tmp_path / 'cache').rglob(f'*.{suffix}') if damage else ():
+            path.write_bytes(path.read_bytes()[:300])
+        command = [sys.executable, '-m', 'twta.packed', tmp_path / 'n.twta', tmp_path / 'x.npy']
+        finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                                  env={**os.environ, 'NUMBA_CACHE_DIR': f'{tmp_path}/cache'})
+        assert finished.returncode == 0 and ("numba's cache cannot be used" in finished.stderr) == damage
+        outputs.append(finished.stdout)
+    assert outputs[0] == outputs[1] and outputs[0]
