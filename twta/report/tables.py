@@ -9,6 +9,7 @@ from twta.report.evidence import ROOT, by_protocol, protocol
 from twta.report.markdown import table
 from twta.report.speeds import benchmark
 from twta.scripts import find_scripts
+from twta.training.records import list_options
 
 README, RESULTS, EXPERIMENTS, SPIKES, BENCHMARKS = (ROOT / page for page in (
     'README.md', 'results/README.md', 'docs/experiments.md', 'docs/spikes.md', 'benchmarks/README.md'))
@@ -163,7 +164,8 @@ def spikes(found):
     rows = []
     for record in found:
         total, noise = record['layers'][-1], f'{100 * record["noise_ratio"]:.3g}%'
-        rows.append((record['network'], f'{record["conversion"]}, {record["steps"]}', noise,
+        name = ', '.join([record['network'], *list_options(record['record'].get('choices') or {})])
+        rows.append((name, f'{record["conversion"]}, {record["steps"]}', noise,
                      percent([record['accuracy']]), f'{total["neurons"]:,}', f'{total["spikes"]:,.0f}',
                      f'{total["rate"]:.1%}', f'{total["operations"]:,.0f}', f'{total["nonzero_operations"]:,.0f}'))
     return table(('network', 'conversion, steps', 'noise', 'test, %', 'neurons', 'spikes', 'rate',
