@@ -120,12 +120,13 @@ def own_calls(trace, folder):
     return sorted(found)
 
 
-def inject(command, check, prepared, say=print, only=None, share=(1, 1)):
+def inject(command, check, prepared, say=print, only=None, share=(1, 1), names=ERRORS):
     """Run the command with each of its own calls failing; return the number of injections and of exit codes not 0.
 
     prepared    a folder, copied for each injection
     only        a number: so many of the injections, spread evenly
     share       (k, n): every n-th of these, from the k-th on
+    names       of the calls, keys of ERRORS
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / 'f'
@@ -134,7 +135,8 @@ def inject(command, check, prepared, say=print, only=None, share=(1, 1)):
         code, _, errors = run(command, folder, ['-y', '-xx', '-o', trace, '-e', f'trace={",".join(ERRORS)}'])
         assert code == 0, errors
         check(folder, True)
-        tries = [(name, number, error) for name, number in own_calls(trace, folder) for error in ERRORS[name]]
+        tries = [(name, number, error) for name, number in own_calls(trace, folder)
+                 for error in ERRORS[name] if name in names]
         tries = tries[::-(-len(tries) // only)] if only else tries
         tries, failed = tries[share[0] - 1::share[1]], 0
         for count, (name, number, error) in enumerate(tries):
@@ -177,7 +179,7 @@ def server(content):
             process.kill()
 
 
-def run_all(only=None, share=(1, 1), say=print):
+def run_all(only=None, share=(1, 1), names=ERRORS, say=print):
     """Inject into the three commands; return per command: its name, injections, exit codes that are not 0."""
     os.environ.update(TF_NUM_INTRAOP_THREADS='1', TF_NUM_INTEROP_THREADS='1')  # N counts the calls of one thread
     load_script(SCRIPT)
@@ -188,10 +190,10 @@ def run_all(only=None, share=(1, 1), say=print):
     rows, content = [], os.urandom(300_000)
     with prepared_run() as folder:
         for command, check in ((train, check_training), (export, check_export)):
-            rows.append((command.__name__, *inject(command, check, folder, say, only, share)))
+            rows.append((command.__name__, *inject(command, check, folder, say, only, share, names)))
     with server(content) as url, tempfile.TemporaryDirectory() as empty:
         rows.append(('download', *inject(partial(download, url=url, content=content),
-                                         partial(check_download, content=content), empty, say, only, share)))
+                                         partial(check_download, content=content), empty, say, only, share, names)))
     return rows
 
 
@@ -201,9 +203,10 @@ def main():
                         help='about N injections per command, spread evenly (default: all)')
     parser.add_argument('--share', default='1/1', metavar='K/N',
                         help='the K-th of N shares, for one process per core (default: 1/1)')
+    parser.add_argument('--calls', nargs='+', choices=ERRORS, default=list(ERRORS), help='which calls (default: all)')
     args = parser.parse_args()
     begin = time.monotonic()
-    for name, tries, failed in run_all(args.only, tuple(map(int, args.share.split('/')))):
+    for name, tries, failed in run_all(args.only, tuple(map(int, args.share.split('/'))), args.calls):
         print(f'{name}: {tries} injections, {failed} ended with one line and an exit code, {tries - failed} did not '
               'matter; nothing was lost')
     print(f'{(time.monotonic() - begin) / 60:.0f} minutes')

@@ -339,6 +339,19 @@ def test_a_picture_that_cannot_be_drawn_costs_no_result(tmp_path, monkeypatch, c
     assert not list((tmp_path / 'run').glob('*.png'))
 
 
+@pytest.mark.parametrize('method', ['__init__', 'write', 'flush'])
+def test_events_that_cannot_be_written_cost_no_result(tmp_path, monkeypatch, capsys, method):
+    """Let TensorBoard's file fail at its start, or in between: one line, and the training goes on."""
+    def fail(*arguments):
+        raise tf.errors.ResourceExhaustedError(None, None, 'No space left\non device')
+
+    monkeypatch.setattr(tf.python_io.TFRecordWriter, method, fail)
+    start(tmp_path, *QUICK[2:], '--epochs', 2)
+    said = capsys.readouterr()
+    assert said.out.count('no TensorBoard events from here on: No space left on device') == 1 and said.err == ''
+    assert (tmp_path / 'record.json').exists()
+
+
 def test_labels_of_logarithmic_axes_are_plain(tmp_path):
     row = {'training_accuracy': 0.5, 'validation_accuracy': None}
     history = [{**row, 'epoch': epoch, 'loss': loss} for epoch, loss in ((1, 30.0), (2, 0.02))]

@@ -4,9 +4,12 @@ Each file is written beside its name and moved into place, so that a kill leaves
 """
 import contextlib
 import json
+import os
+import platform
 import re
+import time
 
-from twta import UsageError, files
+from twta import UsageError, files, in_a_line
 from twta.graph.tf1 import tf
 from twta.results import write_csv
 from twta.terminal import say
@@ -127,15 +130,38 @@ def draw_curve(title, history):
 
 
 class Events:
-    """TensorBoard events in the run directory, a point per epoch."""
+    """TensorBoard events in the run directory, a point per epoch.
+
+    tf.summary.FileWriter writes in a thread of its own, which shows a traceback on a full disk and then ends the
+    training. Here a fault ends the events: a line names it.
+    """
 
     def __init__(self, run_dir, first_epoch):
-        self.writer = tf.summary.FileWriter(str(run_dir))
-        start = tf.SessionLog(status=tf.SessionLog.START)  # TensorBoard drops what a killed run wrote beyond
-        self.writer.add_session_log(start, first_epoch)
+        path = run_dir / f'events.out.tfevents.{int(time.time())}.{platform.node()}.{os.getpid()}'
+        self.writer = None
+        with self.optional():
+            self.writer = tf.python_io.TFRecordWriter(str(path))
+        self.write(file_version='brain.Event:2')
+        # TensorBoard drops what a killed run wrote beyond this epoch
+        self.write(step=first_epoch, session_log=tf.SessionLog(status=tf.SessionLog.START))
+
+    @contextlib.contextmanager
+    def optional(self):
+        """Do something with the writer; if that fails, say so and go on without events."""
+        try:
+            yield
+        except (tf.errors.OpError, OSError, RuntimeError) as error:
+            say(f'no TensorBoard events from here on: {in_a_line(str(error))[:200]}')
+            self.writer = None
+
+    def write(self, **fields):
+        """Write a tf.Event with these fields, unless an earlier one has failed."""
+        if self.writer:
+            with self.optional():
+                self.writer.write(tf.Event(wall_time=time.time(), **fields).SerializeToString())
+                self.writer.flush()
 
     def add(self, row):
         values = [tf.Summary.Value(tag=field, simple_value=row[field]) for field in FIELDS[1:]
                   if row[field] is not None]
-        self.writer.add_summary(tf.Summary(value=values), row['epoch'])
-        self.writer.flush()
+        self.write(step=row['epoch'], summary=tf.Summary(value=values))
