@@ -186,6 +186,15 @@ def test_leftovers_of_kills_are_removed_and_other_files_stay(finished_run, tmp_p
     assert set(os.listdir(tmp_path)) == before | others
 
 
+def test_a_training_leaves_alone_what_an_evaluation_beside_it_is_writing(tmp_path, monkeypatch):
+    """Its checkpoints remove no temporary file; only the start of the next training does."""
+    in_epoch(monkeypatch, 1, lambda: (tmp_path / '.part.7.result.json').touch())
+    start(tmp_path, *QUICK[2:], '--epochs', 2)
+    assert (tmp_path / '.part.7.result.json').exists()
+    start(tmp_path, *QUICK[2:], '--epochs', 1, '--resume', 'True')
+    assert not (tmp_path / '.part.7.result.json').exists()
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Losses, clocks, directories, disks
 

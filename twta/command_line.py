@@ -10,7 +10,8 @@ from twta import UsageError
 from twta.options import NOTHING_TO_PACK, OPTIONS, SHORT, SUFFIXES, WAYS, with_defaults
 from twta.terminal import Parser, errors_in_a_line, natural, path, positive_integer, positive_number, truth_or_auto
 
-OF_TRAINING = 'epochs', 'learning_rate', 'schedule', 'augmentation', 'protocol', 'batch_size', 'seed', 'validation'
+OF_TRAINING = 'epochs', 'learning_rate', 'schedule', 'augmentation', 'protocol', 'batch_size', 'seed', 'validation', \
+    'teacher'
 
 
 def run(script, description, model, datasets, learning_rate, epochs, batch_size, options=()):
@@ -225,19 +226,15 @@ def check_network(args, script):
 def check_meaning(args):
     """Check that each flag that is given has a meaning beside the others."""
     is_packed, is_export, is_training = args.engine == 'packed', args.mode == 'export', args.mode == 'training'
-    if args.weights and not args.weights.is_file():
-        reason = 'not a file' if args.weights.exists() else 'no such file'
-        raise UsageError(f'--weights {args.weights}: {reason}; a training writes model.npz into its --run_dir')
+    for flag, training in (('weights', 'a training'), ('teacher', 'a training with --quantize nothing')):
+        file = getattr(args, flag)
+        if file and not file.is_file():
+            reason = 'not a file' if file.exists() else 'no such file'
+            raise UsageError(f'--{flag} {file}: {reason}; {training} writes model.npz into its --run_dir')
     if args.resume == 'auto' and not is_training:
         raise UsageError(f'--resume auto is for --mode training; leave it out with --mode {args.mode}')
-    if args.teacher and not is_training:
-        raise UsageError(f'--teacher has no meaning with --mode {args.mode}; leave it out')
     if args.teacher and 'quantize' not in args.options:
         raise UsageError('--teacher is for scripts that have --quantize, which trains the teacher; leave it out')
-    if args.teacher and not args.teacher.is_file():
-        reason = 'not a file' if args.teacher.exists() else 'no such file'
-        raise UsageError(f'--teacher {args.teacher}: {reason}; a training with --quantize nothing writes model.npz '
-                         'into its --run_dir')
     if args.weights and args.resume is True:
         raise UsageError('--weights and --resume True: weights come from a file or from a checkpoint; leave one out')
     if not is_training and args.resume is False and not args.weights and not is_packed:
@@ -282,7 +279,7 @@ def check_files(args, script):
         raise UsageError(f'--file {args.file}: no such folder; make it first, or choose another file')
     if args.file and args.file.exists() and not args.file.is_file():
         raise UsageError(f'--file {args.file}: not a file')
-    if is_export and args.file.parent == args.run_dir and args.file.name in ('model.npz', 'config.json'):
+    if is_export and args.file == args.run_dir / 'model.npz':
         raise UsageError(f'--file {args.file}: the run keeps its weights there; choose another name')
     if is_packed and not args.file.is_file():
         make = command(script, '--mode export', 'dataset', 'data_dir', 'run_dir', 'file', args=args)

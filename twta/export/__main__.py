@@ -39,7 +39,7 @@ def check_out(out, args):
 
 def choose_images(args, packed):
     """Return the images that the file needs, uint8 [n, *packed.image], and where they are from."""
-    most = formats.IMAGES.get(args.format, formats.VECTORS)
+    most = formats.count_images(args.format)
     if args.images:
         return read_images(args.images, packed.image)[:most], str(args.images)
     if args.format == 'html':  # a page without test images
@@ -60,7 +60,8 @@ def make_parser():
              'in the current folder)')
     add('--images', type=input_file, metavar='NPY',
         help=f'uint8 images [n, height, width, channels], written by numpy.save. The first {formats.VECTORS} become '
-             f'test vectors (default: noise); the first {formats.IMAGES["html"]} are in a web page (default: none)')
+             f'test vectors (default: noise); the first {formats.count_images("html")} are in a web page (default: '
+             'none)')
     add('--core', action='store_true',
         help="begin with the encoder's activations. qonnx: also without the classifier and without groups; nir: the "
              'classifier stays')

@@ -199,17 +199,15 @@ def c_name(text):
     return name if name[:1].isalpha() else f'network_{name}'
 
 
-def write_onnx(path, packed, vectors):
-    """Write an ONNX model and its test vectors; return the model's size in bytes."""
-    from twta.export import onnx_format  # here: the package onnx is optional
-
-    return onnx_format.write_model(path, onnx_format.build_model(packed), vectors)
-
-
-WRITERS = {'npz': write_npz, 'c': write_c, 'onnx': write_onnx}
+WRITERS = {'npz': write_npz, 'c': write_c}
 IMAGES = {'html': 10}  # images in a file, if not VECTORS
 BESIDE = 'onnx', 'qonnx', 'nir'  # their test vectors are in a file of their own
 DIALECTS = {'qonnx': ('thresholds', 'quant'), 'nir': ('thresholds', 'biases')}  # the first is the default
+
+
+def count_images(name):
+    """Return how many images a file of a format has, at most."""
+    return IMAGES.get(name, VECTORS)
 
 
 def describe_images(name, path, count, which):
@@ -238,11 +236,27 @@ def write(name, path, packed, images, core=False, dialect=None):
         from twta.export import html_format
 
         return html_format.write_html(path, packed, images)
+    data, vectors = build(name, packed, images, core, dialect)
+    # neither file is in place before both are written
+    with replacing(path) as part, replacing(vectors_file(name, path)) as beside:
+        part.write_bytes(data)
+        with open(beside, 'wb') as file:
+            np.savez_compressed(file, **vectors)
+    return len(data)
+
+
+def build(name, packed, images, core, dialect):
+    """Return the bytes of a file in a format of BESIDE, and its test vectors."""
+    if name == 'onnx':
+        from twta.export import onnx_format  # here, and below: the packages are optional
+
+        return onnx_format.build_model(packed).SerializeToString(), make_vectors(packed, images)
     dialect = dialect or DIALECTS[name][0]
-    if name == 'nir':
-        from twta.export import nir_format  # here, and below: the packages are optional
+    if name == 'qonnx':
+        from twta.export import qonnx_format
 
-        return nir_format.write_nir(path, packed, core, dialect, images)
-    from twta.export import onnx_format, qonnx_format
+        return qonnx_format.build_model(packed, core, dialect).SerializeToString(), make_vectors(packed, images)
+    from twta.export import nir_format
 
-    return onnx_format.write_model(path, qonnx_format.build_model(packed, core, dialect), make_vectors(packed, images))
+    packed = nir_format.neurons(packed)
+    return nir_format.build_file(packed, core, dialect), nir_format.make_vectors(packed, core, images)

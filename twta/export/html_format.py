@@ -17,12 +17,9 @@ from twta.packed import file_format
 FOLDER = Path(__file__).parent / 'page'
 
 
-def build_page(packed, data, images):
-    """Return the page as text.
-
-    data      the bytes of the packed file
-    images    uint8 [n, height, width, channels], which are in the page
-    """
+def build_page(packed, images):
+    """Return the page as text, with these images in it, uint8 [n, height, width, channels]."""
+    data = file_format.serialize(packed)
     encoded = [base64.b64encode(np.ascontiguousarray(image).tobytes()).decode() for image in images]
     values = {'network': base64.b64encode(data).decode(), 'images': encoded, 'bytes': len(data)}
     engine = (FOLDER / 'engine.js').read_text().partition("\nif (typeof module")[0]
@@ -41,8 +38,7 @@ def digest(text):
 
 def write_html(path, packed, images):
     """Write the page and return its size in bytes."""
+    page = build_page(packed, images).encode()
     with replacing(path) as part:
-        file_format.write(part, packed)  # the bytes of a packed file; then the page takes their place
-        text = build_page(packed, part.read_bytes(), images)
-        part.write_text(text, encoding='utf-8')
-    return len(text.encode())
+        part.write_bytes(page)
+    return len(page)

@@ -19,8 +19,8 @@ import itertools
 import numpy as np
 
 from twta.export.rewrite import count_from_rest, fires_negatively, without_groups
-from twta.files import replacing
 from twta.packed.file_format import after, shapes
+from twta.packed.numpy_engine import NumpyEngine, prepare
 
 VERSION = '1.0.8'  # of nir
 
@@ -114,40 +114,29 @@ def classifier(packed, halves, shape):
     return convolution(read_halves(kernel, halves), packed.shift, shape[:2], 1, [0, 0])
 
 
-def write_nir(path, packed, core, dialect, images):
-    """Write the graph and, as PATH.vectors.npz (.nir included), test vectors; return the file's size in bytes.
-
-    images    uint8 [n, height, width, channels]; the vectors are the inputs of the graph and the spikes of each IF,
-              NCHW, and the logits
-    """
+def build_file(packed, core, dialect):
+    """Return the bytes of the file; packed: see neurons."""
     import h5py  # here: TensorFlow brings it, twta.packed does without
 
-    packed = neurons(packed)
-    nodes = build_nodes(packed, core, dialect)
     content = io.BytesIO()  # on a full disk, HDF5 itself would end in a segmentation fault
-    with replacing(path) as part, replacing(path.with_name(f'{path.name}.vectors.npz')) as beside:
-        with h5py.File(content, 'w') as file:
-            file.create_dataset('version', data=VERSION)
-            group = file.create_group('node')
-            group.create_dataset('type', data='NIRGraph')
-            names = list(nodes)
-            edges = np.array(list(itertools.pairwise(names)), dtype=h5py.string_dtype())
-            group.create_dataset('edges', data=edges)
-            for name, node in nodes.items():
-                for key, value in node.items():
-                    where = f'nodes/{name}/{key}'
-                    packing = {'compression': 'gzip'} if getattr(value, 'size', 1) > 100 else {}
-                    group.create_dataset(where, data=value, **packing)
-        part.write_bytes(content.getvalue())
-        with open(beside, 'wb') as file:
-            np.savez_compressed(file, **make_vectors(packed, core, images))
-    return path.stat().st_size
+    with h5py.File(content, 'w') as file:
+        file.create_dataset('version', data=VERSION)
+        group = file.create_group('node')
+        group.create_dataset('type', data='NIRGraph')
+        nodes = build_nodes(packed, core, dialect)
+        group.create_dataset('edges', data=np.array(list(itertools.pairwise(nodes)), dtype=h5py.string_dtype()))
+        for name, node in nodes.items():
+            for key, value in node.items():
+                packing = {'compression': 'gzip'} if getattr(value, 'size', 1) > 100 else {}
+                group.create_dataset(f'nodes/{name}/{key}', data=value, **packing)
+    return content.getvalue()
 
 
 def make_vectors(packed, core, images):
-    """Return input, spikes by layer, and logits of images, as the graph has them: halves of channels, NCHW."""
-    from twta.packed.numpy_engine import NumpyEngine, prepare
+    """Return input, spikes by layer, and logits of images, as the graph has them: halves of channels, NCHW.
 
+    images    uint8 [n, height, width, channels]
+    """
     logits, maps = NumpyEngine(packed).run(images)
     spikes = {layer.name: halve(fired, layer) for layer, fired in zip(packed.layers, maps, strict=True)}
     first = spikes[packed.layers[0].name] if core else prepare(images, packed.crop).transpose(0, 3, 1, 2)

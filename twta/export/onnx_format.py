@@ -6,7 +6,6 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from twta.files import replacing
 from twta.packed.file_format import Layer, after, geometry, input_shape, shapes
 
 OPSET, IR_VERSION = 17, 8  # of ONNX; old enough for the runtimes in use
@@ -162,14 +161,3 @@ def finish(builder, packed, first, last, opsets=()):
     helper.set_model_props(model, {'dataset': packed.dataset, 'classes': ','.join(packed.classes)})
     onnx.checker.check_model(model)
     return model
-
-
-def write_model(path, model, vectors):
-    """Write a model, and the test vectors as PATH.vectors.npz; return the model's size in bytes."""
-    data = model.SerializeToString()
-    vectors_path = path.with_suffix('.vectors.npz')
-    with replacing(path) as part, replacing(vectors_path) as beside:  # neither is in place before both are written
-        part.write_bytes(data)
-        with open(beside, 'wb') as file:
-            np.savez_compressed(file, **vectors)
-    return len(data)

@@ -125,7 +125,7 @@ def write(packed, dataset, file, form):
             + ('as neurons with one or two thresholds each' if file_format.is_expanded(packed) else
                f'{4 * parameters / integers:.1f} times less than float32 weights'))
     else:
-        images = dataset.test.images[:formats.IMAGES.get(form, formats.VECTORS)]
+        images = dataset.test.images[:formats.count_images(form)]
         size = formats.write(form, file, packed, images)
         say(formats.describe_images(form, file, len(images), 'of the test set'))
     say(f'{file}: {size:,} bytes')

@@ -15,6 +15,7 @@ from onnx import TensorProto, helper
 
 from twta.export.onnx_format import OnnxBuilder, add_ternary, classify, encode, ends, finish
 from twta.export.rewrite import without_groups
+from twta.export.spatial import above_lower
 from twta.packed.file_format import shapes
 
 DOMAIN = 'qonnx.custom_op.general'
@@ -46,9 +47,7 @@ class QonnxBuilder(OnnxBuilder):
 
 def thresholds(layer):
     """Return the least sums with activations 0 and +1, float32 [filters, 2]."""
-    is_whole = layer.upper.dtype == np.int32
-    least = layer.lower + 1 if is_whole else np.nextafter(layer.lower, np.float32(np.inf))
-    return np.stack([least, layer.upper], axis=1).astype(np.float32)
+    return np.stack([above_lower(layer), layer.upper], axis=1).astype(np.float32)
 
 
 def line(layer):

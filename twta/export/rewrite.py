@@ -2,7 +2,7 @@
 import numpy as np
 
 from twta import TwtaError
-from twta.export.spatial import spatial
+from twta.export.spatial import above_lower, spatial
 from twta.packed.file_format import fan_in
 
 
@@ -41,10 +41,9 @@ def count_from_rest(packed, temporal=False):
         if index and layer.border != -1:
             raise TwtaError(f'{packed.network} was not trained with --rest -1 ({layer.name} pads with {layer.border}): '
                             'its spikes cannot be counted from rest; use --conversion spatial')
-        if index:
-            upper = np.stack([layer.lower + 1, layer.upper]) + layer.weights.sum((0, 1, 2), dtype=np.int32)
-        else:  # real sums of the image
-            upper = np.stack([np.nextafter(layer.lower, np.float32(np.inf)), layer.upper])
+        upper = np.stack([above_lower(layer), layer.upper])
+        if index:  # the encoder reads the image, which is not counted from rest
+            upper += layer.weights.sum((0, 1, 2), dtype=np.int32)
         layers.append(layer._replace(upper=upper, border=0))
     weights = packed.weights
     if not temporal:

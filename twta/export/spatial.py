@@ -86,6 +86,12 @@ def split(layer, upper):
                           lower=np.full(lanes * filters, never, upper.dtype))
 
 
+def above_lower(layer):
+    """Return the least sums that are above `lower`, [filters]: their activation is 0 or +1."""
+    is_real = layer.lower.dtype == np.float32
+    return np.nextafter(layer.lower, np.float32(np.inf)) if is_real else layer.lower + 1
+
+
 def any_or_none(layer, maximum):
     """Return what makes a maximum from neurons that count spikes: thresholds and signs [lanes, filters], and worth.
 
@@ -95,7 +101,7 @@ def any_or_none(layer, maximum):
     """
     is_real = layer.upper.dtype == np.float32
     never, always = (np.inf, -np.inf) if is_real else (fan_in(layer.weights) + 1, -fan_in(layer.weights))
-    above = np.nextafter(layer.lower, np.float32(np.inf)) if is_real else layer.lower + 1
+    above = above_lower(layer)
     # at_least[k]: the least sum whose activation is k - 1 or more
     at_least = np.stack([np.full_like(above, always), above, layer.upper[0], np.full_like(above, never)])
     upper, signs, worth = [], [], []

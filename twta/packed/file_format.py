@@ -181,8 +181,8 @@ def filter_major(weights):
     return np.moveaxis(weights, 3, 0)
 
 
-def write(path, packed):
-    """Write a .twta file, whole or not at all; return its size in bytes."""
+def serialize(packed):
+    """Return the bytes of a .twta file."""
     header = {'network': packed.network, 'dataset': packed.dataset, 'image': packed.image, 'crop': packed.crop,
               'classes': packed.classes, 'record': packed.record, 'layers': [
                   {'name': layer.name, 'kernel': layer.weights.shape[:2], 'filters': layer.weights.shape[3],
@@ -203,9 +203,15 @@ def write(path, packed):
         parts += [weights.tobytes(), layer.upper.astype(kind).tobytes(), layer.lower.astype(kind).tobytes()]
     parts += [array.astype('<f4').tobytes() for array in (packed.weights, packed.scale, packed.shift)]
     data = b''.join(parts)
+    return data + hashlib.sha256(data).digest()
+
+
+def write(path, packed):
+    """Write a .twta file, whole or not at all; return its size in bytes."""
+    data = serialize(packed)
     with replacing(path) as part:
-        part.write_bytes(data + hashlib.sha256(data).digest())
-    return len(data) + 32
+        part.write_bytes(data)
+    return len(data)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

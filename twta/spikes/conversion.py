@@ -11,6 +11,7 @@ from twta.packed import engines, inference, numpy_engine
 from twta.results import environment, save_picture, write_csv, write_json
 from twta.spikes.simulation import BATCH, FIELDS, PackedSimulator, deletion, simulate, store_and_release
 from twta.terminal import say
+from twta.training.records import list_options
 
 
 def convert(experiment, flags):
@@ -97,8 +98,8 @@ def report(flags, plain, steps, expected, whose, dataset, images):
     for line in table(counts[2]):
         say(line)
     packed = plain.packed
-    options = ''.join(f', {name} {value}' for name, value in (packed.record.get('choices') or {}).items())
-    title = (f'{packed.network}{options}, on {dataset.title}\n'
+    network = ', '.join([packed.network, *list_options(packed.record.get('choices') or {})])
+    title = (f'{network}, on {dataset.title}\n'
              f'{flags.conversion} conversion, {steps} step{"s" * (steps > 1)}'
              + (f', {deleted}' if flags.noise_ratio else ''))
     write(flags.output, title, predicted == labels, *counts, {

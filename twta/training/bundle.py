@@ -46,7 +46,8 @@ def read_table(table):
     handles = table[-FOOTER:]
     start, at = read_varint(handles, 0)
     length, at = read_varint(handles, at)
-    list(read_block(table, start, length))  # "metaindex": empty, but TensorFlow reads it
+    for _ in read_block(table, start, length):  # "metaindex": empty, but TensorFlow reads it
+        pass
     start, at = read_varint(handles, at)
     length, at = read_varint(handles, at)
     end = entries = 0

@@ -72,7 +72,7 @@ class Checkpoints:
         lines = [f'model_checkpoint_path: "{name}"', *(f'all_model_checkpoint_paths: "{name}"' for name in names)]
         with files.replacing(self.run_dir / INDEX[which]) as part:
             part.write_text('\n'.join(lines) + '\n')
-        remove_leftovers(self.run_dir)
+        remove_replaced(self.run_dir)
 
 
 @contextlib.contextmanager
@@ -119,13 +119,27 @@ def listed(run_dir, which):
 
 
 def remove_leftovers(run_dir):
-    """Remove checkpoints that the index no longer lists, and what kills have left of others."""
+    """Remove checkpoints that the index no longer lists, and what kills have left of other files.
+
+    For the start of a training: later, an evaluation beside it may be writing such files.
+    """
+    remove_replaced(run_dir)
+    for path in run_dir.iterdir():
+        if HALF_WRITTEN.fullmatch(path.name):
+            remove(path)
+
+
+def remove_replaced(run_dir):
+    """Remove checkpoints that the index no longer lists."""
     names = {which: [Path(path).name for path in listed(run_dir, which)] for which in INDEX}
     for path in run_dir.iterdir():
         saved = SAVED.fullmatch(path.name)
-        is_replaced = saved and names[saved['which']] and saved['name'] not in names[saved['which']]
-        if is_replaced or HALF_WRITTEN.fullmatch(path.name):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if saved and names[saved['which']] and saved['name'] not in names[saved['which']]:
+            remove(path)
+
+
+def remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def find(run_dir, which):
