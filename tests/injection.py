@@ -174,18 +174,21 @@ def server(content):
         (Path(folder) / 'file').write_bytes(content)
         command = [sys.executable, '-u', '-m', 'http.server', '0', '--bind', '127.0.0.1', '--directory', folder]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-            port = process.stdout.readline().split(' port ')[1].split()[0]
-            yield f'http://127.0.0.1:{port}/file'
-            process.kill()
+            try:
+                port = process.stdout.readline().split(' port ')[1].split()[0]
+                yield f'http://127.0.0.1:{port}/file'
+            finally:  # else the end of this block would wait for the server for ever
+                process.kill()
 
 
 def run_all(only=None, share=(1, 1), names=ERRORS, say=print):
     """Inject into the three commands; return per command: its name, injections, exit codes that are not 0."""
     os.environ.update(TF_NUM_INTRAOP_THREADS='1', TF_NUM_INTEROP_THREADS='1')  # N counts the calls of one thread
     load_script(SCRIPT)
-    from twta.data import download
-    from twta.export import pack  # noqa: F401
-    from twta.training import evaluation, experiment  # noqa: F401
+    import twta.data.download
+    import twta.export.pack
+    import twta.training.evaluation
+    import twta.training.experiment  # noqa: F401, the forks need them
 
     rows, content = [], os.urandom(300_000)
     with prepared_run() as folder:
