@@ -31,6 +31,7 @@ from twta.packed import file_format
 from twta.terminal import errors_in_a_line
 
 SCRIPT = 'TWTA_2_2_MNIST'  # the smallest network
+COMMANDS = 'train', 'export', 'download'
 ERRORS = {'openat': ('ENOSPC', 'EDQUOT', 'EIO', 'EINTR'), 'write': ('ENOSPC', 'EDQUOT', 'EIO', 'EINTR'),
           'fsync': ('ENOSPC', 'EDQUOT', 'EIO', 'EINTR'), 'rename': ('ENOSPC', 'EDQUOT', 'EIO'), 'unlink': ('EIO',)}
 
@@ -181,8 +182,8 @@ def server(content):
                 process.kill()
 
 
-def run_all(only=None, share=(1, 1), names=ERRORS, say=print):
-    """Inject into the three commands; return per command: its name, injections, exit codes that are not 0."""
+def run_all(only=None, share=(1, 1), names=ERRORS, commands=COMMANDS, say=print):
+    """Inject into the commands; return per command: its name, injections, exit codes that are not 0."""
     os.environ.update(TF_NUM_INTRAOP_THREADS='1', TF_NUM_INTEROP_THREADS='1')  # N counts the calls of one thread
     load_script(SCRIPT)
     import twta.data.download
@@ -193,10 +194,12 @@ def run_all(only=None, share=(1, 1), names=ERRORS, say=print):
     rows, content = [], os.urandom(300_000)
     with prepared_run() as folder:
         for command, check in ((train, check_training), (export, check_export)):
-            rows.append((command.__name__, *inject(command, check, folder, say, only, share, names)))
-    with server(content) as url, tempfile.TemporaryDirectory() as empty:
-        rows.append(('download', *inject(partial(download, url=url, content=content),
-                                         partial(check_download, content=content), empty, say, only, share, names)))
+            if command.__name__ in commands:
+                rows.append((command.__name__, *inject(command, check, folder, say, only, share, names)))
+    if 'download' in commands:
+        with server(content) as url, tempfile.TemporaryDirectory() as empty:
+            command, check = partial(download, url=url, content=content), partial(check_download, content=content)
+            rows.append(('download', *inject(command, check, empty, say, only, share, names)))
     return rows
 
 
@@ -207,9 +210,10 @@ def main():
     parser.add_argument('--share', default='1/1', metavar='K/N',
                         help='the K-th of N shares, for one process per core (default: 1/1)')
     parser.add_argument('--calls', nargs='+', choices=ERRORS, default=list(ERRORS), help='which calls (default: all)')
+    parser.add_argument('--commands', nargs='+', choices=COMMANDS, default=COMMANDS, help='which (default: all)')
     args = parser.parse_args()
     begin = time.monotonic()
-    for name, tries, failed in run_all(args.only, tuple(map(int, args.share.split('/'))), args.calls):
+    for name, tries, failed in run_all(args.only, tuple(map(int, args.share.split('/'))), args.calls, args.commands):
         print(f'{name}: {tries} injections, {failed} ended with one line and an exit code, {tries - failed} did not '
               'matter; nothing was lost')
     print(f'{(time.monotonic() - begin) / 60:.0f} minutes')

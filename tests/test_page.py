@@ -1,6 +1,5 @@
 """The web page: its engine in Node and the page in Chromium, against the packed engine, if they are installed."""
 import base64
-import html
 import json
 import re
 import shutil
@@ -59,51 +58,152 @@ def test_the_engine_of_the_page_is_exact(source, tmp_path):
         assert sum(count[index]['spikes'] for count in counts) == np.abs(maps[index]).sum(dtype=int)
 
 
-def open_page(path, *flags):
-    """Return the page as Chromium has made it, and what it complained of."""
-    command = ['chromium', '--headless', '--no-sandbox', '--disable-gpu', '--enable-logging=stderr',
-               '--virtual-time-budget=5000', *flags]
-    finished = subprocess.run([*command, path.as_uri()], capture_output=True, text=True, timeout=120)
-    return finished.stdout, [line for line in finished.stderr.splitlines() if 'CONSOLE' in line]
+@pytest.fixture(scope='module')
+def browser():
+    """A Chromium that playwright drives; pip install playwright, apt install chromium."""
+    playwright = pytest.importorskip('playwright.sync_api', reason='needs playwright')
+    if not shutil.which('chromium'):
+        pytest.skip('needs Chromium')
+    with playwright.sync_playwright() as driver:
+        running = driver.chromium.launch(executable_path=shutil.which('chromium'), args=['--no-sandbox'])
+        yield running
+        running.close()
 
 
-def cells(dom, table):
-    """Return the rows of a table of the page, as lists of texts."""
-    body = re.search(rf'<table[^>]*id="{table}".*?<tbody>(.*?)</tbody>', dom, re.S)[1]
-    return [[html.unescape(re.sub('<.*?>', '', cell)) for cell in re.findall('<td.*?</td>', row, re.S)]
-            for row in re.findall('<tr.*?</tr>', body, re.S)]
+@pytest.fixture
+def show(browser, tmp_path):
+    """A function that opens the page of a network in the browser; nothing may be wrong on its console."""
+    complaints, pages = [], []
 
+    def show(packed, images):
+        html_format.write_html(tmp_path / 'n.html', packed, images)
+        pages.append(browser.new_page(viewport={'width': 1000, 'height': 800}))
+        pages[-1].on('console', lambda message: complaints.append(message.text))
+        pages[-1].on('pageerror', lambda error: complaints.append(str(error)))
+        pages[-1].goto((tmp_path / 'n.html').as_uri())
+        return pages[-1]
 
-@pytest.mark.skipif(not shutil.which('chromium'), reason='needs Chromium')
-@pytest.mark.parametrize('name', ['TWTA_4_4_MNIST', 'TWTA_3_3_CIFAR10_Group_V2', 'TWBA_CIFAR10_Model2', 'Quant_MNIST'])
-def test_the_page_in_a_browser(name, tmp_path):
-    """The page shows class, scores, spikes and additions of its first test image; nothing is wrong on the console."""
-    packed = file_format.read(ROOT / 'pretrained' / f'{name}.twta')
-    x = random_images(packed, 2)
-    html_format.write_html(tmp_path / 'n.html', packed, x)
-    dom, complaints = open_page(tmp_path / 'n.html', '--dump-dom')
+    yield show
+    for page in pages:
+        page.close()
     assert not complaints
-    logits, maps = NumpyEngine(packed).run(x[:1])
-    scores = cells(dom, 'scores')
+
+
+def cells(page, table):
+    """Return the rows of a table of the page, as lists of texts."""
+    texts = 'rows => rows.map(row => [...row.cells].map(cell => cell.textContent))'
+    return page.eval_on_selector_all(f'#{table} tbody tr', texts)
+
+
+def whole(row):
+    return int(row[1].replace(',', ''))
+
+
+@pytest.mark.parametrize('name', ['TWTA_4_4_MNIST', 'TWTA_3_3_CIFAR10_Group_V2', 'TWBA_CIFAR10_Model2', 'Quant_MNIST'])
+def test_the_page_in_a_browser(name, show):
+    """Scores of 200 images and activations of 20, by window.twta; what the page shows of its first test image."""
+    packed = file_format.read(ROOT / 'pretrained' / f'{name}.twta')
+    x = random_images(packed, 200)
+    logits, maps = NumpyEngine(packed).run(x[:20])
+    page = show(packed, x[:2])
+    classify = '''([text, maps]) => {
+        const found = twta.classify(Uint8Array.from(atob(text), c => c.charCodeAt(0)));
+        return [[...found.scores], found.prediction, maps ? found.activations.map(map => [...map]) : []];
+    }'''
+    found = [page.evaluate(classify, [base64.b64encode(image.tobytes()).decode(), index < 20])
+             for index, image in enumerate(x)]
+    expected = NumpyEngine(packed).run(x)[0]
+    np.testing.assert_allclose([scores for scores, *_ in found], expected, rtol=1e-6, atol=1e-6)
+    assert [prediction for _, prediction, _ in found] == expected.argmax(1).tolist()
+    for index, (*_, activations) in enumerate(found[:20]):
+        for shown, fired in zip(activations, maps, strict=True):
+            np.testing.assert_array_equal(shown, fired[index].ravel())
+    scores = cells(page, 'scores')
     assert [row[0] for row in scores] == list(packed.classes)
     np.testing.assert_allclose([float(row[2]) for row in scores], logits[0], atol=0.0051)
-    assert f'class: {packed.classes[logits[0].argmax()]}<' in dom
-    spikes = [int(row[1].replace(',', '')) for row in cells(dom, 'counts')]
-    assert spikes == [int(np.abs(fired).sum(dtype=int)) for fired in maps]
+    assert page.inner_text('#answer') == f'class: {packed.classes[logits[0].argmax()]}'
+    assert [whole(row) for row in cells(page, 'counts')] == [int(np.abs(fired[0]).sum(dtype=int)) for fired in maps]
+
+
+def test_drawing_by_mouse_and_by_keyboard(show):
+    packed = file_format.read(ROOT / 'pretrained' / 'TWTA_4_4_MNIST.twta')
+    page = show(packed, random_images(packed, 1))
+    page.click('text=Clear')
+    blank = cells(page, 'scores')
+    box = page.locator('#input').bounding_box()
+    x, top, bottom = (box['x'] + box['width'] / 2, *(box['y'] + box['height'] * part for part in (0.15, 0.85)))
+    page.mouse.move(x, top)
+    page.mouse.down()
+    page.mouse.move(x, bottom, steps=10)
+    page.mouse.up()
+    page.wait_for_function("document.getElementById('answer').textContent === 'class: 1'")
+    assert cells(page, 'scores') != blank
+    page.click('text=Clear')
+    page.focus('#input')
+    for key in ['ArrowUp'] * 9 + ['Shift+ArrowDown'] * 18:
+        page.keyboard.press(key)
+    page.wait_for_function("document.getElementById('answer').textContent === 'class: 1'")
+
+
+def test_a_map_shows_its_filter_and_sliders_change_the_scores(show):
+    packed = file_format.read(ROOT / 'pretrained' / 'TWTA_4_4_MNIST.twta')
+    page = show(packed, random_images(packed, 1))
+    assert page.is_hidden('#filter')
+    page.click('#map-2', position={'x': 2, 'y': 2})
+    name, upper, lower = packed.layers[2].name, packed.layers[2].upper, packed.layers[2].lower
+    assert page.inner_text('#filter-title') == f'{name}, filter 1 of 64'
+    assert f'at least {upper[0]}, -1 where its sum is at most {lower[0]}, else 0.' in page.inner_text('#filter-text')
+    page.keyboard.press('ArrowRight')
+    assert page.inner_text('#filter-title') == f'{name}, filter 2 of 64'
+    for slider in ('#noise', '#shift'):
+        before = cells(page, 'scores')
+        page.focus(slider)
+        page.keyboard.press('End')
+        page.wait_for_function('score => document.querySelector("#scores td.number").textContent !== score',
+                               arg=before[0][2])
+    page.locator('#noise').fill('0')
+
+
+@pytest.mark.parametrize(('name', 'steps'), [('TWTA_4_4_MNIST', 1), ('Quant_MNIST', 4)])
+def test_steps_of_temporal_conversion(name, steps, show):
+    """The spikes of all steps are those of the network. Each step has fewer: its level is above the one before."""
+    packed = file_format.read(ROOT / 'pretrained' / f'{name}.twta')
+    page = show(packed, random_images(packed, 1))
+    assert page.is_visible('#next') == (steps > 1)
+    if steps == 1:
+        return
+    total, found = [whole(row) for row in cells(page, 'counts')], []
+    for step in range(1, steps + 1):
+        page.click('#next')
+        assert page.inner_text('#step').startswith(f'step {step} of {steps}')
+        found.append([whole(row) for row in cells(page, 'counts')])
+    assert np.sum(found, axis=0).tolist() == total and (np.diff(found, axis=0) <= 0).all() and sum(found[-1]) > 0
+    page.click('#next')
+    assert [whole(row) for row in cells(page, 'counts')] == total
 
 
 EVIL = '<script>document.title = "evil"</script><img src=x onerror=alert(1)>'
 
 
-@pytest.mark.skipif(not shutil.which('chromium'), reason='needs Chromium')
-def test_names_from_a_file_are_text(tmp_path):
+def test_names_from_a_file_are_text(show):
     packed = random_packed(*NETWORKS['dense'])
     layers = tuple(layer._replace(name=f'{EVIL}{index}') for index, layer in enumerate(packed.layers))
     packed = packed._replace(network=EVIL, classes=(EVIL, f'</script>{EVIL}', 'x'), layers=layers)
-    html_format.write_html(tmp_path / 'n.html', packed, random_images(packed, 1))
-    dom, complaints = open_page(tmp_path / 'n.html', '--dump-dom')
-    assert not complaints and dom.count('<script') == 1 and '<img' not in dom
-    assert f'<title>{html.escape(EVIL, quote=False)}</title>' in dom.replace('&quot;', '"')
+    page = show(packed, random_images(packed, 1))
+    assert page.locator('script').count() == 1 and page.locator('img').count() == 0
+    assert page.title() == EVIL and [row[0] for row in cells(page, 'scores')] == list(packed.classes)
+
+
+@pytest.mark.parametrize('width', [360, 768, 1280])
+def test_the_page_fits_its_window(width, show):
+    """Nothing sticks out at the width of a phone, and nothing moves while one draws."""
+    packed = file_format.read(ROOT / 'pretrained' / 'Quant_MNIST.twta')
+    page = show(packed, random_images(packed, 2))
+    page.set_viewport_size({'width': width, 'height': 800})
+    assert page.evaluate('document.documentElement.scrollWidth') <= width
+    height = page.evaluate('document.documentElement.scrollHeight')
+    page.click('text=Clear')
+    assert page.evaluate('document.documentElement.scrollHeight') == height
 
 
 def test_the_page_connects_to_nothing_and_is_small(tmp_path):

@@ -83,6 +83,23 @@ function place(layer, height, width, channels) {
     layer.words = Math.ceil(layer.perGroup / 32);
 }
 
+/* Return the levels of a layer's activations: so many filters in turn have the same weights, and none fires negatively.
+
+   Export makes such filters by group, and in a group by level. What a maximum reads has one level. */
+function levels(layer, next) {
+    const share = layer.filters / layer.groups, {fanIn, weights} = layer;
+    if (next && next.perGroup === 1 && next.groups === layer.filters) return 1;
+    if (layer.lower.some(value => value >= -fanIn)) return 1;
+    const repeats = count => {
+        const period = share / count * fanIn;
+        return weights.every((w, k) => k % (share * fanIn) < period || w === weights[k - period]);
+    };
+    for (let count = share; count > 1; count--) {
+        if (share % count === 0 && repeats(count)) return count;
+    }
+    return 1;
+}
+
 /* Give a ternary layer its weights as bits, [filter][row][column][word]: where they are not 0, and where negative. */
 function packWeights(layer) {
     const cells = layer.filters * layer.kernel[0] * layer.kernel[1];
@@ -255,4 +272,4 @@ function run(net, pixels, deleted = null, shift = 0) {
     return {scores, prediction, activations, counts, sums};
 }
 
-if (typeof module !== 'undefined') module.exports = {parse, run};
+if (typeof module !== 'undefined') module.exports = {parse, run, levels};

@@ -6,7 +6,9 @@ const net = parse(decode(DATA.network));
 const [HEIGHT, WIDTH, CHANNELS] = net.image;
 const examples = DATA.images.map(decode);
 const $ = id => document.getElementById(id);
-const state = {pixels: new Uint8Array(HEIGHT * WIDTH * CHANNELS), result: null, chosen: [0, 0], pen: [WIDTH >> 1, HEIGHT >> 1]};
+const LEVELS = net.layers.map((layer, index) => levels(layer, net.layers[index + 1])), STEPS = Math.max(...LEVELS);
+const state = {pixels: new Uint8Array(HEIGHT * WIDTH * CHANNELS), result: null, chosen: [0, 0], pen: [WIDTH >> 1, HEIGHT >> 1],
+               step: 0};  // of temporal conversion, from 1 on; 0: all steps together
 
 window.twta = {classify: pixels => { const {scores, prediction, activations} = run(net, pixels); return {scores, prediction, activations}; }};
 
@@ -158,6 +160,7 @@ function update() {
     const taken = performance.now() - start;
     $('noise-value').textContent = `${$('noise').value} %`;
     $('shift-value').textContent = String(shift);
+    showStep();
     showScores();
     showCounts(taken);
     net.layers.forEach((layer, index) => showMaps(index));
@@ -176,12 +179,25 @@ function showScores() {
     });
 }
 
+/* Return a layer's spikes in the chosen step of temporal conversion, in which each level of a neuron has a step. */
+function firing(index) {
+    const all = state.result.activations[index], {filters, groups} = net.layers[index], share = filters / groups;
+    if (!state.step) return all;
+    return all.map((value, k) => Math.floor(k % filters % share / (share / LEVELS[index])) === state.step - 1 ? value : 0);
+}
+
+function showStep() {
+    $('step').textContent = state.step ? `step ${state.step} of ${STEPS}: maps and spikes are those of this step`
+        : 'all steps together';
+}
+
 function showCounts(taken) {
     const {counts} = state.result;
     let additions = 0, products = 0;
     [...$('counts').tBodies[0].rows].forEach((row, k) => {
         const count = counts[k];
-        const cells = [number(count.spikes), `${(100 * count.spikes / count.neurons).toFixed(0)} %`];
+        const spikes = state.step ? firing(k).reduce((sum, value) => sum + Math.abs(value), 0) : count.spikes;
+        const cells = [number(spikes), `${(100 * spikes / count.neurons * (state.step ? LEVELS[k] : 1)).toFixed(0)} %`];
         cells.push(...(k ? [number(count.additions), number(count.products - count.additions)] : ['real numbers', '']));
         cells.forEach((text, at) => { row.cells[at + 1].textContent = text; });
         if (k) { additions += count.additions; products += count.products; }
@@ -198,7 +214,7 @@ function grid(layer) {
 }
 
 function showMaps(index) {
-    const layer = net.layers[index], fired = state.result.activations[index], colours = palette(ACTIVATIONS);
+    const layer = net.layers[index], fired = firing(index), colours = palette(ACTIVATIONS);
     const {cell, columns, rows} = grid(layer), canvas = $(`map-${index}`);
     const [at, chosen] = state.chosen, mark = colour('--focus');
     paint(canvas, columns * cell[0], rows * cell[1], (x, y) => {
@@ -216,10 +232,12 @@ function showMaps(index) {
 function showFilter() {
     const [index, f] = state.chosen, layer = net.layers[index], sums = state.result.sums[index];
     const own = Array.from({length: sums.length / layer.filters}, (_, k) => sums[k * layer.filters + f]);
-    const show = value => Number.isFinite(value) ? (index ? String(value) : value.toPrecision(4)) : value > 0 ? 'never' : 'always';
+    const show = value => index ? String(value) : value.toPrecision(4), largestSum = index ? layer.fanIn : Number.MAX_VALUE;
+    const upper = layer.upper[f] > largestSum ? Infinity : layer.upper[f], lower = layer.lower[f] < -largestSum ? -Infinity : layer.lower[f];
+    const rules = [[upper, `+1 where its sum is at least ${show(upper)}`], [lower, `-1 where its sum is at most ${show(lower)}`]];
     $('filter-title').textContent = `${layer.name}, filter ${f + 1} of ${layer.filters}`;
-    $('filter-text').textContent = `It is +1 where its sum is at least ${show(layer.upper[f])}, -1 where it is at most `
-        + `${show(layer.lower[f])}, else 0. Here its sums go from ${show(Math.min(...own))} to ${show(Math.max(...own))}.`;
+    $('filter-text').textContent = `It is ${rules.filter(rule => Number.isFinite(rule[0])).map(rule => `${rule[1]}, `).join('')}else 0. `
+        + `Here its sums go from ${show(Math.min(...own))} to ${show(Math.max(...own))}.`;
     const [rows, columns] = layer.kernel, shown = Math.min(layer.perGroup, 256), wide = Math.ceil(Math.sqrt(shown)), colours = palette();
     const largest = index ? 1 : Math.max(...Array.from({length: layer.fanIn}, (_, k) => Math.abs(layer.weights[f * layer.fanIn + k])));
     paint($('filter-weights'), wide * (columns + 1), Math.ceil(shown / wide) * (rows + 1), (x, y) => {
@@ -228,7 +246,7 @@ function showFilter() {
         const w = layer.weights[((f * rows + i) * columns + j) * layer.perGroup + c] / largest;
         return colours[1].map((zero, k) => zero + (colours[w < 0 ? 0 : 2][k] - zero) * Math.abs(w));
     });
-    drawHistogram(own, [layer.lower[f], layer.upper[f]].map((t, k) => t + (index ? Number($('shift').value) + (k ? -.5 : .5) : 0)));
+    drawHistogram(own, [lower, upper].map((t, k) => t + (index ? Number($('shift').value) + (k ? -.5 : .5) : 0)));
 }
 
 function drawHistogram(values, thresholds) {
@@ -305,6 +323,8 @@ $('about').textContent = 'The network runs in this page, exactly as on the chip:
 });
 setUpLayers();
 setUpInput();
+$('steps').hidden = STEPS === 1;
+$('next').addEventListener('click', () => { state.step = (state.step + 1) % (STEPS + 1); update(); });
 ['noise', 'shift'].forEach(id => $(id).addEventListener('input', schedule));
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change', update);
 update();
