@@ -109,6 +109,20 @@ def test_qonnx(packed, tmp_path, core, dialect):
         assert model.graph.quantization_annotation[0].tensor_name == names[0]
 
 
+def test_onnx_with_weights_of_two_bits(packed, tmp_path):
+    if not hasattr(onnx.TensorProto, 'INT2'):
+        pytest.skip('needs an onnx with INT2')
+    images = random_images(packed, 3)
+    for dialect in ('int8', 'int2'):
+        formats.write('onnx', tmp_path / f'{dialect}.onnx', packed, images, dialect=dialect)
+    model = onnx.load(tmp_path / 'int2.onnx')
+    count = sum(layer.weights.size for layer in packed.layers[1:])
+    stored = [item for item in model.graph.initializer if item.data_type == onnx.TensorProto.INT2]
+    assert sum(int(np.prod(item.dims)) for item in stored) == count
+    found, = ReferenceEvaluator(model).run(None, {'images': images})
+    np.testing.assert_allclose(found, NumpyEngine(packed).run(images)[0], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize('name', ['TWTA_4_4_MNIST', 'TWTA_2_2_MNIST'])
 def test_qonnx_in_its_own_executor(name, tmp_path):
     pytest.importorskip('qonnx', reason='needs qonnx 1.0.0: pip install qonnx')
@@ -292,7 +306,9 @@ def test_the_command_needs_no_tensorflow(tmp_path):
     (('--format', 'c', '--dialect', 'biases'), 'is not one of --format c; leave it out'),
     (('--format', 'qonnx', '--dialect', 'quant'), 'add --core'),
     (('--format', 'onnx', '--out', 'x.nir'), 'its name ends in .onnx'),
-    (('--format', 'twta'), 'invalid choice'), ((), '--format')])
+    (('--format', 'onnx', '--divisor', '1'), '--divisor is for --format twta'),
+    (('--format', 'twta', '--core', '--out', 'x.twta'), '--core is for'),
+    (('--format', 'twta'), 'net.twta is read'), ((), '--format')])
 def test_flags_that_contradict_each_other(tmp_path, monkeypatch, capsys, flags, words):
     file_format.write(tmp_path / 'net.twta', random_packed(*NETWORKS['dense']))
     monkeypatch.chdir(tmp_path)

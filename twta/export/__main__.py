@@ -1,4 +1,8 @@
-"""python -m twta.export NET.twta --format FORMAT: write a packed network for other programs, without TensorFlow."""
+"""python -m twta.export NET.twta --format FORMAT: write a packed network for other programs, without TensorFlow.
+
+python -m twta.export NET.onnx --format twta: the other way round, from QONNX.
+"""
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,21 +12,43 @@ from twta.export import formats
 from twta.options import SUFFIXES
 from twta.packed import file_format
 from twta.packed.images import read_images
-from twta.terminal import Parser, errors_in_a_line, input_file, output_file, say
+from twta.terminal import Parser, errors_in_a_line, input_file, number, output_file, say
 
 
 def main(argv=None):
     parser = make_parser()
     with errors_in_a_line('twta.export'):
         args = parser.parse_args(argv)
+        out = (args.out or Path(stem(args.file) + SUFFIXES[args.format])).resolve()
+        check_out(out, args)
+        if args.divisor and args.format != 'twta':
+            raise UsageError('--divisor is for --format twta; leave it out')
+        if args.format == 'twta':
+            return import_network(args, out)
         packed = file_format.read(args.file)
         formats.check_format(args.format, packed, args.core, args.dialect)
-        out = (args.out or Path(args.file.stem + SUFFIXES[args.format])).resolve()
-        check_out(out, args)
         images, which = choose_images(args, packed)
         size = formats.write(args.format, out, packed, images, args.core, args.dialect)
         say(formats.describe_images(args.format, out, len(images), which))
         say(f'{out}: {size:,} bytes')
+
+
+def stem(path):
+    """Return the name of a file without its ending."""
+    return path.name.removesuffix('.onnx').removesuffix('.qonnx') if path.suffix == '.onnx' else path.stem
+
+
+def import_network(args, out):
+    """Write the packed network of a QONNX file."""
+    formats.check_format('twta', None, args.core, args.dialect)
+    from twta.export import qonnx_import  # here: onnx is optional
+
+    packed, original = qonnx_import.import_file(args.file, args.divisor or 255)
+    images, which = choose_images(args, packed)
+    qonnx_import.compare(packed, original, images)
+    file_format.write(out, packed)
+    say(f'the same scores as {args.file.name} on {len(images)} images ({which})')
+    say(f'{out}: {out.stat().st_size:,} bytes')
 
 
 def check_out(out, args):
@@ -51,13 +77,14 @@ def make_parser():
     parser = Parser(prog='python -m twta.export', allow_abbrev=False,
                     description='Write a packed network in the format of another program, without TensorFlow.')
     add = parser.add_argument
-    add('file', type=input_file, help='packed network (.twta), written by --mode export')
-    add('--format', choices=[name for name in SUFFIXES if name != 'twta'], required=True,
+    add('file', type=input_file,
+        help='packed network (.twta), written by --mode export; with --format twta: a QONNX file (.onnx)')
+    add('--format', choices=list(SUFFIXES), required=True,
         help='npz: plain arrays; c: a C header; onnx: ONNX; qonnx: QONNX, for FINN and Brevitas; nir: NIR, for spiking '
-             'networks; html: a web page that runs the network')
+             'networks; html: a web page that runs the network; twta: import a ternary network of Brevitas from QONNX')
     add('--out', type=output_file, metavar='FILE',
-        help='file to write (default: the name of the packed file with .npz, .h, .onnx, .qonnx.onnx, .nir or .html, '
-             'in the current folder)')
+        help='file to write (default: the name of the packed file with .npz, .h, .onnx, .qonnx.onnx, .nir, .html '
+             'or .twta, in the current folder)')
     add('--images', type=input_file, metavar='NPY',
         help=f'uint8 images [n, height, width, channels], written by numpy.save. The first {formats.VECTORS} become '
              f'test vectors (default: noise); the first {formats.count_images("html")} are in a web page (default: '
@@ -66,9 +93,11 @@ def make_parser():
         help="begin with the encoder's activations. qonnx: also without the classifier and without groups; nir: the "
              'classifier stays')
     add('--dialect', choices=sorted({dialect for dialects in formats.DIALECTS.values() for dialect in dialects}),
-        help='how activations are written. qonnx: thresholds (MultiThreshold) or quant (Mul, Add, Quant; for '
-             'readers without MultiThreshold). '
-             'nir: thresholds, or biases for readers with one threshold per layer (default: thresholds)')
+        help='how weights or activations are written. onnx: weights as int8 or int2 (opset 25; 2 bits per weight). '
+             'qonnx: thresholds (MultiThreshold) or quant (Mul, Add, Quant; for readers without MultiThreshold). '
+             'nir: thresholds, or biases for readers with one threshold per layer (default: int8, thresholds)')
+    add('--divisor', type=partial(number, least=1e-3, most=1e6), metavar='D',
+        help="twta: the file's network takes pixels / D (default: 255, torchvision's ToTensor)")
     add('--debug', action='store_true', help='show the traceback of an error')
     return parser
 

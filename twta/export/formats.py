@@ -26,17 +26,22 @@ def check_format(name, packed, core=False, dialect=None):
     if name == 'c' and packed.stem:
         raise UsageError(f'--format c: {packed.network} has two real-valued convolutions, but the header has room for '
                          'one; use npz or onnx')
-    package = {'onnx': 'onnx', 'qonnx': 'onnx', 'nir': 'h5py'}.get(name)
+    package = {'onnx': 'onnx', 'qonnx': 'onnx', 'twta': 'onnx', 'nir': 'h5py'}.get(name)
     if package and not importlib.util.find_spec(package):
         raise UsageError(f'--format {name}: the package {package} is not installed; pip install {package}')
-    if core and name not in DIALECTS:
-        raise UsageError(f'--core is for {" and ".join(DIALECTS)}; leave it out with --format {name}')
+    if core and name not in CORES:
+        raise UsageError(f'--core is for {" and ".join(CORES)}; leave it out with --format {name}')
     valid = DIALECTS.get(name, ())
     if dialect not in (None, *valid):
         choose = f'choose one of {", ".join(valid)}' if valid else 'leave it out'
         raise UsageError(f'--dialect {dialect} is not one of --format {name}; {choose}')
     if name == 'qonnx' and dialect == 'quant' and not core:
         raise UsageError('--dialect quant: the thresholds of the encoder cannot be written so; add --core')
+    if dialect == 'int2':
+        import onnx
+
+        if not hasattr(onnx.TensorProto, 'INT2'):
+            raise UsageError(f'--dialect int2: onnx {onnx.__version__} has no such type; pip install --upgrade onnx')
     if name == 'nir':
         from twta.export import nir_format
 
@@ -200,9 +205,10 @@ def c_name(text):
 
 
 WRITERS = {'npz': write_npz, 'c': write_c}
-IMAGES = {'html': 10}  # images in a file, if not VECTORS
+IMAGES = {'html': 10, 'twta': 20}  # images in a file, or compared at its import, if not VECTORS
 BESIDE = 'onnx', 'qonnx', 'nir'  # their test vectors are in a file of their own
-DIALECTS = {'qonnx': ('thresholds', 'quant'), 'nir': ('thresholds', 'biases')}  # the first is the default
+CORES = 'qonnx', 'nir'  # can begin with the encoder's activations
+DIALECTS = {'onnx': ('int8', 'int2'), 'qonnx': ('thresholds', 'quant'), 'nir': ('thresholds', 'biases')}
 
 
 def count_images(name):
@@ -247,11 +253,11 @@ def write(name, path, packed, images, core=False, dialect=None):
 
 def build(name, packed, images, core, dialect):
     """Return the bytes of a file in a format of BESIDE, and its test vectors."""
+    dialect = dialect or DIALECTS[name][0]
     if name == 'onnx':
         from twta.export import onnx_format  # here, and below: the packages are optional
 
-        return onnx_format.build_model(packed).SerializeToString(), make_vectors(packed, images)
-    dialect = dialect or DIALECTS[name][0]
+        return onnx_format.build_model(packed, dialect).SerializeToString(), make_vectors(packed, images)
     if name == 'qonnx':
         from twta.export import qonnx_format
 

@@ -8,13 +8,17 @@ from onnx import TensorProto, helper, numpy_helper
 
 from twta.packed.file_format import Layer, after, geometry, input_shape, shapes
 
-OPSET, IR_VERSION = 17, 8  # of ONNX; old enough for the runtimes in use
+VERSIONS = {'int8': (17, 8), 'int2': (25, 13)}  # opset and IR by type of the weights; int8 is for the runtimes in use
 
 
 class OnnxBuilder:
-    """The nodes and constants of an ONNX graph. Each method adds to them and returns the name of a tensor."""
+    """The nodes and constants of an ONNX graph. Each method adds to them and returns the name of a tensor.
 
-    def __init__(self):
+    dialect    the type of ternary weights in the file, a key of VERSIONS
+    """
+
+    def __init__(self, dialect='int8'):
+        self.dialect = dialect
         self.nodes = []
         self.constants = {}  # initializers by type, shape and bytes
 
@@ -40,7 +44,12 @@ class OnnxBuilder:
 
     def weights(self, layer):
         """Add the weights of a ternary layer, float32 [filter, channel, row, column]."""
-        return self.cast(self.constant(layer.weights.transpose(3, 2, 0, 1)), TensorProto.FLOAT)
+        weights = layer.weights.transpose(3, 2, 0, 1)
+        if self.dialect == 'int8':
+            return self.cast(self.constant(weights), TensorProto.FLOAT)
+        name = f'constant_{len(self.constants)}'
+        self.constants[name] = helper.make_tensor(name, TensorProto.INT2, weights.shape, weights.ravel())
+        return self.cast(name, TensorProto.FLOAT)
 
     def fire(self, sums, layer, output=None):
         """Add a layer's thresholds: from sums float32 NCHW to activations float32.
@@ -123,14 +132,14 @@ def classify(builder, x, packed):
     return builder.node('Add', scaled, packed.shift, output='logits')
 
 
-def build_model(packed):
+def build_model(packed, dialect='int8'):
     """Return the checked ModelProto, from `images` uint8 NHWC to `logits` float32 [n, classes].
 
-    Each layer's activations, float32 NCHW, have the layer's name.
+    Each layer's activations, float32 NCHW, have the layer's name. dialect: a key of VERSIONS.
     """
-    builder = OnnxBuilder()
+    builder = OnnxBuilder(dialect)
     classify(builder, add_ternary(builder, encode(builder, packed), packed), packed)
-    return finish(builder, packed, *ends(packed))
+    return finish(builder, packed, *ends(packed), versions=VERSIONS[dialect])
 
 
 def encode(builder, packed):
@@ -153,10 +162,16 @@ def ends(packed, n='n'):
             helper.make_tensor_value_info('logits', TensorProto.FLOAT, [n, len(packed.classes)]))
 
 
-def finish(builder, packed, first, last, opsets=()):
-    """Return the checked model of a builder's nodes; first, last: input and output; opsets: besides that of ONNX."""
+def finish(builder, packed, first, last, opsets=(), versions=VERSIONS['int8']):
+    """Return the checked model of a builder's nodes.
+
+    first, last    input and output
+    opsets         besides that of ONNX
+    versions       opset of ONNX, version of its IR
+    """
+    opset, ir_version = versions
     graph = helper.make_graph(builder.nodes, packed.network, [first], [last], builder.constants.values())
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', OPSET), *opsets], ir_version=IR_VERSION,
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', opset), *opsets], ir_version=ir_version,
                               producer_name='TWTA-Net')
     helper.set_model_props(model, {'dataset': packed.dataset, 'classes': ','.join(packed.classes)})
     onnx.checker.check_model(model)
