@@ -1,12 +1,14 @@
 """Export of a packed network as a web page: one file, which runs the network in the browser, without a network.
 
-The page consists of page/page.html, page.css, engine.js and page.js. Its Content-Security-Policy allows the page's own
-script and style, by their hashes, and no connection. What the network's file says reaches the page as text only.
+The page consists of page/page.html, page.css, engine.js, input.js and page.js. Its Content-Security-Policy allows the
+page's own script and style, by their hashes, and no connection. What the network's file says reaches the page as text
+only.
 """
 import base64
 import hashlib
 import html
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +24,14 @@ def build_page(packed, images):
     data = file_format.serialize(packed)
     encoded = [base64.b64encode(np.ascontiguousarray(image).tobytes()).decode() for image in images]
     values = {'network': base64.b64encode(data).decode(), 'images': encoded, 'bytes': len(data)}
-    engine = (FOLDER / 'engine.js').read_text().partition("\nif (typeof module")[0]
-    script = f'const DATA = {json.dumps(values)};\n{engine}\n{(FOLDER / "page.js").read_text()}'
+    engine, *others = ((FOLDER / name).read_text() for name in ('engine.js', 'input.js', 'page.js'))
+    engine = engine.partition('\nif (typeof module')[0]  # what follows is for Node
+    script = '\n'.join(["'use strict';", f'const DATA = {json.dumps(values)};', engine, *others])
     style = (FOLDER / 'page.css').read_text()
+    texts = {'TITLE': html.escape(packed.network), 'STYLE': style, 'SCRIPT': script, 'STYLE_HASH': digest(style),
+             'SCRIPT_HASH': digest(script)}
     page = (FOLDER / 'page.html').read_text()
-    for mark, text in (('@TITLE@', html.escape(packed.network)), ('@STYLE_HASH@', digest(style)),
-                       ('@SCRIPT_HASH@', digest(script)), ('@STYLE@', style), ('@SCRIPT@', script)):
-        page = page.replace(mark, text, 1)
-    return page
+    return re.sub('@([A-Z_]+)@', lambda mark: texts[mark[1]], page)  # in one go: a name may look like a mark
 
 
 def digest(text):

@@ -55,6 +55,7 @@ function parse(bytes) {
         layer.weights = index ? reader.trits(count) : reader.numbers('f4', count);
         layer.upper = reader.numbers(index ? small : 'f4', layer.filters);
         layer.lower = reader.numbers(index ? small : 'f4', layer.filters);
+        layer.reach = index ? layer.fanIn : Number.MAX_VALUE;  // no sum is larger
         if (index) packWeights(layer);
         [height, width, channels] = [layer.outHeight, layer.outWidth, layer.filters];
         return layer;
@@ -227,11 +228,20 @@ function addBytes(word) {
     return (word & 255) + (word >>> 8 & 255) + (word >>> 16 & 255) + (word >>> 24);
 }
 
+/* Return a filter's thresholds [upper, lower] moved by `shift`; infinite ones are beyond every sum. */
+function thresholds(layer, f, shift) {
+    const upper = layer.upper[f], lower = layer.lower[f], {reach} = layer;
+    return [upper > reach ? Infinity : upper <= -reach ? -Infinity : upper + shift,
+            lower < -reach ? -Infinity : lower >= reach ? Infinity : lower + shift];
+}
+
 /* Return activations of sums: +1 from upper on, -1 up to lower, both moved by `shift`. */
 function fire(sums, layer, shift = 0) {
-    const found = new Int8Array(sums.length), {upper, lower, filters} = layer;
+    const found = new Int8Array(sums.length), {filters} = layer;
+    const moved = Array.from({length: filters}, (_, f) => thresholds(layer, f, shift));
+    const upper = Float64Array.from(moved, pair => pair[0]), lower = Float64Array.from(moved, pair => pair[1]);
     for (let k = 0, f = 0; k < sums.length; k++) {
-        found[k] = (sums[k] >= upper[f] + shift) - (sums[k] <= lower[f] + shift);
+        found[k] = (sums[k] >= upper[f]) - (sums[k] <= lower[f]);
         if (++f === filters) f = 0;
     }
     return found;

@@ -1,16 +1,23 @@
 /* The page around engine.js. DATA holds the network and the test images in base64; nothing of it becomes markup. */
-'use strict';
-
 const decode = text => Uint8Array.from(atob(text), c => c.charCodeAt(0));
 const net = parse(decode(DATA.network));
 const [HEIGHT, WIDTH, CHANNELS] = net.image;
 const examples = DATA.images.map(decode);
 const $ = id => document.getElementById(id);
 const LEVELS = net.layers.map((layer, index) => levels(layer, net.layers[index + 1])), STEPS = Math.max(...LEVELS);
-const state = {pixels: new Uint8Array(HEIGHT * WIDTH * CHANNELS), result: null, chosen: [0, 0], pen: [WIDTH >> 1, HEIGHT >> 1],
-               step: 0};  // of temporal conversion, from 1 on; 0: all steps together
+const state = {
+    pixels: new Uint8Array(HEIGHT * WIDTH * CHANNELS), result: null, chosen: [0, 0], pen: [WIDTH >> 1, HEIGHT >> 1],
+    step: 0,  // of temporal conversion, from 1 on; 0: all steps together
+    loads: 0, // of pictures: a slow one may not replace what was chosen after it
+};
 
-window.twta = {classify: pixels => { const {scores, prediction, activations} = run(net, pixels); return {scores, prediction, activations}; }};
+window.twta = {
+    classify(pixels) {
+        if (pixels.length !== state.pixels.length) throw new RangeError(`give ${state.pixels.length} bytes`);
+        const {scores, prediction, activations} = run(net, pixels);
+        return {scores, prediction, activations};
+    },
+};
 
 function make(kind, parent, text = '', attributes = {}) {
     const element = document.createElement(kind);
@@ -22,14 +29,19 @@ function make(kind, parent, text = '', attributes = {}) {
 const number = value => value.toLocaleString('en');
 const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
+/* Change a text only if it is another: a screen reader says each change. */
+function write(element, text) {
+    if (element.textContent !== text) element.textContent = text;
+}
+
 /* Return the colours of -1, 0 and +1 as [red, green, blue]. */
-function palette(names = ['--minus', '--zero', '--plus']) {
+function palette(names) {
     return names.map(name => [1, 3, 5].map(at => parseInt(colour(name).slice(at, at + 2), 16)));
 }
 
 /* The names of the colours of activations: a network of --rest -1 is at rest at -1, which then has the quiet colour. */
-const ACTIVATIONS = net.layers.some(layer => layer.border === -1) ? ['--zero', '--minus', '--plus']
-    : ['--minus', '--zero', '--plus'];
+const RESTS_BELOW = net.layers.some(layer => layer.border === -1);
+const ACTIVATIONS = RESTS_BELOW ? ['--zero', '--minus', '--plus'] : ['--minus', '--zero', '--plus'];
 
 function paint(canvas, width, height, pixel) {
     canvas.width = width;
@@ -45,90 +57,8 @@ function paint(canvas, width, height, pixel) {
 }
 
 function paintPixels(canvas, pixels) {
-    paint(canvas, WIDTH, HEIGHT, (x, y) => [0, 1, 2].map(c => pixels[(y * WIDTH + x) * CHANNELS + (CHANNELS === 3 ? c : 0)]));
-}
-
-/* ---------------------------------------------------------------------------------------------------------------- */
-/* The input: drawn, chosen or one's own */
-
-function setUpInput() {
-    const canvas = $('input'), canDraw = CHANNELS === 1;
-    $('input-title').textContent = canDraw ? 'Draw a digit' : 'An image';
-    $('input-help').textContent = canDraw ? 'With mouse or finger; by keyboard: arrow keys move, with Shift they draw.'
-        : 'Choose a test image or a picture of your own.';
-    const clear = make('button', $('tools'), canDraw ? 'Clear' : 'Black');
-    clear.addEventListener('click', () => { state.pixels.fill(0); update(); });
-    const label = make('label', $('tools'), 'own picture: ');
-    const file = make('input', label, '', {type: 'file', accept: 'image/*'});
-    file.addEventListener('change', () => file.files[0] && load(file.files[0]));
-    examples.forEach((pixels, index) => {
-        const button = make('button', $('examples'), '', {class: 'picture', 'aria-label': `test image ${index + 1}`});
-        paintPixels(make('canvas', button), pixels);
-        button.addEventListener('click', () => { state.pixels.set(pixels); update(); });
-    });
-    if (examples.length) state.pixels.set(examples[0]);
-    if (!canDraw) return;
-    let last = null;
-    const place = event => {
-        const box = canvas.getBoundingClientRect();
-        return [(event.clientX - box.left) / box.width * WIDTH, (event.clientY - box.top) / box.height * HEIGHT];
-    };
-    canvas.addEventListener('pointerdown', event => {
-        canvas.setPointerCapture(event.pointerId);
-        last = place(event);
-        stroke(last, last);
-    });
-    canvas.addEventListener('pointermove', event => {
-        if (!last) return;
-        const to = place(event);
-        stroke(last, to);
-        last = to;
-    });
-    ['pointerup', 'pointercancel'].forEach(kind => canvas.addEventListener(kind, () => { last = null; }));
-    canvas.addEventListener('keydown', event => {
-        const step = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]}[event.key];
-        if (!step) return;
-        event.preventDefault();
-        const from = state.pen;
-        state.pen = [Math.min(WIDTH - 1, Math.max(0, from[0] + step[0])), Math.min(HEIGHT - 1, Math.max(0, from[1] + step[1]))];
-        if (event.shiftKey) stroke(from.map(v => v + .5), state.pen.map(v => v + .5)); else schedule();
-    });
-}
-
-/* Draw a round stroke of about two pixels, as MNIST's digits have it. */
-function stroke(from, to) {
-    const steps = Math.ceil(Math.hypot(to[0] - from[0], to[1] - from[1]) * 2) + 1;
-    for (let s = 0; s <= steps; s++) {
-        const [x, y] = [0, 1].map(k => from[k] + (to[k] - from[k]) * s / steps);
-        for (let row = Math.max(0, Math.floor(y - 2)); row <= Math.min(HEIGHT - 1, y + 2); row++) {
-            for (let column = Math.max(0, Math.floor(x - 2)); column <= Math.min(WIDTH - 1, x + 2); column++) {
-                const ink = 255 * Math.min(1, Math.max(0, 1.75 - Math.hypot(column + .5 - x, row + .5 - y)));
-                const k = row * WIDTH + column;
-                state.pixels[k] = Math.max(state.pixels[k], ink);
-            }
-        }
-    }
-    schedule();
-}
-
-/* Take a picture of the user's: cut to the network's proportions about its centre, resized, grey if need be. */
-async function load(file) {
-    let picture;
-    try { picture = await createImageBitmap(file); } catch { $('answer').textContent = 'This is no picture that can be read.'; return; }
-    const canvas = document.createElement('canvas');
-    [canvas.width, canvas.height] = [WIDTH, HEIGHT];
-    const context = canvas.getContext('2d');
-    const scale = Math.max(WIDTH / picture.width, HEIGHT / picture.height);
-    context.imageSmoothingQuality = 'high';
-    context.drawImage(picture, (WIDTH - picture.width * scale) / 2, (HEIGHT - picture.height * scale) / 2,
-                      picture.width * scale, picture.height * scale);
-    const {data} = context.getImageData(0, 0, WIDTH, HEIGHT);
-    for (let k = 0; k < WIDTH * HEIGHT; k++) {
-        const [r, g, b] = data.subarray(4 * k, 4 * k + 3);
-        if (CHANNELS === 1) state.pixels[k] = Math.round(.299 * r + .587 * g + .114 * b);
-        else state.pixels.set([r, g, b], 3 * k);
-    }
-    update();
+    paint(canvas, WIDTH, HEIGHT,
+          (x, y) => [0, 1, 2].map(c => pixels[(y * WIDTH + x) * CHANNELS + (CHANNELS === 3 ? c : 0)]));
 }
 
 /* ---------------------------------------------------------------------------------------------------------------- */
@@ -141,6 +71,7 @@ function hash(index) {
     return ((h ^ h >>> 13) >>> 0) / 2 ** 32;
 }
 
+let colours;  // of activations and of weights, for this update
 let isScheduled = false;
 function schedule() {
     if (isScheduled) return;
@@ -148,21 +79,26 @@ function schedule() {
     requestAnimationFrame(() => { isScheduled = false; update(); });
 }
 
+const chosenShift = () => Number($('shift').value);
+
 function update() {
     paintPixels($('input'), state.pixels);
-    if (CHANNELS === 1 && document.activeElement === $('input')) {
+    if (CHANNELS === 1 && $('input').matches(':focus-visible')) {
         const context = $('input').getContext('2d');
         context.fillStyle = colour('--plus');
         context.fillRect(...state.pen, 1, 1);
     }
-    const noise = $('noise').value / 100, shift = Number($('shift').value), start = performance.now();
+    const noise = $('noise').value / 100, shift = chosenShift(), start = performance.now();
     state.result = run(net, state.pixels, noise ? k => hash(k) < noise : null, shift);
     const taken = performance.now() - start;
-    $('noise-value').textContent = `${$('noise').value} %`;
-    $('shift-value').textContent = String(shift);
+    [['noise', ' %'], ['shift', '']].forEach(([id, unit]) => {
+        write($(`${id}-value`), $(id).value + unit);
+        $(id).setAttribute('aria-valuetext', $(id).value + unit);
+    });
     showStep();
     showScores();
     showCounts(taken);
+    colours = {activations: palette(ACTIVATIONS), weights: palette(['--minus', '--zero', '--plus'])};
     net.layers.forEach((layer, index) => showMaps(index));
     if (!$('filter').hidden) showFilter();
 }
@@ -171,11 +107,12 @@ function showScores() {
     const {scores, prediction} = state.result;
     const powers = scores.map(score => Math.exp(score - scores[prediction]));
     const total = powers.reduce((a, b) => a + b, 0);
-    $('answer').textContent = `class: ${net.classes[prediction]}`;
+    const isBlank = CHANNELS === 1 && state.pixels.every(value => !value);
+    write($('answer'), isBlank ? 'nothing drawn' : `class: ${net.classes[prediction]}`);
     [...$('scores').rows].forEach((row, k) => {
-        row.className = k === prediction ? 'best' : '';
+        row.className = k === prediction && !isBlank ? 'best' : '';
         row.querySelector('.bar').style.width = `${100 * powers[k] / total}%`;
-        row.cells[2].textContent = scores[k].toFixed(2);
+        row.lastChild.textContent = scores[k].toFixed(2);
     });
 }
 
@@ -183,12 +120,15 @@ function showScores() {
 function firing(index) {
     const all = state.result.activations[index], {filters, groups} = net.layers[index], share = filters / groups;
     if (!state.step) return all;
-    return all.map((value, k) => Math.floor(k % filters % share / (share / LEVELS[index])) === state.step - 1 ? value : 0);
+    const neurons = share / LEVELS[index], first = neurons * (state.step - 1);  // filters of a group, by level
+    return all.map((value, k) => {
+        const place = k % filters % share - first;
+        return place >= 0 && place < neurons ? value : 0;
+    });
 }
 
 function showStep() {
-    $('step').textContent = state.step ? `step ${state.step} of ${STEPS}: maps and spikes are those of this step`
-        : 'all steps together';
+    write($('step'), state.step ? `step ${state.step} of ${STEPS}` : 'all steps together');
 }
 
 function showCounts(taken) {
@@ -196,78 +136,110 @@ function showCounts(taken) {
     let additions = 0, products = 0;
     [...$('counts').tBodies[0].rows].forEach((row, k) => {
         const count = counts[k];
-        const spikes = state.step ? firing(k).reduce((sum, value) => sum + Math.abs(value), 0) : count.spikes;
-        const cells = [number(spikes), `${(100 * spikes / count.neurons * (state.step ? LEVELS[k] : 1)).toFixed(0)} %`];
+        const spikes = firing(k).reduce((sum, value) => sum + (RESTS_BELOW ? value + 1 : Math.abs(value)), 0);
+        const neurons = count.neurons * (RESTS_BELOW ? 2 : 1) / (state.step ? LEVELS[k] : 1);
+        const cells = [number(spikes), `${(100 * spikes / neurons).toFixed(0)} %`];
         cells.push(...(k ? [number(count.additions), number(count.products - count.additions)] : ['real numbers', '']));
         cells.forEach((text, at) => { row.cells[at + 1].textContent = text; });
         if (k) { additions += count.additions; products += count.products; }
     });
     $('cost').textContent = `${number(additions)} additions in the ternary layers, where the network in float32 needs `
-        + `${number(products)} multiplications and additions. ${number(DATA.bytes)} bytes. ${taken.toFixed(0)} ms here.`;
+        + `${number(products)} multiplications and additions. ${number(DATA.bytes)} bytes. `
+        + `${taken.toFixed(0)} ms here.`;
 }
 
-/* Maps side by side, one per filter, a pixel between them. */
+/* Maps side by side, one per filter, with a pixel around each. */
 function grid(layer) {
     const cell = [layer.outWidth + 1, layer.outHeight + 1];
-    const columns = Math.max(1, Math.min(layer.filters, Math.floor(Math.sqrt(layer.filters * 3.2 * cell[1] / cell[0]))));
+    const columns = Math.max(1, Math.min(layer.filters, Math.sqrt(layer.filters * 3.2 * cell[1] / cell[0]) | 0));
     return {cell, columns, rows: Math.ceil(layer.filters / columns)};
 }
 
 function showMaps(index) {
-    const layer = net.layers[index], fired = firing(index), colours = palette(ACTIVATIONS);
-    const {cell, columns, rows} = grid(layer), canvas = $(`map-${index}`);
-    const [at, chosen] = state.chosen, mark = colour('--focus');
-    paint(canvas, columns * cell[0], rows * cell[1], (x, y) => {
-        const f = Math.floor(y / cell[1]) * columns + Math.floor(x / cell[0]), z = x % cell[0], row = y % cell[1];
-        if (f >= layer.filters || z === layer.outWidth || row === layer.outHeight) return null;
-        return colours[fired[(row * layer.outWidth + z) * layer.filters + f] + 1];
+    const layer = net.layers[index], {cell, columns, rows} = grid(layer);
+    const fired = firing(index), canvas = $(`map-${index}`);
+    paint(canvas, columns * cell[0] + 1, rows * cell[1] + 1, (x, y) => {
+        const f = Math.floor((y - 1) / cell[1]) * columns + Math.floor((x - 1) / cell[0]);
+        const column = x % cell[0] - 1, row = y % cell[1] - 1;
+        if (f >= layer.filters || column < 0 || row < 0) return null;
+        return colours.activations[fired[(row * layer.outWidth + column) * layer.filters + f] + 1];
     });
+    const [at, chosen] = state.chosen;
     if (at === index && !$('filter').hidden) {
         const context = canvas.getContext('2d');
-        context.strokeStyle = mark;
-        context.strokeRect(chosen % columns * cell[0] - .5, Math.floor(chosen / columns) * cell[1] - .5, ...cell);
+        context.strokeStyle = colour('--focus');
+        context.strokeRect(chosen % columns * cell[0] + .5, Math.floor(chosen / columns) * cell[1] + .5, ...cell);
     }
 }
 
 function showFilter() {
     const [index, f] = state.chosen, layer = net.layers[index], sums = state.result.sums[index];
     const own = Array.from({length: sums.length / layer.filters}, (_, k) => sums[k * layer.filters + f]);
-    const show = value => index ? String(value) : value.toPrecision(4), largestSum = index ? layer.fanIn : Number.MAX_VALUE;
-    const upper = layer.upper[f] > largestSum ? Infinity : layer.upper[f], lower = layer.lower[f] < -largestSum ? -Infinity : layer.lower[f];
-    const rules = [[upper, `+1 where its sum is at least ${show(upper)}`], [lower, `-1 where its sum is at most ${show(lower)}`]];
-    $('filter-title').textContent = `${layer.name}, filter ${f + 1} of ${layer.filters}`;
-    $('filter-text').textContent = `It is ${rules.filter(rule => Number.isFinite(rule[0])).map(rule => `${rule[1]}, `).join('')}else 0. `
-        + `Here its sums go from ${show(Math.min(...own))} to ${show(Math.max(...own))}.`;
-    const [rows, columns] = layer.kernel, shown = Math.min(layer.perGroup, 256), wide = Math.ceil(Math.sqrt(shown)), colours = palette();
-    const largest = index ? 1 : Math.max(...Array.from({length: layer.fanIn}, (_, k) => Math.abs(layer.weights[f * layer.fanIn + k])));
-    paint($('filter-weights'), wide * (columns + 1), Math.ceil(shown / wide) * (rows + 1), (x, y) => {
-        const c = Math.floor(y / (rows + 1)) * wide + Math.floor(x / (columns + 1)), j = x % (columns + 1), i = y % (rows + 1);
-        if (c >= shown || j === columns || i === rows) return null;
-        const w = layer.weights[((f * rows + i) * columns + j) * layer.perGroup + c] / largest;
-        return colours[1].map((zero, k) => zero + (colours[w < 0 ? 0 : 2][k] - zero) * Math.abs(w));
-    });
-    drawHistogram(own, [lower, upper].map((t, k) => t + (index ? Number($('shift').value) + (k ? -.5 : .5) : 0)));
+    const [upper, lower] = thresholds(layer, f, index ? chosenShift() : 0);
+    const show = value => index ? String(value) : value.toPrecision(4);
+    write($('filter-title'), `${layer.name}, filter ${f + 1} of ${layer.filters}`);
+    write($('filter-text'), `It is ${rule(upper, lower, show)} `
+        + `Here its sums go from ${show(least(own))} to ${show(most(own))}.`);
+    showWeights(layer, f);
+    drawHistogram(own, upper, lower, show, index > 0);
 }
 
-function drawHistogram(values, thresholds) {
-    const canvas = $('filter-sums'), context = canvas.getContext('2d'), {width, height} = canvas;
-    const finite = [...values, ...thresholds.filter(Number.isFinite)];
-    const least = Math.min(...finite) - 1, most = Math.max(...finite) + 1, bins = new Array(64).fill(0);
-    values.forEach(value => { bins[Math.min(63, Math.floor((value - least) / (most - least) * 64))]++; });
-    const top = Math.max(...bins), x = value => (value - least) / (most - least) * width;
-    context.clearRect(0, 0, width, height);
-    bins.forEach((count, k) => {
-        const middle = least + (k + .5) / 64 * (most - least);
-        context.fillStyle = middle >= thresholds[1] ? colour('--plus') : middle <= thresholds[0] ? colour('--minus') : colour('--line');
-        context.fillRect(k / 64 * width, height - count / top * (height - 4), width / 64 - 1, count / top * (height - 4));
+const least = values => values.reduce((a, b) => Math.min(a, b));
+const most = values => values.reduce((a, b) => Math.max(a, b));
+
+/* Say when a filter with these thresholds fires. */
+function rule(upper, lower, show) {
+    if (upper === -Infinity) return 'always +1.';
+    if (lower === Infinity) return 'always -1.';
+    const parts = Number.isFinite(upper) ? [`+1 where its sum is at least ${show(upper)}`] : [];
+    if (Number.isFinite(lower)) parts.push(`-1 where its sum is at most ${show(lower)}`);
+    return parts.length ? `${parts.join(', ')}, else 0.` : 'always 0.';
+}
+
+function showWeights(layer, f) {
+    const [rows, columns] = layer.kernel, shown = Math.min(layer.perGroup, 256), wide = Math.ceil(Math.sqrt(shown));
+    const own = layer.weights.slice(f * layer.fanIn, (f + 1) * layer.fanIn);
+    const largest = own.reduce((largest, w) => Math.max(largest, Math.abs(w)), 0) || 1;
+    paint($('filter-weights'), wide * (columns + 1), Math.ceil(shown / wide) * (rows + 1), (x, y) => {
+        const c = Math.floor(y / (rows + 1)) * wide + Math.floor(x / (columns + 1));
+        const column = x % (columns + 1), row = y % (rows + 1);
+        if (c >= shown || column === columns || row === rows) return null;
+        const w = own[(row * columns + column) * layer.perGroup + c] / largest, end = colours.weights[w < 0 ? 0 : 2];
+        return colours.weights[1].map((zero, k) => zero + (end[k] - zero) * Math.abs(w));
     });
-    context.strokeStyle = colour('--ink');
-    thresholds.filter(Number.isFinite).forEach(value => {
+}
+
+/* Draw how often each sum occurs, in the colours of the activations, and the thresholds between them. */
+function drawHistogram(values, upper, lower, show, isWhole) {
+    const canvas = $('filter-sums'), context = canvas.getContext('2d'), {width} = canvas, height = canvas.height - 16;
+    const marks = isWhole ? [upper - .5, lower + .5] : [upper, lower];  // whole sums lie on both sides of a mark
+    const shown = [...values, ...marks.filter(Number.isFinite)];
+    let size = (most(shown) - least(shown)) / 62 || 1;
+    if (isWhole) size = Math.ceil(size);
+    const start = isWhole ? Math.floor(least(shown)) - .5 : least(shown) - size;
+    const x = value => (value - start) / size / 64 * width, bins = new Array(64).fill(0);
+    values.forEach(value => { bins[Math.min(63, Math.floor((value - start) / size))]++; });
+    const top = most(bins);
+    context.clearRect(0, 0, width, canvas.height);
+    bins.forEach((count, k) => {
+        const middle = start + (k + .5) * size, place = middle >= marks[0] ? 2 : middle <= marks[1] ? 0 : 1;
+        context.fillStyle = ACTIVATIONS[place] === '--zero' ? colour('--line') : colour(ACTIVATIONS[place]);
+        const tall = count / top * (height - 4);
+        context.fillRect(k / 64 * width, height - tall, width / 64 - 1, tall);
+    });
+    context.fillStyle = context.strokeStyle = colour('--ink');
+    marks.filter(Number.isFinite).forEach(mark => {
         context.beginPath();
-        context.moveTo(x(value), 0);
-        context.lineTo(x(value), height);
+        context.moveTo(x(mark), 0);
+        context.lineTo(x(mark), height);
         context.stroke();
     });
+    context.font = '12px system-ui, sans-serif';
+    [least(values), most(values)].forEach((value, end) => {
+        const text = show(value), room = width - context.measureText(text).width;
+        context.fillText(text, Math.min(room, Math.max(0, x(value) - (end ? 20 : 0))), height + 14);
+    });
+    canvas.setAttribute('aria-label', `histogram of the sums, from ${show(least(values))} to ${show(most(values))}`);
 }
 
 /* ---------------------------------------------------------------------------------------------------------------- */
@@ -277,43 +249,57 @@ function setUpLayers() {
         const row = make('tr', $('counts').tBodies[0]);
         make('td', row, layer.name);
         for (let k = 0; k < 4; k++) make('td', row);
-        make('h2', $('layers'), `${layer.name}: ${layer.filters} maps of ${layer.outHeight} × ${layer.outWidth}`);
-        const box = make('div', $('layers'), '', {class: 'maps'});
-        const canvas = make('canvas', box, '', {id: `map-${index}`, tabindex: 0, role: 'img',
-                                                'aria-label': `activations of ${layer.name}`});
-        const {cell, columns} = grid(layer);
-        canvas.style.width = `${columns * cell[0] * Math.max(2, Math.min(6, Math.floor(640 / (columns * cell[0]))))}px`;
-        const choose = f => {
-            if (f < 0 || f >= layer.filters) return;
-            const before = state.chosen[0];
-            state.chosen = [index, f];
-            $('filter').hidden = false;
-            [before, index].forEach(showMaps);
-            showFilter();
-        };
-        canvas.addEventListener('click', event => {
-            const box = canvas.getBoundingClientRect();
-            const [x, y] = [(event.clientX - box.left) / box.width * canvas.width, (event.clientY - box.top) / box.height * canvas.height];
-            choose(Math.floor(y / cell[1]) * columns + Math.floor(x / cell[0]));
-        });
-        canvas.addEventListener('keydown', event => {
-            const step = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns}[event.key];
-            if (!step) return;
-            event.preventDefault();
-            choose(state.chosen[0] === index && !$('filter').hidden ? state.chosen[1] + step : 0);
-        });
+        make('h3', $('layers'), `${layer.name}: ${layer.filters} maps of ${layer.outHeight} × ${layer.outWidth}`);
+        const canvas = make('canvas', make('div', $('layers'), '', {class: 'maps'}), '', {
+            id: `map-${index}`, tabindex: 0, role: 'application', 'aria-label': `activations of ${layer.name}`,
+            'aria-describedby': 'maps-help'});
+        setUpMaps(canvas, layer, index);
     });
+    const longest = Math.max(...net.classes.map(name => name.length));
     net.classes.forEach(name => {
         const row = make('tr', $('scores').tBodies[0]);
-        make('td', row, name, {class: 'name'});
+        make('th', row, name, {scope: 'row'}).style.width = `${.6 * Math.min(longest, 12) + 1}rem`;
         make('div', make('td', row), '', {class: 'bar'});
         make('td', row, '', {class: 'number'});
     });
 }
 
+/* Let mouse and keyboard choose a layer's filter. */
+function setUpMaps(canvas, layer, index) {
+    const {cell, columns} = grid(layer), width = columns * cell[0] + 1;
+    canvas.style.width = `${width * Math.max(2, Math.min(6, Math.floor(640 / width)))}px`;
+    const choose = f => {
+        if (f < 0 || f >= layer.filters) return;
+        const before = state.chosen[0];
+        state.chosen = [index, f];
+        $('filter').hidden = false;
+        [before, index].forEach(showMaps);
+        showFilter();
+    };
+    canvas.addEventListener('click', event => {
+        const box = canvas.getBoundingClientRect();
+        const x = (event.clientX - box.left) / box.width * canvas.width - 1;
+        const y = (event.clientY - box.top) / box.height * canvas.height - 1;
+        choose(Math.max(0, Math.floor(y / cell[1])) * columns + Math.max(0, Math.floor(x / cell[0])));
+    });
+    canvas.addEventListener('keydown', event => {
+        const isOpen = state.chosen[0] === index && !$('filter').hidden;
+        const step = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns, Enter: 0, ' ': 0}[event.key];
+        if (step === undefined) return;
+        event.preventDefault();
+        choose(isOpen ? state.chosen[1] + step : 0);
+    });
+}
+
+function closeFilter() {
+    $('filter').hidden = true;
+    showMaps(state.chosen[0]);
+}
+
 $('title').textContent = `${net.network}: a network of -1, 0 and +1`;
-$('about').textContent = 'The network runs in this page, exactly as on the chip: weights and activations of its inner layers are '
+$('about').textContent = 'The network runs in this page, exactly. Weights and activations of its inner layers are '
     + '-1, 0 or +1, so they add and subtract, and never multiply. Nothing is sent anywhere.';
+if (RESTS_BELOW) $('counted').textContent = 'spikes from rest';
 [['Weights:', ['--minus', '--zero', '--plus']], ['Activations:', ACTIVATIONS]].forEach(([what, names]) => {
     make('b', $('key'), ` ${what}`);
     names.forEach((name, k) => {
@@ -323,6 +309,8 @@ $('about').textContent = 'The network runs in this page, exactly as on the chip:
 });
 setUpLayers();
 setUpInput();
+$('close').addEventListener('click', closeFilter);
+document.addEventListener('keydown', event => { if (event.key === 'Escape') closeFilter(); });
 $('steps').hidden = STEPS === 1;
 $('next').addEventListener('click', () => { state.step = (state.step + 1) % (STEPS + 1); update(); });
 ['noise', 'shift'].forEach(id => $(id).addEventListener('input', schedule));
