@@ -195,7 +195,7 @@ def write_tflite(packed, path):
 
 def run_packed(folder, packed, images, threads):
     engine = engines.open_engine(packed, 'numba', threads)
-    return lambda: engine.logits(images)
+    return lambda: engines.logits(engine, images)
 
 
 def run_tensorflow(folder, packed, images, threads):

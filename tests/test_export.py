@@ -14,7 +14,7 @@ from twta.data import datasets
 from twta.export import folding, formats, spatial
 from twta.export.pack import make_header, pack, read_out
 from twta.graph.tf1 import tf
-from twta.packed import cost, engines, file_format, numpy_engine
+from twta.packed import cost, engines, file_format, numba_engine, numpy_engine, sliced_engine
 from twta.training.blocks import Block
 
 TERNARY = [name for name in SCRIPTS if name.startswith('TWTA')]
@@ -68,14 +68,14 @@ def assert_same_maps(packed, engine, images, maps):
 @pytest.mark.processor
 @pytest.mark.parametrize('name, choices', [(name, {}) for name in TERNARY] + OTHERS)
 def test_hostile_parameters_on_200_images(name, choices):
-    """Compare each hidden activation of each script, in both engines, and the predictions."""
+    """Compare each hidden activation of each script, in all engines, and the predictions."""
     dataset = sample_of(name)
     images = dataset.test.images[:200 if name in TERNARY else 50]
     packed, maps, logits = packed_and_graph(name, dataset, hostile, len(images), **choices)
-    fast = engines.open_engine(packed, 'numba')
-    assert_same_maps(packed, fast, images, maps)
+    for fast in (numba_engine.NumbaEngine(packed), sliced_engine.SlicedEngine(packed)):
+        assert_same_maps(packed, fast, images, maps)
+        np.testing.assert_allclose(fast.logits(images), logits, rtol=1e-4, atol=1e-4)
     assert_same_maps(packed, numpy_engine.NumpyEngine(packed), images[:8], maps)
-    np.testing.assert_allclose(fast.logits(images), logits, rtol=1e-4, atol=1e-4)
     assert all(len(np.unique(lanes[0])) > 1 for lanes in maps if lanes)
     if choices or name not in TERNARY:
         return

@@ -97,28 +97,24 @@ def test_pictures_that_cannot_be_read(tmp_path, monkeypatch, capsys, names, word
 FORK = """
 import multiprocessing, sys
 from conftest import NETWORKS, random_images, random_packed
-from twta import TwtaError
 from twta.packed import engines
 packed = random_packed(*NETWORKS['dense'])
 engine, x = engines.open_engine(packed, 'numba'), random_images(packed, 300)
 def classes(_):
-    try:
-        return engines.logits(engine, x).argmax(1).tolist()
-    except TwtaError as error:
-        return str(error)
+    return engines.logits(engine, x).argmax(1).tolist()
 if sys.argv[1] == 'after':
     before = classes(0)
 with multiprocessing.get_context('fork').Pool(2) as pool:
     for found in pool.map(classes, range(2)):
-        print(found if isinstance(found, str) else 'same' if found == classes(0) else 'other')
+        print(found == classes(0))
 """
 
 
-@pytest.mark.parametrize('moment, words', [('before', 'same'), ('after', 'this process was forked from one whose')])
-def test_after_a_fork_an_engine_works_or_says_why_not(tmp_path, moment, words):
+@pytest.mark.parametrize('moment', ['before', 'after'])
+def test_a_fork_before_or_after_the_first_use_of_an_engine(moment):
     finished = subprocess.run([sys.executable, '-c', FORK, moment], capture_output=True, text=True, timeout=100,
                               env={**os.environ, 'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'})
-    assert [line.startswith(words) for line in finished.stdout.splitlines()] == [True, True], finished.stderr
+    assert finished.stdout.split() == ['True', 'True'], finished.stderr
 
 
 @pytest.mark.parametrize('suffix', ['nbi', 'nbc'])

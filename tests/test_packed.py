@@ -16,7 +16,7 @@ import pytest
 from conftest import NETWORKS, ROOT, random_images, random_packed
 
 from twta import TwtaError
-from twta.packed import engines, file_format, inference, kernels, numba_engine, numpy_engine
+from twta.packed import engines, file_format, inference, kernels, numba_engine, numpy_engine, sliced_engine
 from twta.packed.file_format import Layer
 
 pytestmark = pytest.mark.processor
@@ -33,10 +33,11 @@ def packed(request):
 
 @pytest.mark.parametrize('count', [1, 2, 21])
 @pytest.mark.parametrize('threads', [1, 2, None])
-def test_engines_have_the_same_activations_and_logits(packed, count, threads, monkeypatch):
+@pytest.mark.parametrize('fast', [numba_engine.NumbaEngine, sliced_engine.SlicedEngine])
+def test_engines_have_the_same_activations_and_logits(packed, count, threads, fast, monkeypatch):
     if threads:
         monkeypatch.setattr(numba_engine, 'SHARED', 0)  # else a network as small as this gets one thread
-    fast, plain = engines.open_engine(packed, 'numba', threads), numpy_engine.NumpyEngine(packed)
+    fast, plain = fast(packed, threads), numpy_engine.NumpyEngine(packed)
     x = random_images(packed, count)
     logits, maps = plain.run(x)
     for layer, found, expected in zip(packed.layers, fast.activations(x), maps, strict=True):
@@ -45,8 +46,47 @@ def test_engines_have_the_same_activations_and_logits(packed, count, threads, mo
     np.testing.assert_allclose(fast.logits(x), logits, rtol=1e-5, atol=1e-5)
 
 
-def test_an_engine_does_not_remember_earlier_images(packed):
-    engine = engines.open_engine(packed, 'numba')
+@pytest.mark.parametrize('border', [-1, 0, 1])
+def test_all_images_of_a_vector(packed, border):
+    """256 images, with a border that is no zero."""
+    packed = packed._replace(layers=(packed.layers[0], *(layer._replace(border=border) for layer in packed.layers[1:])))
+    x = random_images(packed, 256)
+    for found, expected in zip(sliced_engine.SlicedEngine(packed).activations(x),
+                               numpy_engine.NumpyEngine(packed).activations(x), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize('filters', [40, 300, 3000])
+@pytest.mark.parametrize('sign', [-1, 1])
+def test_sums_of_every_size(filters, sign):
+    """Every variant of the sliced kernels: products all +1 or -1, thresholds at the sum and beyond it."""
+    packed = random_packed((2, 2, 1), 0, [(filters, 2, 1, 'VALID', 1), (6, 1, 1, 'VALID', 1)])
+    encoder, layer = packed.layers
+    encoder = encoder._replace(upper=np.full(filters, -np.inf, np.float32), lower=np.full(filters, -np.inf, np.float32))
+    count = np.array([filters, filters, filters - 1, filters - 1, 0, 0])
+    weights = np.where(np.arange(filters)[:, np.newaxis] < count, sign, 0).astype(np.int8)[np.newaxis, np.newaxis]
+    beyond = np.array([0, 1] * 3)
+    upper, lower = (sign * count + beyond, [-filters - 1] * 6) if sign > 0 else ([filters + 1] * 6, -count - beyond)
+    layer = layer._replace(weights=weights, upper=np.array(upper, np.int32), lower=np.array(lower, np.int32))
+    engine = sliced_engine.SlicedEngine(packed._replace(layers=(encoder, layer)))
+    found = engine.activations(random_images(packed, 3))[1]
+    assert (found == sign * (1 - beyond)).all()
+
+
+def test_many_images_go_to_the_engine_for_many(packed, monkeypatch):
+    engine, x = engines.open_engine(packed, 'numba'), random_images(packed, 403)
+    expected = numpy_engine.NumpyEngine(packed).logits(x)
+    for few, name in ((True, 'numba'), (False, 'sliced')):
+        monkeypatch.setattr(numba_engine, 'counts_in_vectors', lambda few=few: few)
+        np.testing.assert_allclose(engines.logits(engine, x), expected, rtol=1e-5, atol=1e-5)
+        assert engines.fitting(engine, engines.MANY).name == name
+        assert engines.fitting(engine, engines.MANY - 1).name == 'numba'
+    assert engines.fitting(numpy_engine.NumpyEngine(packed), 256).name == 'numpy'
+
+
+@pytest.mark.parametrize('fast', [numba_engine.NumbaEngine, sliced_engine.SlicedEngine])
+def test_an_engine_does_not_remember_earlier_images(packed, fast):
+    engine = fast(packed)
     first = engine.logits(random_images(packed, 9, seed=1))
     engine.logits(random_images(packed, 30, seed=2))
     np.testing.assert_array_equal(engine.logits(random_images(packed, 9, seed=1)), first)
@@ -60,8 +100,9 @@ def test_batches_of_any_length(packed):
     np.testing.assert_array_equal(together[-3:], engine.logits(x[-3:]))
 
 
-def test_kernels_refuse_images_that_would_overrun_their_buffers(packed):
-    engine = engines.open_engine(packed, 'numba')
+@pytest.mark.parametrize('fast', [numba_engine.NumbaEngine, sliced_engine.SlicedEngine])
+def test_kernels_refuse_images_that_would_overrun_their_buffers(packed, fast):
+    engine = fast(packed)
     height, width, channels = packed.image
     for wrong in (np.zeros((engine.batch + 1, *packed.image), np.uint8), random_images(packed, 2).astype(float),
                   np.zeros((1, height + 1, width, channels), np.uint8), np.zeros((1, height, width), np.uint8)):

@@ -10,7 +10,7 @@ from conftest import ROOT, SCRIPTS, run_script, start
 from twta import UsageError, processor
 from twta.graph import fast, session
 from twta.graph.tf1 import tf
-from twta.packed import numba_engine
+from twta.packed import pool
 
 pytestmark = pytest.mark.processor
 
@@ -120,8 +120,8 @@ def test_tensorflow_and_numba_take_as_many_threads_as_there_are_cores(monkeypatc
     monkeypatch.setattr(processor, 'available_cores', lambda: 1)
     assert configured_threads(monkeypatch) == (1, 1)
     threads = SimpleNamespace(NUMBA_NUM_THREADS=8)
-    monkeypatch.setattr(numba_engine.numba, 'config', threads)
-    assert [numba_engine.count_threads(given) for given in (None, 1, 5, 99)] == [1, 1, 5, 8]
+    monkeypatch.setattr(pool.numba, 'config', threads)
+    assert [pool.count_threads(given) for given in (None, 1, 5, 99)] == [1, 1, 5, 8]
     monkeypatch.setenv('TF_NUM_INTRAOP_THREADS', '3')
     assert configured_threads(monkeypatch) == (3, 1)
 

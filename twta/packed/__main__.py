@@ -26,7 +26,7 @@ def main(argv=None):
         if packed.dataset in DIGITS and have_bright_borders(images):
             complain('WARNING: most images have a bright border, but this network reads light digits on a dark ground; '
                      + ('leave out --invert' if args.invert else 'try --invert'))
-        values = logits(warm_engine(packed, args.engine, args.threads), images)
+        values = logits(warm_engine(packed, args.engine, args.threads, len(images)), images)
         predicted = values.argmax(1)
         lines = [packed.classes[k] if args.names else str(k) for k in predicted]
         if not is_array:

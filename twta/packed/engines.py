@@ -1,6 +1,8 @@
 """The engines that run a packed network.
 
 numba    bit planes and compiled kernels (twta.packed.numba_engine)
+sliced   vectors with a bit per image (twta.packed.sliced_engine): takes the place of numba for many images, on x86
+         processors that have no population count of vectors
 numpy    plain arrays, slower; the reference for what a packed network computes (twta.packed.numpy_engine)
 
 Their activations are the same; their logits differ by rounding.
@@ -12,6 +14,8 @@ import numpy as np
 from twta import TwtaError, UsageError, in_a_line
 from twta.packed.numpy_engine import NumpyEngine, check_images
 from twta.terminal import complain
+
+MANY = 144  # images from which on the sliced engine is the faster one: it computes 256 in any case
 
 
 def open_engine(packed, engine='auto', threads=None):
@@ -42,12 +46,27 @@ def logits(engine, images):
     if not len(images):
         check_images(images, engine.packed, 0)
         return np.zeros((0, len(engine.packed.classes)), np.float32)
-    batches = [engine.logits(images[start:start + engine.batch]) for start in range(0, len(images), engine.batch)]
-    return np.concatenate(batches)
+    batches = [images[start:start + engine.batch] for start in range(0, len(images), engine.batch)]
+    return np.concatenate([fitting(engine, len(batch)).logits(batch) for batch in batches])
 
 
-def warm_engine(packed, engine, threads):
-    """Return open_engine's engine after a first image has compiled it; print to stderr how long that took.
+def fitting(engine, count):
+    """Return the engine for so many images: `engine`, or in place of a numba engine a sliced one."""
+    if engine.name != 'numba' or count < MANY:
+        return engine
+    from twta.packed import numba_engine, sliced_engine  # here: numba is optional
+
+    if numba_engine.counts_in_vectors() or not sliced_engine.can_hold(engine.packed):
+        return engine
+    if not engine.for_many:
+        engine.for_many = sliced_engine.SlicedEngine(engine.packed, engine.threads)
+    return engine.for_many
+
+
+def warm_engine(packed, engine, threads, count=1):
+    """Return open_engine's engine after first images have compiled it; print to stderr how long that took.
+
+    count    number of images to come
 
     Raises UsageError as open_engine does, and TwtaError if there is too little memory.
     """
@@ -56,7 +75,8 @@ def warm_engine(packed, engine, threads):
     try:
         try:
             found = open_engine(packed, engine, threads)
-            found.logits(first)
+            for number in {1, min(count, found.batch)}:
+                fitting(found, number).logits(first)
         except (ValueError, ImportError, RuntimeError) as error:  # for example of a variable NUMBA_...
             if engine == 'numba':
                 raise UsageError(f'--engine numba: {error}; use --engine numpy') from None

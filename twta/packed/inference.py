@@ -25,13 +25,13 @@ def infer(script, args):
     dataset = datasets.load(args.dataset, args.data_dir, None)
     check_images(packed, dataset, args)
     say(f'data: {dataset}')
-    engine = engines.warm_engine(packed, 'auto', args.threads)
+    images, labels = dataset.test.images, dataset.test.labels
+    engine = engines.warm_engine(packed, 'auto', args.threads, len(images))
     epoch = packed.record.get('epoch') if isinstance(packed.record.get('epoch'), int) else None
     say(f'network: {script}, {args.file}' + ('' if epoch is None else f', epoch {epoch}'))
     config = args.run_dir / 'config.json'
     if config.is_file() and not is_of_run(packed, config):
         say(f'WARNING: this network is not that of the run in {args.run_dir}; --mode export writes that one')
-    images, labels = dataset.test.images, dataset.test.labels
     start = time.perf_counter()
     values = engines.logits(engine, images)
     say(f'{len(images) / (time.perf_counter() - start):,.0f} images/s')

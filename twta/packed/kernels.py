@@ -14,11 +14,15 @@ The kernels emit LLVM's generic vectors, which LLVM compiles to AVX-512, AVX2 or
 beside this file or in the user's cache folder. The kernels take addresses: twta.packed.numba_engine lays out the
 memory as BLOCK and COLUMNS say, and keeps it alive.
 """
+from functools import partial
+
 import numpy as np
 from llvmlite import ir
 from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from twta.packed.pool import compiled
 
 LANES = 8  # filters of a block: one byte of each output plane
 STRIP = 8  # positions per call
@@ -275,15 +279,7 @@ def classify(planes, bytes_per_image, weights, first, last, sums):
             sums[n, k] = dot(features, weights[k])
 
 
-def compiled(function):
-    """Return a function compiled for several threads, and cached if there is a folder for the cache."""
-    try:
-        return njit(parallel=True, cache=True)(function)
-    except RuntimeError:
-        return njit(parallel=True)(function)
-
-
-@compiled
+@partial(compiled, parallel=True)
 def run(images, crop, x, before, table, threads, chunk, planes, bytes_per_image, weights, sums):
     """Write the classifier's sums of images, uint8 [n, height, width, channels], into sums, float64 [n, classes].
 

@@ -13,19 +13,15 @@ run, its weights there are zero. The compiled code computes a block of eight fil
 plane. So the writer takes its filters in the order of the reader's bytes. Eight filters in that order read one, two,
 four or eight groups of the writer's own input.
 """
-import contextlib
 import math
-import os
-import pickle
-import threading
 
 import numba
 import numpy as np
+from numba.core.registry import cpu_target
 
-from twta import TwtaError, files, in_a_line, processor
 from twta.packed import file_format, kernels
 from twta.packed.numpy_engine import check_images, encoder_input, scale_logits
-from twta.terminal import complain
+from twta.packed.pool import call, count_threads, held
 
 if numba.config.DISABLE_JIT:
     raise ImportError('NUMBA_DISABLE_JIT is set')
@@ -34,19 +30,15 @@ if numba.version_info[:2] < (0, 61):  # kernels.popcount is for newer versions o
 MEMORY = 1 << 28  # bytes; limit of a batch of prepared images in float64
 SHARED = 1 << 25  # products; a call with fewer gains nothing from threads and runs in one
 CHUNK = 32  # images that pass through all layers together: activations stay in the cache, weights are reused
-LOCK = threading.Lock()  # numba's thread pool serves one caller at a time
-POOL = {'process': None}  # the process that started it; a fork copies the pool without its threads
 
 
-@contextlib.contextmanager
-def numba_pool():
-    """Hold numba's threads; raises TwtaError in a process that was forked from one that had used them."""
-    if POOL['process'] not in (None, os.getpid()):
-        raise TwtaError('this process was forked from one whose numba engine had run, and has no threads of numba; '
-                        "fork before the first use of an engine, or start processes with multiprocessing's 'spawn'")
-    with LOCK:
-        POOL['process'] = os.getpid()
-        yield
+def counts_in_vectors():
+    """Return whether the bit planes' kernels are at their best here, or nothing else has been measured.
+
+    On x86 they want AVX-512's population counts of vectors (VPOPCNTDQ).
+    """
+    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return not triple.startswith('x86_64') or '+avx512vpopcntdq' in features
 
 
 class Planes:
@@ -84,11 +76,6 @@ class Planes:
         return np.moveaxis(values, 1, -1).reshape(n, *self.shape)
 
 
-def count_threads(threads=None):
-    """Return the number of threads: threads, or one per available core, but at most as many as numba has."""
-    return min(threads or processor.available_cores(), numba.config.NUMBA_NUM_THREADS)
-
-
 class NumbaEngine:
     """The engine on bit planes, compiled by numba; threads None: one per available core."""
 
@@ -97,6 +84,7 @@ class NumbaEngine:
     def __init__(self, packed, threads=None):
         self.packed = packed
         self.threads = count_threads(threads)
+        self.for_many = None  # twta.packed.engines puts the sliced engine there
         shape = file_format.input_shape(packed)
         encoder = packed.layers[0]
         self.before, padded = file_format.border(shape, encoder)
@@ -143,7 +131,9 @@ class NumbaEngine:
         x_at = positions(span, image, out, layer.stride * row, layer.stride * cell)
         y_at = positions(span, target.image, out, target.row, target.cell)
         y_at += target.before[0] * target.row + target.before[1] * target.cell
-        blocks = describe_blocks(layer, filters, sources, target)
+        index = np.arange(len(filters))
+        blocks = describe_blocks(layer, filters, sources,
+                                 index // target.cell * target.group + index % target.cell)
         offsets = offsets.ravel().astype(np.int64)
         self.kept += [weights, offsets, x_at, y_at, blocks]
         values = {'kind': kind, 'x': address(x), 'x_image': image, 'x_plane': plane, 'x_at': address(x_at),
@@ -166,31 +156,20 @@ class NumbaEngine:
             crop, (top, left), (height, width, _) = -1, self.before, file_format.input_shape(self.packed)
             self.x[:len(images), top:top + height, left:left + width] = encoder_input(images, self.packed)
         threads = self.threads if len(images) * self.products >= SHARED else 1
-        numba.set_num_threads(threads)
-        call_kernels(np.ascontiguousarray(images), crop, self.x, self.before, self.table, threads, CHUNK,
-                     last.data, last.image, self.weights, sums)
+        call(kernels, threads, np.ascontiguousarray(images), crop, self.x, self.before, self.table, threads, CHUNK,
+             last.data, last.image, self.weights, sums)
         return sums
 
     def logits(self, images):
         """Return logits, float32 [n, classes], of at most `batch` images, uint8 [n, height, width, channels]."""
-        with numba_pool():
+        with held():
             return scale_logits(self.run(images), self.packed)
 
     def activations(self, images):
         """Return each layer's activations, int8 [n, height, width, channels], of at most `batch` images."""
-        with numba_pool():
+        with held():
             self.run(images)
             return [planes.unpack(len(images)) for planes in self.planes]
-
-
-def call_kernels(*arguments):
-    """Call kernels.run; if numba's cache of it is damaged, or its disk is full, compile it without the cache."""
-    try:
-        kernels.run(*arguments)
-    except (*files.UNREADABLE, pickle.PickleError) as error:
-        complain(f"numba's cache cannot be used ({in_a_line(str(error))[:80]}): compiling for this process alone")
-        kernels.run = numba.njit(parallel=True)(kernels.run.py_func)
-        kernels.run(*arguments)
 
 
 def address(array):
@@ -252,10 +231,11 @@ def real_weights(layer, filters):
     return aligned(np.moveaxis(weights[..., filters], 2, 0))
 
 
-def describe_blocks(layer, filters, sources, target):
+def describe_blocks(layer, filters, sources, output):
     """Return the descriptions of the blocks, uint8 [blocks, kernels.BLOCK], as UPPER to SOURCES in kernels say.
 
     sources    byte offsets of the groups in the input, [blocks, 1, 2, 4 or 8]
+    output     byte offset of each block in a plane of the output
     """
     blocks = np.zeros((len(filters), kernels.BLOCK), np.uint8)
     kind = np.float32 if layer.upper.dtype == np.float32 else np.int64
@@ -264,8 +244,6 @@ def describe_blocks(layer, filters, sources, target):
                                      (kernels.LOWER, layer.lower, limits.min)):
         values = np.append(thresholds.astype(kind), kind(never))[filters]
         blocks[:, where:where + values[0].nbytes] = values.view(np.uint8)
-    index = np.arange(len(filters))
-    output = index // target.cell * target.group + index % target.cell
     blocks[:, kernels.OUTPUT:kernels.OUTPUT + 8] = output.astype(np.int64)[:, np.newaxis].view(np.uint8)
     starts = np.ascontiguousarray(sources, np.int64)
     blocks[:, kernels.SOURCES:kernels.SOURCES + starts[0].nbytes] = starts.view(np.uint8)

@@ -48,7 +48,7 @@ def convert_file(flags, packed):
     say(f'network: {packed.network}, {flags.file}')
     images = dataset.test.images[:flags.images]
     plain, steps = open_simulator(packed, flags.conversion, numpy_engine.NumpyEngine)
-    predicted = engines.logits(engines.warm_engine(packed, 'auto', None), images).argmax(1)
+    predicted = engines.logits(engines.warm_engine(packed, 'auto', None, len(images)), images).argmax(1)
     report(flags, plain, steps, predicted, 'the packed engine', dataset, images)
 
 

@@ -1,0 +1,71 @@
+"""numba's threads: how many, who holds them, and what a fork leaves of them.
+
+numba has one pool of threads per process, and the pool serves one caller at a time. A fork copies the pool without its
+threads. So a process that was forked from one that had used them computes in one thread, by kernels compiled for that.
+"""
+import contextlib
+import os
+import pickle
+import threading
+import types
+
+import numba
+
+from twta import files, in_a_line, processor
+from twta.terminal import complain
+
+POOL = {'lock': threading.Lock(), 'is_used': False, 'is_lost': False}
+
+
+def after_fork():
+    POOL.update(lock=threading.Lock(), is_lost=POOL['is_lost'] or POOL['is_used'])
+
+
+if hasattr(os, 'register_at_fork'):
+    os.register_at_fork(after_in_child=after_fork)
+
+
+@contextlib.contextmanager
+def held():
+    """Hold numba's threads; others wait."""
+    with POOL['lock']:
+        POOL['is_used'] = True
+        yield
+
+
+def count_threads(threads=None):
+    """Return the number of threads: threads, or one per available core, but at most as many as numba has."""
+    return min(threads or processor.available_cores(), numba.config.NUMBA_NUM_THREADS)
+
+
+def call(kernels, threads, *arguments):
+    """Call the function `run` of a module of kernels, which has `threads` among its arguments, in so many threads.
+
+    If numba's cache of it is damaged, or its disk is full, it is compiled without the cache.
+    """
+    name = 'alone' if POOL['is_lost'] else 'run'
+    if POOL['is_lost']:
+        kernels.alone = getattr(kernels, 'alone', None) or compiled(in_one_thread(kernels.run.py_func))
+    else:
+        numba.set_num_threads(threads)
+    try:
+        getattr(kernels, name)(*arguments)
+    except (*files.UNREADABLE, pickle.PickleError) as error:
+        complain(f"numba's cache cannot be used ({in_a_line(str(error))[:80]}): compiling for this process alone")
+        setattr(kernels, name, numba.njit(parallel=not POOL['is_lost'])(getattr(kernels, name).py_func))
+        getattr(kernels, name)(*arguments)
+
+
+def in_one_thread(function):
+    """Return a copy of a function under another name: numba's cache does not tell parallel code from other code."""
+    copy = types.FunctionType(function.__code__, function.__globals__, f'{function.__name__}_alone')
+    copy.__qualname__, copy.__module__ = copy.__name__, function.__module__
+    return copy
+
+
+def compiled(function, parallel=False):
+    """Return a function compiled by numba, and cached if there is a folder for the cache."""
+    try:
+        return numba.njit(parallel=parallel, cache=True)(function)
+    except RuntimeError:
+        return numba.njit(parallel=parallel)(function)

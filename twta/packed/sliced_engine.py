@@ -1,0 +1,170 @@
+"""The sliced engine: the memory layout of a packed network for twta.packed.sliced_kernels.
+
+    map         positions, with the border that the reader's padding needs; at each its channels, filled up to eights
+    channel     two vectors, positive and negative, with a bit per image
+    filter      the channels under its kernel whose weights are not 0, as offsets of the vectors that count as plus;
+                the other vector of a channel, SIZE away, counts as minus
+
+Encoder and classifier are those of the numba engine.
+"""
+import itertools
+import math
+
+import numpy as np
+
+from twta.packed import file_format, kernels, sliced_kernels
+from twta.packed.numba_engine import (
+    Planes,
+    address,
+    describe_blocks,
+    positions,
+    real_weights,
+)
+from twta.packed.numpy_engine import check_images, encoder_input, scale_logits
+from twta.packed.pool import call, count_threads, held
+from twta.packed.sliced_kernels import IMAGES, SIZE, UNIT
+
+
+def can_hold(packed):
+    """Return whether the kernels' numbers are large enough for every sum of a network."""
+    return all(file_format.fan_in(layer.weights) + UNIT < 1 << sliced_kernels.BITS[-1] for layer in packed.layers[1:])
+
+
+class Map:
+    """The memory for a map's activations of IMAGES images.
+
+    shape     height, width, channels
+    before    rows and columns of padding before the map
+    padded    height and width with padding
+    border    activation of the cells of the padding
+    """
+
+    def __init__(self, shape, before, padded, border):
+        self.shape, self.before = shape, before
+        self.channels = -(-shape[2] // 8) * 8
+        self.cell = 2 * SIZE * self.channels
+        self.row = self.cell * padded[1]
+        memory = np.zeros(padded[0] * self.row + SIZE, np.uint8)
+        start = -address(memory) % SIZE
+        self.data = memory[start:start + padded[0] * self.row].reshape(*padded, self.channels, 2, SIZE)
+        self.data[..., 0, :], self.data[..., 1, :] = 255 * (border > 0), 255 * (border < 0)
+
+    def places(self, shape, stride, before):
+        """Return the byte offsets of so many rows and columns of positions, int64, row by row."""
+        return before[0] * self.row + before[1] * self.cell + positions(1, 0, shape, stride * self.row,
+                                                                        stride * self.cell)
+
+    def unpack(self, n):
+        """Return the activations of the first n images, int8 [n, height, width, channels]."""
+        (top, left), (height, width, channels) = self.before, self.shape
+        inner = self.data[top:top + height, left:left + width, :channels]
+        bits = np.unpackbits(inner, axis=-1, bitorder='little')[..., :n].astype(np.int8)
+        return np.moveaxis(bits[..., 0, :] - bits[..., 1, :], -1, 0)
+
+
+class SlicedEngine:
+    """The engine on vectors of images, compiled by numba; threads None: one per available core.
+
+    Its memory: 64 bytes per activation, 2 KB per value of the encoder's input.
+    """
+
+    name, batch = 'sliced', IMAGES
+
+    def __init__(self, packed, threads=None):
+        self.packed, self.threads = packed, count_threads(threads)
+        shapes = list(file_format.shapes(packed))
+        self.maps = []
+        for (_, _, _, out), (reader, *_) in itertools.pairwise(shapes):
+            self.maps.append(Map(out, *file_format.border(out, reader), reader.border))
+        out = shapes[-1][3]
+        self.maps.append(Map(out, (0, 0), out[:2], 0))
+        self.kept = []  # the arrays whose addresses are in the tables
+        first = self.maps[0]
+        rows = [{'y': address(first.data), 'y_at': self.keep(first.places(first.shape[:2], 1, first.before))}]
+        for (layer, *_), source, target in zip(shapes[1:], self.maps, self.maps[1:], strict=False):
+            rows.append(self.lay_out(layer, source, target))
+        self.table = np.array([[row.get(column, 0) for column in sliced_kernels.COLUMNS] for row in rows], np.int64)
+        encoder, shape, self.before, out = shapes[0]
+        self.x = np.zeros((IMAGES, *file_format.border(shape, encoder)[1], shape[2]))
+        self.encoded = np.zeros((2, math.prod(out[:2]), first.channels // 8, IMAGES), np.uint8)
+        self.encoder = self.lay_out_encoder(encoder, out)
+        last = self.maps[-1]
+        self.last = last.data.reshape(-1, last.channels, 2, SIZE)
+        self.planes = Planes(IMAGES, last.shape, 1, (0, 0), last.shape[:2])
+        bits = np.zeros((len(self.last), last.channels, len(packed.classes)))
+        bits[:, :last.shape[2]] = packed.weights.reshape(len(self.last), -1, len(packed.classes))
+        self.weights = np.ascontiguousarray(bits.reshape(-1, len(packed.classes)).T)
+
+    def keep(self, array):
+        """Keep an array as long as the engine; return its address."""
+        self.kept.append(array)
+        return address(array)
+
+    def lay_out(self, layer, source, target):
+        """Return a ternary layer's row of the table, by column; it reads one Map and writes another."""
+        height, width, _, n_filters = layer.weights.shape
+        cells = np.arange(height)[:, np.newaxis] * source.row + np.arange(width) * source.cell
+        rows, longest = [], 0
+        for k in range(n_filters):
+            weights, group = layer.weights[..., k], k // (n_filters // layer.groups)
+            channels = 2 * SIZE * np.arange(group, source.shape[2], layer.groups)
+            entries = (cells[..., np.newaxis] + channels + SIZE * (weights < 0))[weights != 0]
+            count = len(entries)
+            first, entries = (entries[0], entries[1:]) if count % 2 else (0, entries)
+            # filled up with pairs that add as much to plus as to minus
+            entries = np.append(entries, [0, SIZE] * (-len(entries) % UNIT // 2)).astype(np.int32)
+            rows.append((self.keep(entries), len(entries) // UNIT, first, -(count % 2),
+                         -np.clip(layer.upper[k], -count, count + 1), -np.clip(layer.lower[k], -count - 1, count) - 1))
+            longest = max(longest, len(entries) + 1)
+        return {'x': address(source.data), 'x_at': self.keep(source.places(target.shape[:2], layer.stride, (0, 0))),
+                'y': address(target.data), 'y_at': self.keep(target.places(target.shape[:2], 1, target.before)),
+                'filters': self.keep(np.array(rows, np.int64)), 'n_filters': n_filters,
+                'positions': math.prod(target.shape[:2]), 'bits': longest.bit_length()}
+
+    def lay_out_encoder(self, layer, out):
+        """Return the encoder's row of kernels.COLUMNS: it reads self.x and writes self.encoded; out: its shape."""
+        blocks, count = self.encoded.shape[2], math.prod(out[:2])
+        order = np.arange(8 * blocks)
+        filters = np.where(order < out[2], order, -1).reshape(-1, 8)
+        image, row, cell = (part.nbytes for part in (self.x[0], self.x[0, 0], self.x[0, 0, 0]))
+        height, width = layer.weights.shape[:2]
+        offsets = (np.arange(height)[:, np.newaxis] * row + 8 * np.arange(width * self.x.shape[3])).ravel()
+        span = 8 // math.gcd(8, count)
+        weights = real_weights(layer, filters)
+        descriptions = describe_blocks(layer, filters, np.zeros((blocks, 1), np.int64), IMAGES * np.arange(blocks))
+        values = {'kind': 0, 'x': address(self.x), 'x_image': image, 'x_plane': 0,
+                  'x_at': self.keep(positions(span, image, out, layer.stride * row, layer.stride * cell)),
+                  'w': self.keep(weights), 'w_block': weights[0].nbytes,
+                  'words': len(offsets), 'words_at': self.keep(offsets.astype(np.int64)),
+                  'blocks': self.keep(descriptions), 'n_blocks': blocks,
+                  'y': address(self.encoded), 'y_image': 1, 'y_plane': self.encoded[0].nbytes,
+                  'y_at': self.keep(positions(span, 1, out, out[1] * blocks * IMAGES, blocks * IMAGES)),
+                  'positions': count, 'span': span}
+        return np.array([values[column] for column in kernels.COLUMNS], np.int64)
+
+    def run(self, images):
+        """Return the classifier's sums, float64 [n, classes], and leave the activations in self.maps.
+
+        Raises ValueError if images have another type or shape: the kernels would write outside their memory.
+        """
+        check_images(images, self.packed, IMAGES)
+        sums = np.empty((len(images), len(self.packed.classes)))
+        crop = self.packed.crop
+        if self.packed.stem:
+            crop, (top, left), (height, width, _) = -1, self.before, file_format.input_shape(self.packed)
+            self.x[:len(images), top:top + height, left:left + width] = encoder_input(images, self.packed)
+        call(sliced_kernels, self.threads, np.ascontiguousarray(images), crop, self.x, self.before, self.encoder,
+                     self.encoded, self.table, self.threads, self.last, self.planes.data, self.planes.image,
+                     self.weights, sums)
+        return sums
+
+    def logits(self, images):
+        """Return logits, float32 [n, classes], of at most IMAGES images, uint8 [n, height, width, channels]."""
+        with held():
+            return scale_logits(self.run(images), self.packed)
+
+    def activations(self, images):
+        """Return each layer's activations, int8 [n, height, width, channels], of at most IMAGES images."""
+        with held():
+            self.run(images)
+            return [map_.unpack(len(images)) for map_ in self.maps]
