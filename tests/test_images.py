@@ -1,5 +1,6 @@
 """Images for the stand-alone command: arrays and pictures; its engine after a fork and with a damaged cache."""
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -95,7 +96,7 @@ def test_pictures_that_cannot_be_read(tmp_path, monkeypatch, capsys, names, word
 
 
 FORK = """
-import multiprocessing, sys
+import multiprocessing, sys, threading, time
 from conftest import NETWORKS, random_images, random_packed
 from twta.packed import engines
 packed = random_packed(*NETWORKS['dense'])
@@ -103,32 +104,63 @@ engine, x = engines.open_engine(packed, 'numba'), random_images(packed, 300)
 def classes(_):
     return engines.logits(engine, x).argmax(1).tolist()
 if sys.argv[1] == 'after':
-    before = classes(0)
+    classes(0)
+if sys.argv[1] == 'while it compiles':
+    threading.Thread(target=classes, args=[0]).start()
+    time.sleep(0.5)
 with multiprocessing.get_context('fork').Pool(2) as pool:
     for found in pool.map(classes, range(2)):
         print(found == classes(0))
 """
 
 
-@pytest.mark.parametrize('moment', ['before', 'after'])
-def test_a_fork_before_or_after_the_first_use_of_an_engine(moment):
-    finished = subprocess.run([sys.executable, '-c', FORK, moment], capture_output=True, text=True, timeout=100,
-                              env={**os.environ, 'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'})
+AVX2 = {'NUMBA_CPU_NAME': 'haswell', 'NUMBA_CPU_FEATURES': ''}  # then 300 images go to the sliced engine
+INTEL = pytest.param(AVX2, marks=pytest.mark.skipif(platform.machine() not in ('x86_64', 'AMD64'), reason='needs x86'))
+
+
+@pytest.mark.parametrize('settings', [{}, INTEL], ids=['this processor', 'AVX2'])
+@pytest.mark.parametrize('moment', ['before', 'after', 'while it compiles'])
+def test_a_fork_at_any_moment_of_the_first_use_of_an_engine(moment, settings, tmp_path):
+    caches = {'NUMBA_CACHE_DIR': str(tmp_path)} if moment == 'while it compiles' else {}
+    finished = subprocess.run([sys.executable, '-c', FORK, moment], capture_output=True, text=True, timeout=200,
+                              env={**os.environ, **settings, **caches, 'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'})
     assert finished.stdout.split() == ['True', 'True'], finished.stderr
 
 
-@pytest.mark.parametrize('suffix', ['nbi', 'nbc'])
-def test_a_damaged_cache_of_numba_costs_only_time(tmp_path, suffix):
+BOTH = """
+import sys
+import numpy as np
+from conftest import NETWORKS, random_images, random_packed
+from twta.packed import numba_engine, numpy_engine, sliced_engine
+packed = random_packed(*NETWORKS['dense'])
+x = random_images(packed, 3)
+for name in sys.argv[1:]:
+    engine = {'numba': numba_engine.NumbaEngine, 'sliced': sliced_engine.SlicedEngine}[name](packed)
+    for found, expected in zip(engine.activations(x), numpy_engine.NumpyEngine(packed).activations(x)):
+        np.testing.assert_array_equal(found, expected)
+"""
+
+
+@pytest.mark.slow
+def test_engines_that_two_processes_have_compiled(tmp_path):
+    """Each has its own machine code of what both use; one process takes both from the cache."""
+    for engines in (['numba'], ['sliced'], ['numba', 'sliced'], ['sliced', 'numba']):
+        subprocess.run([sys.executable, '-c', BOTH, *engines], check=True, env={
+            **os.environ, 'NUMBA_CACHE_DIR': str(tmp_path), 'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'})
+
+
+@pytest.mark.parametrize('suffix, settings', [('nbi', {}), pytest.param('nbc', AVX2, marks=INTEL.marks)])
+def test_a_damaged_cache_of_numba_costs_only_time(tmp_path, suffix, settings):
     packed = random_packed(*NETWORKS['dense'])
     file_format.write(tmp_path / 'n.twta', packed)
-    np.save(tmp_path / 'x.npy', random_images(packed, 3))
+    np.save(tmp_path / 'x.npy', random_images(packed, 200))
     outputs = []
     for damage in (False, True):
         for path in (tmp_path / 'cache').rglob(f'*.{suffix}') if damage else ():
             path.write_bytes(path.read_bytes()[:300])
         command = [sys.executable, '-m', 'twta.packed', tmp_path / 'n.twta', tmp_path / 'x.npy']
         finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
-                                  env={**os.environ, 'NUMBA_CACHE_DIR': f'{tmp_path}/cache'})
+                                  env={**os.environ, **settings, 'NUMBA_CACHE_DIR': f'{tmp_path}/cache'})
         assert finished.returncode == 0 and ("numba's cache cannot be used" in finished.stderr) == damage
         outputs.append(finished.stdout)
     assert outputs[0] == outputs[1] and outputs[0]

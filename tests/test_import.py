@@ -19,6 +19,8 @@ class Quant(OpRun):
     op_domain = DOMAIN
 
     def _run(self, x, scale, zero_point, bits, signed=None, narrow=None, rounding_mode=None):
+        if bits == 1:
+            return (np.where(x >= 0, 1, -1).astype(np.float32),)
         least = -2 ** (int(bits) - 1) + narrow if signed else 0
         most = 2 ** (int(bits) - signed) - 1
         return (np.float32(scale) * np.rint(x / scale).clip(least, most).astype(np.float32),)
@@ -144,7 +146,22 @@ def other_forms():
     return net
 
 
-@pytest.mark.parametrize('make', [ternary_input, eight_bit_input, other_forms])
+def flattened_late():
+    """Flatten between pointwise nodes, a factor in Gemm, a bipolar Quant of one bit, rounding in small letters."""
+    net = Builder((1, 6, 6), seed=4)
+    net.quant(8, 2.0 ** -7, narrow=0)
+    net.conv(8, 3)
+    net.normalise()
+    net.node('Flatten')
+    net.quant()
+    net.dense(8 * 16, 12)
+    net.nodes[-1].attribute.append(helper.make_attribute('alpha', 0.25))
+    net.node('Quant', *(np.array(value, np.float32) for value in (1, 0, 1)), signed=1, narrow=0, rounding_mode='floor')
+    net.dense(12, 4)
+    return net
+
+
+@pytest.mark.parametrize('make', [ternary_input, eight_bit_input, other_forms, flattened_late])
 def test_an_imported_network_has_the_scores_of_the_file(tmp_path, monkeypatch, capsys, make):
     model = make().model()
     onnx.save(model, tmp_path / 'net.onnx')
@@ -195,8 +212,14 @@ def add_branch(net):
     net.tip = 'sum'
 
 
+def large_constant(net):
+    large = net.node('Mul', np.ones((1, 30_000), np.float32), tip=net.constant(np.ones((30_000, 1), np.float32)))
+    net.nodes[-2].input[1] = large
+    net.nodes[-2:] = net.nodes[:-3:-1]
+
+
 @pytest.mark.parametrize('change, words', [
-    (lambda net: net.node('Relu'), 'activations are 0 to'),
+    (lambda net: net.node('Relu'), 'are 0 to 63 times 1; only'),
     (lambda net: net.quant(3, 0.5), 'only -1, 0 and 1'),
     (lambda net: (net.node('Mul', np.float32(0.123)), net.normalise()), 'it lacks a Quant'),
     (lambda net: net.node('Softmax'), 'Softmax .* cannot be imported; Add, Sub'),
@@ -205,10 +228,30 @@ def add_branch(net):
     (lambda net: (net.node('Mul', np.ones((3, 1, 20), np.float32)), net.quant()), 'not the same at every place'),
     (lambda net: (net.node('Add', np.zeros((1, 7), np.float32)), net.quant()), 'cannot be computed'),
     (add_branch, 'reads more than the node before it'),
-    (lambda net: (net.quant(), net.dense(21, 20)), 'do not fit a map')])
+    (lambda net: (net.quant(), net.dense(21, 20)), 'do not fit a map'),
+    (lambda net: net.node('MultiThreshold', np.float32([[0, 1]] * 20), out_bias=-1.0, data_layout='NHWC'), 'NHWC'),
+    (lambda net: (net.node('Mul', np.ones((30_000, 1), np.float32)), large_constant(net)), 'constants need more')])
 def test_other_forms_are_refused_by_name(change, words):
     with pytest.raises(TwtaError, match=words):
         qonnx_import.import_model(spoiled(change), 'net', 255)
+
+
+def test_damaged_files_are_refused_in_a_line(tmp_path, monkeypatch, capsys):
+    """Single bytes changed at random: each file is imported or ends in one line; nothing is written then."""
+    monkeypatch.chdir(tmp_path)
+    data, rng = other_forms().model().SerializeToString(), np.random.default_rng(0)
+    for _ in range(150):
+        damaged = bytearray(data)
+        for at in rng.integers(0, len(data), 4):
+            damaged[at] = rng.integers(256)
+        (tmp_path / 'net.onnx').write_bytes(damaged)
+        try:
+            __main__.main(['net.onnx', '--format', 'twta'])
+            (tmp_path / 'net.twta').unlink()
+        except SystemExit as stopped:
+            said = capsys.readouterr().err
+            assert stopped.code in (1, 2) and said.count('\n') == 1, said
+            assert [path.name for path in tmp_path.iterdir()] == ['net.onnx']
 
 
 def test_a_file_that_is_not_of_the_form_is_refused_in_a_line(tmp_path, monkeypatch, capsys):

@@ -1,8 +1,10 @@
 """Packed networks without TensorFlow: the engines, the file format, the stand-alone command."""
+import copy
 import hashlib
 import importlib
 import json
 import os
+import pickle
 import re
 import struct
 import subprocess
@@ -16,7 +18,17 @@ import pytest
 from conftest import NETWORKS, ROOT, random_images, random_packed
 
 from twta import TwtaError
-from twta.packed import engines, file_format, inference, kernels, numba_engine, numpy_engine, sliced_engine
+from twta.packed import (
+    engines,
+    file_format,
+    inference,
+    kernels,
+    numba_engine,
+    numpy_engine,
+    pool,
+    sliced_engine,
+    sliced_kernels,
+)
 from twta.packed.file_format import Layer
 
 pytestmark = pytest.mark.processor
@@ -76,12 +88,42 @@ def test_sums_of_every_size(filters, sign):
 def test_many_images_go_to_the_engine_for_many(packed, monkeypatch):
     engine, x = engines.open_engine(packed, 'numba'), random_images(packed, 403)
     expected = numpy_engine.NumpyEngine(packed).logits(x)
-    for few, name in ((True, 'numba'), (False, 'sliced')):
-        monkeypatch.setattr(numba_engine, 'counts_in_vectors', lambda few=few: few)
+    for counts, name in ((True, 'numba'), (False, 'sliced')):
+        monkeypatch.setattr(numba_engine, 'counts_in_vectors', lambda counts=counts: counts)
         np.testing.assert_allclose(engines.logits(engine, x), expected, rtol=1e-5, atol=1e-5)
-        assert engines.fitting(engine, engines.MANY).name == name
-        assert engines.fitting(engine, engines.MANY - 1).name == 'numba'
-    assert engines.fitting(numpy_engine.NumpyEngine(packed), 256).name == 'numpy'
+        assert engines.engine_for(engine, engines.MANY).name == name
+        assert engines.engine_for(engine, engines.MANY - 1).name == 'numba'
+    assert engines.engine_for(numpy_engine.NumpyEngine(packed), 256).name == 'numpy'
+
+
+@pytest.mark.parametrize('fast', [numba_engine.NumbaEngine, sliced_engine.SlicedEngine])
+def test_copies_of_an_engine_have_memory_of_their_own(packed, fast):
+    engine, x = fast(packed), random_images(packed, 5)
+    x.setflags(write=False)
+    expected = engine.logits(x)
+    for twin in (copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
+        assert twin.x.ctypes.data != engine.x.ctypes.data
+        np.testing.assert_array_equal(twin.logits(x), expected)
+
+
+def test_networks_that_are_too_large_for_the_sliced_engine(monkeypatch):
+    monkeypatch.setattr(numba_engine, 'counts_in_vectors', lambda: False)
+    for channels, kernel, fits in ((1, 32751, True), (1, 32752, False), (8192, 1, True)):
+        packed = random_packed((8, 8, 1), 0, [(channels, 8, 1, 'VALID', 1), (2, 1, 1, 'VALID', 1)])
+        weights = np.ones((kernel, 1, channels, 2), np.int8)
+        packed = packed._replace(layers=(packed.layers[0], packed.layers[1]._replace(weights=weights, padding='SAME')))
+        assert sliced_engine.suits(packed) == fits
+        engine = engines.open_engine(packed, 'numba')
+        assert (engines.engine_for(engine, 200).name == 'sliced') == fits
+        if not fits:
+            with pytest.raises(ValueError, match='too large'):
+                sliced_engine.SlicedEngine(packed)
+    assert not sliced_engine.suits(random_packed((2048, 2048, 1), 0, [(8, 1, 1, 'SAME', 1), (8, 1, 1, 'SAME', 1)]))
+
+
+def test_the_cache_of_numba_is_that_of_these_kernels():
+    """Numba looks only at the file of the outermost function; sliced_kernels compiles functions of kernels, too."""
+    assert all(module.run.py_func.__qualname__ == f'run_{pool.SOURCES}' for module in (kernels, sliced_kernels))
 
 
 @pytest.mark.parametrize('fast', [numba_engine.NumbaEngine, sliced_engine.SlicedEngine])

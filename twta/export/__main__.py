@@ -45,7 +45,8 @@ def import_network(args, out):
 
     packed, original = qonnx_import.import_file(args.file, args.divisor or 255)
     images, which = choose_images(args, packed)
-    qonnx_import.compare(packed, original, images)
+    for compared in [images] + [noise(packed.image, 20)] * bool(args.images):
+        qonnx_import.compare(packed, original, compared)
     file_format.write(out, packed)
     say(f'the same scores as {args.file.name} on {len(images)} images ({which})')
     say(f'{out}: {out.stat().st_size:,} bytes')
@@ -70,7 +71,12 @@ def choose_images(args, packed):
         return read_images(args.images, packed.image)[:most], str(args.images)
     if args.format == 'html':  # a page without test images
         return np.zeros((0, *packed.image), np.uint8), 'none given'
-    return np.random.default_rng(0).integers(0, 256, (most, *packed.image)).astype(np.uint8), 'noise'
+    return noise(packed.image, most), 'noise'
+
+
+def noise(shape, count):
+    """Return so many images of noise, uint8 [count, *shape]."""
+    return np.random.default_rng(0).integers(0, 256, (count, *shape)).astype(np.uint8)
 
 
 def make_parser():

@@ -2,6 +2,7 @@
 
 Operators: github.com/fastmachinelearning/qonnx, version 1.0.0; onnx's reference evaluator runs them.
 """
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -13,13 +14,18 @@ from onnx.reference.op_run import OpRun
 from twta import TwtaError
 from twta.export.qonnx_format import DOMAIN
 from twta.export.spatial import Maximum
-from twta.packed.file_format import Layer, after, geometry
+from twta.packed.file_format import LARGEST_FILE, Layer, after, geometry
 
 QUANTIZERS = 'Quant', 'IntQuant', 'BipolarQuant', 'MultiThreshold'
 POINTWISE = ('Add', 'Sub', 'Mul', 'Div', 'BatchNormalization', 'Relu', 'Clip', 'Identity', 'Dropout', *QUANTIZERS)
+MOST_NODES = 10_000
 VALID = (*POINTWISE, 'Conv', 'MatMul', 'Gemm', 'MaxPool', 'Reshape', 'Flatten')
 CONSTANT = (*POINTWISE, 'Constant', 'Cast', 'Concat', 'Gather', 'Neg', 'Pow', 'Reshape', 'Slice', 'Sqrt', 'Squeeze',
-            'Transpose', 'Unsqueeze')  # of constants; none of them makes much of little
+            'Transpose', 'Unsqueeze')  # of constants
+
+
+ROUNDING = {'ROUND': np.rint, 'HALF_EVEN': np.rint, 'CEIL': np.ceil, 'FLOOR': np.floor, 'ROUND_TO_ZERO': np.trunc,
+            'DOWN': np.trunc}
 
 
 class Quant(OpRun):
@@ -28,10 +34,12 @@ class Quant(OpRun):
 
     def _run(self, x, scale, zero_point, bits, **_):
         signed, narrow = getattr(self, 'signed', 1), getattr(self, 'narrow', 0)
-        mode = getattr(self, 'rounding_mode', 'ROUND')
-        rounding = {'ROUND': np.rint, 'CEIL': np.ceil, 'FLOOR': np.floor, 'ROUND_TO_ZERO': np.trunc}.get(mode)
-        if not rounding:
-            raise TwtaError(f'Quant: its rounding mode {mode} is not known; ROUND, CEIL, FLOOR and ROUND_TO_ZERO are')
+        mode = getattr(self, 'rounding_mode', 'ROUND').upper()
+        if mode not in ROUNDING:
+            raise TwtaError(f'Quant: its rounding mode {mode} is not known; {", ".join(ROUNDING)} are')
+        rounding = ROUNDING[mode]
+        if signed and np.all(bits == 1):  # as the package qonnx has it
+            return np.where(x >= 0, scale, -scale).astype(np.float32),
         levels = 2.0 ** (bits - signed)
         least, most = (narrow - levels, levels - 1) if signed else (0, levels - 1 - narrow)
         steps = rounding(np.clip(x / scale + zero_point, least, most))
@@ -55,6 +63,8 @@ class MultiThreshold(OpRun):
     op_domain = DOMAIN
 
     def _run(self, x, thresholds, **_):
+        if getattr(self, 'data_layout', '') not in ('', 'NCHW', 'NC'):
+            raise TwtaError(f'MultiThreshold: its data_layout is {self.data_layout}; NCHW and NC can be imported')
         thresholds = thresholds.reshape(-1, *[1] * (x.ndim - 2), thresholds.shape[1])
         reached = (x[..., np.newaxis] >= thresholds).sum(-1)
         return np.asarray(getattr(self, 'out_scale', 1) * reached + getattr(self, 'out_bias', 0), np.float32),
@@ -93,11 +103,12 @@ class Chain:
             raise TwtaError(f'the file has {len(inputs)} inputs and {len(model.graph.output)} outputs; a network has '
                             'one of each')
         sizes = [size.dim_value for size in inputs[0].type.tensor_type.shape.dim]
-        if len(sizes) != 4 or min(sizes[1:]) < 1:
+        if len(sizes) != 4 or min(sizes[1:]) < 1 or sizes[0] > 1:
             raise TwtaError(f'the input {inputs[0].name} has the shape {sizes}, not [1, channels, rows, columns]')
         self.image = self.shape = *sizes[2:], sizes[1]
         self.steps = [Step(None, 0, sizes[1], False, [])]
         self.input = self.tip = inputs[0].name
+        self.computed, self.size = 0, sum(values.nbytes for values in self.constants.values())
         self.is_flat = False
         for node in model.graph.node:
             self.add(node)
@@ -107,6 +118,9 @@ class Chain:
     def add(self, node):
         """Add a node: compute it if all that it reads is constant; else it continues the chain."""
         name = f'{node.op_type} {node.output[0]}'
+        self.computed += 1
+        if self.computed > MOST_NODES:
+            raise TwtaError(f'the file has more than {MOST_NODES:,} nodes')
         moving = [item for item in node.input if item and item not in self.constants]
         if moving and node.op_type == 'Shape':
             rows, columns, channels = self.shape
@@ -114,6 +128,9 @@ class Chain:
                                                       [1, channels, rows, columns])
             return
         if not moving and node.op_type in CONSTANT:
+            self.size += 4 * count_values(node, [self.constants[item] for item in node.input if item])
+            if self.size > LARGEST_FILE:
+                raise TwtaError(f'{name}: the constants need more than {LARGEST_FILE >> 20} MB')
             self.constants.update(zip(node.output, self.run([node], node.output), strict=True))
             return
         if moving != [self.tip] or node.op_type not in VALID:
@@ -122,7 +139,9 @@ class Chain:
             raise TwtaError(f'{name} cannot be imported; {reason}')
         if node.op_type in ('Reshape', 'Flatten'):
             self.is_flat = True
-            if not self.steps[-1].nodes:
+            if self.steps[-1].nodes:  # the nodes after it read what those before it give
+                self.steps[-1].nodes.append(helper.make_node('Identity', [self.tip], node.output))
+            else:
                 channels = self.steps[-1].channels if self.steps[-1].layer else 1  # all pixels are treated alike
                 self.steps[-1] = self.steps[-1]._replace(is_flat=True, channels=channels)
         elif node.op_type in POINTWISE:
@@ -136,18 +155,25 @@ class Chain:
         bias, is_dense = 0, node.op_type in ('MatMul', 'Gemm')
         if node.op_type == 'MaxPool':
             rows, columns = attribute(node, 'kernel_shape', (1, 1))
+            if rows != columns or not 1 <= rows <= max(self.shape[:2]):
+                raise TwtaError(f'{name}: its kernel {rows} * {columns} is not square, or larger than the map')
             layer = Layer('', np.zeros((rows, columns, 1, self.shape[2])), None, None, 1, 'VALID', self.shape[2])
         else:
             if moving_weights := [item for item in node.input[1:] if item and item not in self.constants]:
                 raise TwtaError(f'{name}: its weights {moving_weights[0]} are not constant')
             weights = self.constants[node.input[1]].astype(np.float32)
             if len(node.input) > 2 and node.input[2]:
-                bias = self.constants[node.input[2]].astype(np.float32)
+                bias = self.constants[node.input[2]].astype(np.float32) * np.float32(attribute(node, 'beta', 1))
+            weights = weights * np.float32(attribute(node, 'alpha', 1))
+            if attribute(node, 'transA', 0):
+                raise TwtaError(f'{name}: transA cannot be imported')
             weights = self.dense(weights.T if attribute(node, 'transB', 0) else weights) if is_dense else ungroup(
                 weights.transpose(2, 3, 1, 0), attribute(node, 'group', 1), self.shape[2])
             layer = Layer('', weights, None, None, 1, 'VALID', self.shape[2] // weights.shape[2])
         if not is_dense:
             layer = self.place(node, name, layer)
+        if min(geometry(self.shape, layer)[1]) < 1:
+            raise TwtaError(f'{name}: its kernel is larger than the map {list(self.shape)}')
         if self.is_flat != is_dense or layer.weights.shape[2] * layer.groups != self.shape[2]:
             raise TwtaError(f'{name} does not fit its input, {list(self.shape)}')
         self.shape, self.is_flat = geometry(self.shape, layer)[1], is_dense
@@ -165,6 +191,8 @@ class Chain:
     def place(self, node, name, layer):
         """Return the layer with the stride and the padding of a Conv or MaxPool."""
         strides, dilations = attribute(node, 'strides', (1, 1)), attribute(node, 'dilations', (1, 1))
+        if min(strides) < 1:
+            raise TwtaError(f'{name}: its strides are {list(strides)}')
         pads, auto = list(attribute(node, 'pads', (0,) * 4)), attribute(node, 'auto_pad', b'NOTSET').decode()
         layer = layer._replace(stride=strides[0])
         for padding in ('VALID', 'SAME'):
@@ -194,7 +222,8 @@ class Chain:
         except TwtaError:
             raise
         except Exception as error:  # whatever a node of a stranger's file does to onnx
-            raise TwtaError(f'{nodes[0].op_type} {nodes[0].output[0]} cannot be computed: {error}') from None
+            which = f'{nodes[0].op_type} {nodes[0].output[0]}' if len(nodes) == 1 else 'a part of the file'
+            raise TwtaError(f'{which} cannot be computed: {error}') from None
 
     def respond(self, step, sums):
         """Return what the pointwise nodes of a step make of sums float32 [count, channels]."""
@@ -215,6 +244,16 @@ class Chain:
 
 def attribute(node, name, default):
     return next((helper.get_attribute_value(item) for item in node.attribute if item.name == name), default)
+
+
+def count_values(node, inputs):
+    """Return how many values a node makes of constants, at most."""
+    sizes = [np.size(values) for values in inputs]
+    if node.op_type == 'Gather':
+        return sizes[1] * sizes[0] // max(1, np.shape(inputs[0])[attribute(node, 'axis', 0)])
+    if node.op_type in ('Add', 'Sub', 'Mul', 'Div', 'Pow'):
+        return math.prod(np.broadcast_shapes(*map(np.shape, inputs)))
+    return sum(sizes)
 
 
 def in_our_domain(node):

@@ -1,8 +1,8 @@
 """The engines that run a packed network.
 
 numba    bit planes and compiled kernels (twta.packed.numba_engine)
-sliced   vectors with a bit per image (twta.packed.sliced_engine): takes the place of numba for many images, on x86
-         processors that have no population count of vectors
+sliced   vectors with a bit per image (twta.packed.sliced_engine): replaces the numba engine in batches of 144 and more,
+         on x86 processors that have no population count of vectors
 numpy    plain arrays, slower; the reference for what a packed network computes (twta.packed.numpy_engine)
 
 Their activations are the same; their logits differ by rounding.
@@ -47,20 +47,23 @@ def logits(engine, images):
         check_images(images, engine.packed, 0)
         return np.zeros((0, len(engine.packed.classes)), np.float32)
     batches = [images[start:start + engine.batch] for start in range(0, len(images), engine.batch)]
-    return np.concatenate([fitting(engine, len(batch)).logits(batch) for batch in batches])
+    return np.concatenate([engine_for(engine, len(batch)).logits(batch) for batch in batches])
 
 
-def fitting(engine, count):
+def engine_for(engine, count):
     """Return the engine for so many images: `engine`, or in place of a numba engine a sliced one."""
     if engine.name != 'numba' or count < MANY:
         return engine
     from twta.packed import numba_engine, sliced_engine  # here: numba is optional
 
-    if numba_engine.counts_in_vectors() or not sliced_engine.can_hold(engine.packed):
+    if numba_engine.counts_in_vectors() or not sliced_engine.suits(engine.packed):
         return engine
-    if not engine.for_many:
-        engine.for_many = sliced_engine.SlicedEngine(engine.packed, engine.threads)
-    return engine.for_many
+    if not engine.sliced:
+        try:
+            engine.sliced = sliced_engine.SlicedEngine(engine.packed, engine.threads)
+        except MemoryError:
+            return engine
+    return engine.sliced
 
 
 def warm_engine(packed, engine, threads, count=1):
@@ -76,7 +79,7 @@ def warm_engine(packed, engine, threads, count=1):
         try:
             found = open_engine(packed, engine, threads)
             for number in {1, min(count, found.batch)}:
-                fitting(found, number).logits(first)
+                engine_for(found, number).logits(first)
         except (ValueError, ImportError, RuntimeError) as error:  # for example of a variable NUMBA_...
             if engine == 'numba':
                 raise UsageError(f'--engine numba: {error}; use --engine numpy') from None

@@ -45,7 +45,7 @@ COLUMNS = (
     'blocks', 'n_blocks',  # descriptions of the blocks: address, number
     'y', 'y_image', 'y_plane', 'y_at',  # output: as for the input
     'positions', 'span')  # positions per image; number of images that x_at and y_at cover
-N_BLOCKS = COLUMNS.index('n_blocks')
+N_BLOCKS, OUTPUT_MAP = COLUMNS.index('n_blocks'), COLUMNS.index('y')
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -175,7 +175,6 @@ def block_of(kind):
     width = STRIP // max(kind, 1)  # more positions do not fit in the registers
     wide, narrow = strip(width, kind), strip(1, kind)
 
-    @njit
     def block_at(n, x, x_plane, x_at, w, words, words_at, block, y, y_plane, y_at):
         whole = n // width * width
         for p in range(0, whole, width):
@@ -187,7 +186,10 @@ def block_of(kind):
             for p in range(whole, n):
                 narrow(x, x_plane, x_at + 8 * p, w, words, words_at, block, y, y_plane, y_at + 8 * p)
 
-    return block_at
+    # two cached functions may bring each its own code under one name, and the first is taken for both: so no two kinds
+    # have one name
+    block_at.__qualname__ = f'block_at_{kind}'
+    return njit(block_at)
 
 
 real_block, block_1, block_2, block_4, block_8 = (block_of(kind) for kind in (0, 1, 2, 4, 8))

@@ -76,7 +76,42 @@ class Planes:
         return np.moveaxis(values, 1, -1).reshape(n, *self.shape)
 
 
-class NumbaEngine:
+class CompiledEngine:
+    """What engines share that numba compiles: the input, the results, and copies.
+
+    packed, threads, batch, x, before    network, number of threads, most images, prepared images, padding before these
+    planes                               of each layer's activations; they have unpack(n)
+    """
+
+    def __reduce__(self):
+        """Copy and pickle the network alone: the memory is known to the kernels by its addresses."""
+        return type(self), (self.packed, self.threads)
+
+    def take(self, images):
+        """Return images as the kernels take them, and crop for kernels.prepare; the stem's maps are put into self.x.
+
+        Raises ValueError if images have another type or shape: the kernels would write outside their memory.
+        """
+        check_images(images, self.packed, self.batch)
+        crop = self.packed.crop
+        if self.packed.stem:
+            crop, (top, left), (height, width, _) = -1, self.before, file_format.input_shape(self.packed)
+            self.x[:len(images), top:top + height, left:left + width] = encoder_input(images, self.packed)
+        return np.require(images, requirements='CW'), crop  # numba would compile anew for memory that is read only
+
+    def logits(self, images):
+        """Return logits, float32 [n, classes], of at most `batch` images, uint8 [n, height, width, channels]."""
+        with held():
+            return scale_logits(self.run(images), self.packed)
+
+    def activations(self, images):
+        """Return each layer's activations, int8 [n, height, width, channels], of at most `batch` images."""
+        with held():
+            self.run(images)
+            return [planes.unpack(len(images)) for planes in self.planes]
+
+
+class NumbaEngine(CompiledEngine):
     """The engine on bit planes, compiled by numba; threads None: one per available core."""
 
     name = 'numba'
@@ -84,7 +119,7 @@ class NumbaEngine:
     def __init__(self, packed, threads=None):
         self.packed = packed
         self.threads = count_threads(threads)
-        self.for_many = None  # twta.packed.engines puts the sliced engine there
+        self.sliced = None  # twta.packed.engines puts the sliced engine there
         shape = file_format.input_shape(packed)
         encoder = packed.layers[0]
         self.before, padded = file_format.border(shape, encoder)
@@ -102,9 +137,7 @@ class NumbaEngine:
             self.planes.append(planes)
             self.products += math.prod(out) * file_format.fan_in(layer.weights)
         self.table = np.array(rows, np.int64)
-        bits = np.zeros((math.prod(out[:2]), 8 * planes.cell, len(packed.classes)))
-        bits[:, :out[2]] = packed.weights.reshape(-1, out[2], len(packed.classes))
-        self.weights = np.ascontiguousarray(bits.reshape(-1, len(packed.classes)).T)
+        self.weights = classifier_weights(packed, out, 8 * planes.cell)
 
     def lay_out(self, layer, source, out, target):
         """Return a layer's row of the table, int64 [COLUMNS].
@@ -144,32 +177,14 @@ class NumbaEngine:
         return [values[column] for column in kernels.COLUMNS]
 
     def run(self, images):
-        """Return the classifier's sums, float64 [n, classes], and leave the activations in self.planes.
-
-        Raises ValueError if images have another type or shape: the kernels would write outside their memory.
-        """
-        check_images(images, self.packed, self.batch)
+        """Return the classifier's sums, float64 [n, classes], and leave the activations in self.planes."""
+        images, crop = self.take(images)
         sums = np.empty((len(images), len(self.packed.classes)))
-        last = self.planes[-1]
-        crop = self.packed.crop
-        if self.packed.stem:
-            crop, (top, left), (height, width, _) = -1, self.before, file_format.input_shape(self.packed)
-            self.x[:len(images), top:top + height, left:left + width] = encoder_input(images, self.packed)
         threads = self.threads if len(images) * self.products >= SHARED else 1
-        call(kernels, threads, np.ascontiguousarray(images), crop, self.x, self.before, self.table, threads, CHUNK,
-             last.data, last.image, self.weights, sums)
+        last = self.planes[-1]
+        call(kernels, threads, images, crop, self.x, self.before, self.table, threads, CHUNK, last.data, last.image,
+             self.weights, sums)
         return sums
-
-    def logits(self, images):
-        """Return logits, float32 [n, classes], of at most `batch` images, uint8 [n, height, width, channels]."""
-        with held():
-            return scale_logits(self.run(images), self.packed)
-
-    def activations(self, images):
-        """Return each layer's activations, int8 [n, height, width, channels], of at most `batch` images."""
-        with held():
-            self.run(images)
-            return [planes.unpack(len(images)) for planes in self.planes]
 
 
 def address(array):
@@ -229,6 +244,13 @@ def real_weights(layer, filters):
     weights = np.zeros((height, math.prod(layer.weights.shape[1:3]), n_filters + 1))
     weights[..., :-1] = layer.weights.reshape(height, -1, n_filters)
     return aligned(np.moveaxis(weights[..., filters], 2, 0))
+
+
+def classifier_weights(packed, shape, channels):
+    """Return the classifier's weights, float64 [classes, features], for maps of a shape with so many channels."""
+    weights = np.zeros((math.prod(shape[:2]), channels, len(packed.classes)))
+    weights[:, :shape[2]] = packed.weights.reshape(-1, shape[2], len(packed.classes))
+    return np.ascontiguousarray(weights.reshape(-1, len(packed.classes)).T)
 
 
 def describe_blocks(layer, filters, sources, output):

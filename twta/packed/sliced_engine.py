@@ -14,20 +14,32 @@ import numpy as np
 
 from twta.packed import file_format, kernels, sliced_kernels
 from twta.packed.numba_engine import (
+    CompiledEngine,
     Planes,
     address,
+    classifier_weights,
     describe_blocks,
     positions,
     real_weights,
 )
-from twta.packed.numpy_engine import check_images, encoder_input, scale_logits
-from twta.packed.pool import call, count_threads, held
-from twta.packed.sliced_kernels import IMAGES, SIZE, UNIT
+from twta.packed.pool import call, count_threads
+from twta.packed.sliced_kernels import IMAGES, PART, SIZE, UNIT
+
+LARGEST_MEMORY = 1 << 29  # bytes of maps and entries; entries are int32 offsets in a map
+MOST_FILTERS = 1 << 16  # a second to lay out
 
 
-def can_hold(packed):
-    """Return whether the kernels' numbers are large enough for every sum of a network."""
-    return all(file_format.fan_in(layer.weights) + UNIT < 1 << sliced_kernels.BITS[-1] for layer in packed.layers[1:])
+def suits(packed):
+    """Return whether the sliced engine can hold a network: its sums, and the memory and time that it takes.
+
+    The trained networks of pretrained/ need 1 to 20 MB.
+    """
+    memory, n_filters = 0, 0
+    for layer, shape, *_ in list(file_format.shapes(packed))[1:]:
+        memory += math.prod(file_format.border(shape, layer)[1]) * (shape[2] + 7) * 2 * SIZE + 4 * layer.weights.size
+        n_filters += layer.weights.shape[3]
+    widest = max((file_format.fan_in(layer.weights) for layer in packed.layers[1:]), default=0)
+    return memory < LARGEST_MEMORY and n_filters < MOST_FILTERS and widest + UNIT < 1 << sliced_kernels.BITS[-1]
 
 
 class Map:
@@ -47,7 +59,8 @@ class Map:
         memory = np.zeros(padded[0] * self.row + SIZE, np.uint8)
         start = -address(memory) % SIZE
         self.data = memory[start:start + padded[0] * self.row].reshape(*padded, self.channels, 2, SIZE)
-        self.data[..., 0, :], self.data[..., 1, :] = 255 * (border > 0), 255 * (border < 0)
+        if border:
+            self.data[..., 0, :], self.data[..., 1, :] = 255 * (border > 0), 255 * (border < 0)
 
     def places(self, shape, stride, before):
         """Return the byte offsets of so many rows and columns of positions, int64, row by row."""
@@ -62,38 +75,39 @@ class Map:
         return np.moveaxis(bits[..., 0, :] - bits[..., 1, :], -1, 0)
 
 
-class SlicedEngine:
+class SlicedEngine(CompiledEngine):
     """The engine on vectors of images, compiled by numba; threads None: one per available core.
 
-    Its memory: 64 bytes per activation, 2 KB per value of the encoder's input.
+    Its memory: 64 bytes per activation, 4 per weight that is not 0, 2 KB per value of the encoder's input.
+
+    Raises ValueError if it does not suit the network.
     """
 
     name, batch = 'sliced', IMAGES
 
     def __init__(self, packed, threads=None):
+        if not suits(packed):
+            raise ValueError('the network is too large for the sliced engine')
         self.packed, self.threads = packed, count_threads(threads)
         shapes = list(file_format.shapes(packed))
-        self.maps = []
+        self.planes = []
         for (_, _, _, out), (reader, *_) in itertools.pairwise(shapes):
-            self.maps.append(Map(out, *file_format.border(out, reader), reader.border))
+            self.planes.append(Map(out, *file_format.border(out, reader), reader.border))
         out = shapes[-1][3]
-        self.maps.append(Map(out, (0, 0), out[:2], 0))
+        self.planes.append(Map(out, (0, 0), out[:2], 0))
         self.kept = []  # the arrays whose addresses are in the tables
-        first = self.maps[0]
+        first, last = self.planes[0], self.planes[-1]
         rows = [{'y': address(first.data), 'y_at': self.keep(first.places(first.shape[:2], 1, first.before))}]
-        for (layer, *_), source, target in zip(shapes[1:], self.maps, self.maps[1:], strict=False):
+        for (layer, *_), source, target in zip(shapes[1:], self.planes, self.planes[1:], strict=False):
             rows.append(self.lay_out(layer, source, target))
         self.table = np.array([[row.get(column, 0) for column in sliced_kernels.COLUMNS] for row in rows], np.int64)
         encoder, shape, self.before, out = shapes[0]
         self.x = np.zeros((IMAGES, *file_format.border(shape, encoder)[1], shape[2]))
-        self.encoded = np.zeros((2, math.prod(out[:2]), first.channels // 8, IMAGES), np.uint8)
+        self.encoded = np.zeros((IMAGES // PART, 2, math.prod(out[:2]), first.channels // 8, PART), np.uint8)
         self.encoder = self.lay_out_encoder(encoder, out)
-        last = self.maps[-1]
         self.last = last.data.reshape(-1, last.channels, 2, SIZE)
-        self.planes = Planes(IMAGES, last.shape, 1, (0, 0), last.shape[:2])
-        bits = np.zeros((len(self.last), last.channels, len(packed.classes)))
-        bits[:, :last.shape[2]] = packed.weights.reshape(len(self.last), -1, len(packed.classes))
-        self.weights = np.ascontiguousarray(bits.reshape(-1, len(packed.classes)).T)
+        self.features = Planes(IMAGES, last.shape, 1, (0, 0), last.shape[:2])
+        self.weights = classifier_weights(packed, last.shape, last.channels)
 
     def keep(self, array):
         """Keep an array as long as the engine; return its address."""
@@ -110,10 +124,10 @@ class SlicedEngine:
             channels = 2 * SIZE * np.arange(group, source.shape[2], layer.groups)
             entries = (cells[..., np.newaxis] + channels + SIZE * (weights < 0))[weights != 0]
             count = len(entries)
-            first, entries = (entries[0], entries[1:]) if count % 2 else (0, entries)
+            odd, entries = (entries[0], entries[1:]) if count % 2 else (0, entries)
             # filled up with pairs that add as much to plus as to minus
             entries = np.append(entries, [0, SIZE] * (-len(entries) % UNIT // 2)).astype(np.int32)
-            rows.append((self.keep(entries), len(entries) // UNIT, first, -(count % 2),
+            rows.append((self.keep(entries), len(entries) // UNIT, odd, -(count % 2),
                          -np.clip(layer.upper[k], -count, count + 1), -np.clip(layer.lower[k], -count - 1, count) - 1))
             longest = max(longest, len(entries) + 1)
         return {'x': address(source.data), 'x_at': self.keep(source.places(target.shape[:2], layer.stride, (0, 0))),
@@ -123,7 +137,7 @@ class SlicedEngine:
 
     def lay_out_encoder(self, layer, out):
         """Return the encoder's row of kernels.COLUMNS: it reads self.x and writes self.encoded; out: its shape."""
-        blocks, count = self.encoded.shape[2], math.prod(out[:2])
+        blocks, count = self.encoded.shape[3], math.prod(out[:2])
         order = np.arange(8 * blocks)
         filters = np.where(order < out[2], order, -1).reshape(-1, 8)
         image, row, cell = (part.nbytes for part in (self.x[0], self.x[0, 0], self.x[0, 0, 0]))
@@ -131,40 +145,21 @@ class SlicedEngine:
         offsets = (np.arange(height)[:, np.newaxis] * row + 8 * np.arange(width * self.x.shape[3])).ravel()
         span = 8 // math.gcd(8, count)
         weights = real_weights(layer, filters)
-        descriptions = describe_blocks(layer, filters, np.zeros((blocks, 1), np.int64), IMAGES * np.arange(blocks))
+        descriptions = describe_blocks(layer, filters, np.zeros((blocks, 1), np.int64), PART * np.arange(blocks))
         values = {'kind': 0, 'x': address(self.x), 'x_image': image, 'x_plane': 0,
                   'x_at': self.keep(positions(span, image, out, layer.stride * row, layer.stride * cell)),
                   'w': self.keep(weights), 'w_block': weights[0].nbytes,
                   'words': len(offsets), 'words_at': self.keep(offsets.astype(np.int64)),
                   'blocks': self.keep(descriptions), 'n_blocks': blocks,
-                  'y': address(self.encoded), 'y_image': 1, 'y_plane': self.encoded[0].nbytes,
-                  'y_at': self.keep(positions(span, 1, out, out[1] * blocks * IMAGES, blocks * IMAGES)),
+                  'y': address(self.encoded), 'y_image': 1, 'y_plane': self.encoded[0, 0].nbytes,
+                  'y_at': self.keep(positions(span, 1, out, out[1] * blocks * PART, blocks * PART)),
                   'positions': count, 'span': span}
         return np.array([values[column] for column in kernels.COLUMNS], np.int64)
 
     def run(self, images):
-        """Return the classifier's sums, float64 [n, classes], and leave the activations in self.maps.
-
-        Raises ValueError if images have another type or shape: the kernels would write outside their memory.
-        """
-        check_images(images, self.packed, IMAGES)
+        """Return the classifier's sums, float64 [n, classes], and leave the activations in self.planes."""
+        images, crop = self.take(images)
         sums = np.empty((len(images), len(self.packed.classes)))
-        crop = self.packed.crop
-        if self.packed.stem:
-            crop, (top, left), (height, width, _) = -1, self.before, file_format.input_shape(self.packed)
-            self.x[:len(images), top:top + height, left:left + width] = encoder_input(images, self.packed)
-        call(sliced_kernels, self.threads, np.ascontiguousarray(images), crop, self.x, self.before, self.encoder,
-                     self.encoded, self.table, self.threads, self.last, self.planes.data, self.planes.image,
-                     self.weights, sums)
+        call(sliced_kernels, self.threads, images, crop, self.x, self.before, self.encoder, self.encoded, self.table,
+             self.threads, self.last, self.features.data, self.features.image, self.weights, sums)
         return sums
-
-    def logits(self, images):
-        """Return logits, float32 [n, classes], of at most IMAGES images, uint8 [n, height, width, channels]."""
-        with held():
-            return scale_logits(self.run(images), self.packed)
-
-    def activations(self, images):
-        """Return each layer's activations, int8 [n, height, width, channels], of at most IMAGES images."""
-        with held():
-            self.run(images)
-            return [map_.unpack(len(images)) for map_ in self.maps]

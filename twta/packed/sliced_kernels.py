@@ -4,7 +4,7 @@ A lane is an image: bit i of a vector of 256 bits belongs to image i. An activat
 vectors, positive and negative. A filter's sum is the number of its products that are +1 less the number that are -1:
 
     plus     positive where the weight is +1, negative where it is -1
-    minus    the other of the two
+    minus    the other vector of the same channel
 
 Carry-save adders count sixteen vectors at a time, in bit-sliced numbers: vector k of a number holds bit k of each
 image's number (Harley-Seal; Mula, Kurz and Lemire, "Faster population counts using AVX2 instructions", 2018). Weights
@@ -21,11 +21,12 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from twta.packed.kernels import INT, LONG, N_BLOCKS, classify, load, prepare, run_layer, splat, vector
+from twta.packed.kernels import INT, LONG, N_BLOCKS, OUTPUT_MAP, classify, load, prepare, run_layer, splat, vector
 from twta.packed.pool import compiled
 
 SIZE = 32  # bytes of a vector
 IMAGES = 8 * SIZE
+PART = 32  # images that pass through the encoder together
 UNIT = 16  # entries of a list that are counted together
 BITS = 8, 11, 15  # of numbers: the kernels' variants
 
@@ -34,14 +35,14 @@ COLUMNS = (
     'x', 'x_at',  # address of the map that it reads; address of the positions' offsets in it
     'y', 'y_at',  # the same of the map that it writes
     'filters', 'n_filters', 'positions',  # address of the descriptions of filters, their number, positions
-    'bits')  # that hold every number of the layer
+    'bits')  # width of the layer's largest number
 Y, Y_AT, N_FILTERS, POSITIONS = (COLUMNS.index(name) for name in ('y', 'y_at', 'n_filters', 'positions'))
 # The description of a filter, int64
 FILTER = (
     'entries',  # address of its entries, int32: offsets of `plus` vectors from a position
     'units',  # number of entries / UNIT
-    'first', 'has_first',  # one more entry, and -1 if there is one, else 0
-    'upper', 'lower')  # -upper and -lower - 1
+    'odd', 'has_odd',  # one more entry, and -1 if there is one, else 0
+    'upper', 'lower')  # added to the sum: +1 if sum - upper >= 0; -1 unless sum - lower - 1 >= 0
 
 
 class Lanes:
@@ -107,7 +108,7 @@ def fire(lanes, plus, minus, thresholds):
     """Return vectors that say whether plus - minus + threshold >= 0, one per threshold.
 
     plus, minus    numbers of equally many bits
-    thresholds     int64, smaller than these numbers can be
+    thresholds     int64, from -2**bits to 2**bits - 1
     """
     builder = lanes.builder
     borrow, carries = lanes.zero, [lanes.zero for _ in thresholds]
@@ -135,11 +136,11 @@ def filter_at(bits):
         def emit(context, builder, signature, arguments):
             x, description, y = arguments
             lanes = Lanes(builder)
-            entries, units, first, has_first, upper, lower = (
+            entries, units, odd, has_odd, upper, lower = (
                 load(builder, builder.add(description, LONG(8 * k)), LONG, 8) for k in range(len(FILTER)))
             numbers = []
             for flip in (0, SIZE):
-                start = builder.and_(lanes.load(builder.add(x, builder.xor(first, LONG(flip)))), lanes.splat(has_first))
+                start = builder.and_(lanes.load(builder.add(x, builder.xor(odd, LONG(flip)))), lanes.splat(has_odd))
                 numbers.append(count(lanes, x, entries, units, LONG(flip), start, bits))
             positive, above = fire(lanes, *numbers, (upper, lower))
             lanes.store(positive, y)
@@ -205,19 +206,22 @@ def run_filters(row, begin, end):
 
 
 @njit
-def slice_encoder(planes, y, y_at, begin, end):
-    """Store the encoder's activations at positions begin to end - 1 as vectors.
+def run_encoder(row, images, planes, y, y_at, task):
+    """Compute the encoder for the task-th 32 of so many images, and store its activations as vectors.
 
-    planes    uint8 [2, positions, blocks, images]: non-zero, negative; a block is eight filters
+    row       of kernels.COLUMNS, for the first task's planes
+    planes    uint8 [tasks, 2, positions, blocks, 32]: non-zero, negative; a block is eight filters
     y, y_at   of the map, as in COLUMNS
     """
-    blocks, images = planes.shape[2:]
-    for position in range(begin, end):
-        for block in range(blocks):
-            there = y + peek(y_at + 8 * position) + 16 * SIZE * block
-            nonzero, negative = planes[0, position, block].ctypes.data, planes[1, position, block].ctypes.data
-            for image in range(0, images, 32):
-                slice_32(nonzero + image, negative + image, there + image // 8, SIZE)
+    first = PART * task
+    row = row.copy()
+    row[OUTPUT_MAP] += task * planes[0].size - first  # run_layer adds an image's number
+    run_layer(row, first, min(images, first + PART), 0, row[N_BLOCKS])
+    for position in range(planes.shape[2]):
+        for block in range(planes.shape[3]):
+            nonzero, negative = planes[task, 0, position, block], planes[task, 1, position, block]
+            slice_32(nonzero.ctypes.data, negative.ctypes.data,
+                     y + peek(y_at + 8 * position) + 16 * SIZE * block + PART // 8 * task, SIZE)
 
 
 @njit
@@ -258,22 +262,17 @@ def run(images, crop, x, before, encoder, encoded, table, threads, last, planes,
 
     n is at most IMAGES.
 
-    encoder    the encoder's row of kernels.COLUMNS; it writes `encoded`, the planes of slice_encoder
+    encoder    the encoder's row of kernels.COLUMNS; it writes `encoded`, the planes of run_encoder
     table      int64 [1 + layers, COLUMNS]; its first row has y and y_at of the encoder's map
     last       vectors of the last map, as for unslice, which writes planes
 
     The other arguments are those of kernels.prepare and kernels.classify. The threads share the images in the encoder
-    and in the classifier, and the results of each layer between.
+    and in the classifier, and the results of each layer between them.
     """
     count = len(images)
-    for part in prange(threads):
-        first, beyond = part * count // threads, (part + 1) * count // threads
-        prepare(images, first, beyond, crop, x, before)
-        run_layer(encoder, first, beyond, 0, encoder[N_BLOCKS])
-    positions = encoded.shape[1]
-    for part in prange(threads):
-        slice_encoder(encoded, table[0, Y], table[0, Y_AT], part * positions // threads,
-                      (part + 1) * positions // threads)
+    for task in prange(-(-count // PART)):
+        prepare(images, PART * task, min(count, PART * task + PART), crop, x, before)
+        run_encoder(encoder, count, encoded, table[0, Y], table[0, Y_AT], task)
     for layer in range(1, len(table)):
         results = table[layer, POSITIONS] * table[layer, N_FILTERS]
         for part in prange(threads):
