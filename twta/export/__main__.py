@@ -48,7 +48,8 @@ def import_network(args, out):
     for compared in [images] + [noise(packed.image, 20)] * bool(args.images):
         qonnx_import.compare(packed, original, compared)
     file_format.write(out, packed)
-    say(f'the same scores as {args.file.name} on {len(images)} images ({which})')
+    count = f'{len(images)} image{"s" * (len(images) > 1)} ({which})' + ' and 20 of noise' * bool(args.images)
+    say(f'the same scores as {args.file.name} on {count}')
     say(f'{out}: {out.stat().st_size:,} bytes')
 
 
