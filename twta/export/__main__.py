@@ -43,7 +43,7 @@ def import_network(args, out):
     formats.check_format('twta', None, args.core, args.dialect)
     from twta.export import qonnx_import  # here: onnx is optional
 
-    packed, original = qonnx_import.import_file(args.file, args.divisor or 255)
+    packed, original = qonnx_import.import_file(args.file, stem(args.file), args.divisor or 255)
     images, which = choose_images(args, packed)
     for compared in [images] + [noise(packed.image, 20)] * bool(args.images):
         qonnx_import.compare(packed, original, compared)

@@ -99,6 +99,8 @@ class Chain:
         self.constants = {item.name: numpy_helper.to_array(item) for item in model.graph.initializer}
         self.opset = max((item.version for item in model.opset_import if not item.domain), default=1)
         inputs = [item for item in model.graph.input if item.name not in self.constants]
+        if len(model.graph.node) > MOST_NODES:
+            raise TwtaError(f'the file has more than {MOST_NODES:,} nodes')
         if len(inputs) != 1 or len(model.graph.output) != 1:
             raise TwtaError(f'the file has {len(inputs)} inputs and {len(model.graph.output)} outputs; a network has '
                             'one of each')
@@ -108,7 +110,7 @@ class Chain:
         self.image = self.shape = *sizes[2:], sizes[1]
         self.steps = [Step(None, 0, sizes[1], False, [])]
         self.input = self.tip = inputs[0].name
-        self.computed, self.size = 0, sum(values.nbytes for values in self.constants.values())
+        self.size = sum(values.nbytes for values in self.constants.values())
         self.is_flat = False
         for node in model.graph.node:
             self.add(node)
@@ -118,9 +120,6 @@ class Chain:
     def add(self, node):
         """Add a node: compute it if all that it reads is constant; else it continues the chain."""
         name = f'{node.op_type} {node.output[0]}'
-        self.computed += 1
-        if self.computed > MOST_NODES:
-            raise TwtaError(f'the file has more than {MOST_NODES:,} nodes')
         moving = [item for item in node.input if item and item not in self.constants]
         if moving and node.op_type == 'Shape':
             rows, columns, channels = self.shape

@@ -231,12 +231,12 @@ def read_model(path):
         raise TwtaError(f'{path}: not an ONNX file, or the data beside it are missing: {error}') from None
 
 
-def import_file(path, divisor):
-    """Return what import_model returns, of a file; errors name it."""
+def import_file(path, name, divisor):
+    """Return what import_model returns, of a file; errors give its path."""
     model = read_model(path)
     try:
         with np.errstate(all='ignore'):
-            packed, original = import_model(model, path.name.removesuffix('.onnx').removesuffix('.qonnx'), divisor)
+            packed, original = import_model(model, name, divisor)
         return file_format.parse(file_format.serialize(packed)), original  # its limits hold here, too
     except (TwtaError, file_format.InvalidFile) as error:
         raise TwtaError(f'{path}: {error}') from None

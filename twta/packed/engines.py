@@ -56,13 +56,14 @@ def engine_for(engine, count):
         return engine
     from twta.packed import numba_engine, sliced_engine  # here: numba is optional
 
+    if engine.sliced:
+        return engine.sliced
     if numba_engine.counts_in_vectors() or not sliced_engine.suits(engine.packed):
         return engine
-    if not engine.sliced:
-        try:
-            engine.sliced = sliced_engine.SlicedEngine(engine.packed, engine.threads)
-        except MemoryError:
-            return engine
+    try:
+        engine.sliced = sliced_engine.SlicedEngine(engine.packed, engine.threads)
+    except MemoryError:
+        return engine
     return engine.sliced
 
 

@@ -13,6 +13,7 @@ run, its weights there are zero. The compiled code computes a block of eight fil
 plane. So the writer takes its filters in the order of the reader's bytes. Eight filters in that order read one, two,
 four or eight groups of the writer's own input.
 """
+import functools
 import math
 
 import numba
@@ -32,6 +33,7 @@ SHARED = 1 << 25  # products; a call with fewer gains nothing from threads and r
 CHUNK = 32  # images that pass through all layers together: activations stay in the cache, weights are reused
 
 
+@functools.cache
 def counts_in_vectors():
     """Return whether the bit planes' kernels are at their best here, or nothing else has been measured.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numba
 from numba.core.compiler_lock import global_compiler_lock
-from numba.np.ufunc import parallel
+from numba.np.ufunc import parallel as numba_threads
 
 from twta import files, in_a_line, processor
 from twta.terminal import complain
@@ -25,7 +25,7 @@ SOURCES = hashlib.sha256(b''.join(Path(__file__).with_name(name).read_bytes()
 
 
 def after_fork():
-    is_used = POOL['is_used'] or getattr(parallel, '_is_initialized', False)  # by other code than ours
+    is_used = POOL['is_used'] or getattr(numba_threads, '_is_initialized', False)  # by other code than ours
     POOL.update(lock=threading.Lock(), is_lost=POOL['is_lost'] or is_used)
     global_compiler_lock.release()
 
