@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time the inference of each network in the packed engine and in other engines.
 
-    pip install -r requirements.txt ai-edge-litert
+    pip install -r requirements.txt ai-edge-litert openvino
     python benchmarks/inference_speed.py
 
 Engines:
@@ -12,6 +12,7 @@ Engines:
     ONNX Runtime       The same network in float32, batch normalisation folded into the convolutions.
     ONNX Runtime int8  The same convolutions with weights and activations in int8 (QDQ, one scale per channel).
     LiteRT int8        The same in LiteRT.
+    OpenVINO int8      ONNX Runtime's int8 model in OpenVINO.
 
 The int8 engines clip activations to [-1, 1] and keep 8 bits of them. They do not ternarise, and they do not shuffle
 channels between groups: this is slightly less work than the network asks for, and the predictions differ. Engines that
@@ -243,9 +244,22 @@ def run_litert(folder, packed, images, threads):
     return run
 
 
+def run_openvino(folder, packed, images, threads):
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(folder / 'int8.onnx')
+    model.reshape([len(images), *input_shape(packed)])
+    request = core.compile_model(model, 'CPU', {'INFERENCE_NUM_THREADS': threads, 'NUM_STREAMS': 1}
+                                 ).create_infer_request()
+    x = numpy_engine.prepare(images, packed.crop)
+    return lambda: request.infer({0: x}, share_inputs=True, share_outputs=True)[0]
+
+
 ENGINES = {'packed': (run_packed, 'network.twta'), 'TensorFlow': (run_tensorflow, 'frozen.pb'),
            'ONNX Runtime': (run_onnx('float32.onnx'), 'float32.onnx'),
-           'ONNX Runtime int8': (run_onnx('int8.onnx'), 'int8.onnx'), 'LiteRT int8': (run_litert, 'int8.tflite')}
+           'ONNX Runtime int8': (run_onnx('int8.onnx'), 'int8.onnx'), 'LiteRT int8': (run_litert, 'int8.tflite'),
+           'OpenVINO int8': (run_openvino, 'int8.onnx')}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -321,7 +335,7 @@ def seconds(run):
 
 def profile(name, repetitions):
     """Print the time per image of each part of the packed engine: batch 200, one thread, best of the repetitions."""
-    from twta.packed import kernels
+    from twta.packed import encoder_kernels, kernels
     from twta.packed.numba_engine import NumbaEngine
 
     packed, _ = build(name)
@@ -336,17 +350,21 @@ def profile(name, repetitions):
         return best / len(images) * 1e6
 
     engine.logits(images)
+    encoder, (images, crop, largest) = engine.encoder, engine.take(images)
     print(f'{name}: microseconds per image, batch 200, one thread\n'
           'layer        sources words positions      us  ternary GMAC/s  bits of words used')
-    print(f'{"preprocess":33} '
-          f'{microseconds(kernels.prepare, images, 0, 200, packed.crop, engine.x, engine.before):7.1f}')
-    for index, (layer, _, _, out) in enumerate(file_format.shapes(packed)):
+    arguments = images, 0, 200, crop, encoder.x, encoder.before, largest
+    print(f'{"preprocess":33} {microseconds(encoder_kernels.prepare, *arguments):7.1f}')
+    row = dict(zip(encoder_kernels.COLUMNS, encoder.row, strict=True))
+    taken = microseconds(encoder_kernels.encode, encoder.row, encoder_kernels.prepare(*arguments), 0, 200, 0,
+                         row['n_groups'], 0, row['positions'])
+    print(f'{packed.layers[0].name:12} {"":7} {row["words"]:5} {row["positions"]:9} {taken:7.1f}')
+    for index, (layer, _, _, out) in list(enumerate(file_format.shapes(packed)))[1:]:
         row = dict(zip(kernels.COLUMNS, engine.table[index], strict=True))
-        taken = microseconds(kernels.run_layer, engine.table[index], 0, 200, 0, row['n_blocks'])
+        taken = microseconds(kernels.run_layer, engine.table[index], 0, 200, 0, row['n_blocks'], 0, row['positions'])
         products = fan_in(layer.weights)
-        print(f'{layer.name:12} {row["kind"]:7} {row["words"]:5} {row["positions"]:9} {taken:7.1f}'
-              + (f' {np.prod(out) * products / taken / 1000:15,.0f} {products / row["words"] / 64:19.0%}' if index
-                 else ''))
+        print(f'{layer.name:12} {row["kind"]:7} {row["words"]:5} {row["positions"]:9} {taken:7.1f} '
+              f'{np.prod(out) * products / taken / 1000:15,.0f} {products / row["words"] / 64:19.0%}')
     last, sums = engine.planes[-1], np.empty((200, len(packed.classes)))
     print(f'{"classifier":33} '
           f'{microseconds(kernels.classify, last.data, last.image, engine.weights, 0, 200, sums):7.1f}')

@@ -58,6 +58,47 @@ def test_engines_have_the_same_activations_and_logits(packed, count, threads, fa
     np.testing.assert_allclose(fast.logits(x), logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize('fast', [numba_engine.NumbaEngine, sliced_engine.SlicedEngine])
+@pytest.mark.filterwarnings('ignore:overflow encountered')
+@pytest.mark.parametrize('scale', [1, 1e-30, 1e30, 3e37])
+@pytest.mark.parametrize('crop', [0, 9])
+def test_encoder_sums_on_and_beside_the_thresholds(fast, scale, crop):
+    """Where float32 cannot tell a sum from a threshold, where it overflows, and where it is all zeros."""
+    base = random_packed((11, 10, 3), crop, [(72, 3, 1, 'SAME', 1), (8, 9, 1, 'VALID', 1)])
+    x = random_images(base, 7)
+    x[5], x[6] = 0, 255
+    x[6, 4, 4] = 0
+    encoder = base.layers[0]._replace(weights=base.layers[0].weights * np.float32(scale))
+    sums = numpy_engine.convolve(numpy_engine.encoder_input(x, base), encoder).astype(np.float32)
+    filters = np.arange(72)
+    upper = sums[filters % 7, filters % 9, filters // 9, filters]  # one sum of each filter
+    lower = np.minimum(sums[filters % 3, filters % 5, filters % 9, filters],
+                       np.nextafter(upper, np.float32(-np.inf)))
+    for toward in (-np.inf, 0, np.inf):  # the float32 before it, itself, the next one
+        moved = [np.nextafter(limits, np.float32(toward)) if toward else limits for limits in (upper, lower)]
+        packed = base._replace(layers=(encoder._replace(upper=moved[0], lower=moved[1]), *base.layers[1:]))
+        expected = numpy_engine.NumpyEngine(packed).activations(x)
+        for found, right in zip(fast(packed).activations(x), expected, strict=True):
+            np.testing.assert_array_equal(found, right)
+
+
+@pytest.mark.parametrize('threads', [2, 3, 7])
+def test_threads_that_share_an_image(threads, monkeypatch):
+    """Layers that are shared by positions, by blocks, and not at all; more shares than there may be threads."""
+    monkeypatch.setattr(numba_engine, 'SHARED', 0)
+    monkeypatch.setattr(pool.numba, 'set_num_threads', lambda number: None)
+    packed = random_packed((24, 24, 1), 0, [(64, 5, 1, 'SAME', 1), (64, 3, 1, 'SAME', 2), (128, 4, 4, 'VALID', 2),
+                                            (256, 6, 1, 'VALID', 1), (24, 1, 1, 'VALID', 1)])
+    engine = numba_engine.NumbaEngine(packed, 1)
+    engine.threads, x = threads, random_images(packed, 1)
+    expected = numpy_engine.NumpyEngine(packed).activations(x)
+    for _ in range(20):
+        for planes in engine.planes:
+            planes.data[:] = 0
+        for found, right in zip(engine.activations(x), expected, strict=True):
+            np.testing.assert_array_equal(found, right)
+
+
 @pytest.mark.parametrize('border', [-1, 0, 1])
 def test_all_images_of_a_vector(packed, border):
     """256 images, with a border that is no zero."""
@@ -102,7 +143,7 @@ def test_copies_of_an_engine_have_memory_of_their_own(packed, fast):
     x.setflags(write=False)
     expected = engine.logits(x)
     for twin in (copy.deepcopy(engine), pickle.loads(pickle.dumps(engine))):
-        assert twin.x.ctypes.data != engine.x.ctypes.data
+        assert twin.encoder.x.ctypes.data != engine.encoder.x.ctypes.data
         np.testing.assert_array_equal(twin.logits(x), expected)
 
 

@@ -43,6 +43,8 @@ def logits(engine, images):
 
     Raises ValueError if images have another type or shape.
     """
+    if 0 < len(images) <= engine.batch:
+        return engine_for(engine, len(images)).logits(images)
     if not len(images):
         check_images(images, engine.packed, 0)
         return np.zeros((0, len(engine.packed.classes)), np.float32)

@@ -6,13 +6,13 @@ A ternary vector is two planes of bits, non-zero and negative. 64 products and t
     n = m & (x.negative ^ w.negative)                  products that are -1
     sum = popcount(m) - 2 popcount(n)
 
-A block of eight filters fills the lanes of a vector, and a strip of up to eight positions of the map stays in
-registers, so that each loaded word of weights serves the whole strip. Thresholds turn the eight sums of a position
-into one byte of each of the next layer's planes. Activations are never expanded to one byte each.
+A block is one byte of each of the next layer's planes, eight filters, or as many bytes as groups of channels that they
+read. The filters of one group fill the lanes of a vector, and a strip of up to eight positions of the map stays in
+registers, so that each loaded word of weights serves the whole strip. Thresholds turn the sums of a position into the
+bytes. Activations are never expanded to one byte each.
 
-The kernels emit LLVM's generic vectors, which LLVM compiles to AVX-512, AVX2 or NEON. Numba caches the compiled code
-beside this file or in the user's cache folder. The kernels take addresses: twta.packed.numba_engine lays out the
-memory as BLOCK and COLUMNS say, and keeps it alive.
+The kernels emit LLVM's generic vectors. Numba caches the compiled code beside this file or in the user's cache folder.
+The kernels take addresses: twta.packed.numba_engine lays out the memory as BLOCK and COLUMNS say, and keeps it alive.
 """
 from functools import partial
 
@@ -22,91 +22,63 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from twta.packed import encoder_kernels
+from twta.packed.encoder_kernels import encode, prepare
 from twta.packed.pool import compiled
+from twta.packed.vectors import (
+    INT,
+    LONG,
+    accumulator,
+    concatenate,
+    fetch_add,
+    load,
+    offset_address,
+    population_count,
+    read,
+    splat,
+    store_bytes,
+    vector,
+)
 
-LANES = 8  # filters of a block: one byte of each output plane
+LANES = 8
 STRIP = 8  # positions per call
+SHARE = 1 << 11  # words, over all blocks and positions, from which on a share of the positions is worth a thread
+WORDS_OF_BLOCKS = 18  # words of a block from which on a share of the blocks is: all read what all have written
+# The kernels' kinds: groups of channels that a block reads: its bytes
+BYTES = {1: 1, 2: 2, 4: 4, 8: 1}
 
-BYTE, INT, LONG = (ir.IntType(bits) for bits in (8, 32, 64))
-DOUBLE = ir.DoubleType()
-
-# The description of a block of eight filters: byte offsets of its fields
-UPPER, LOWER = 0, 64  # thresholds, eight int64; in the encoder eight float32
-OUTPUT = 128  # int64; offset of the block's byte at the first position, in an image of the output
-SOURCES = 136  # one to eight int64; offsets of the groups of channels that it reads, in an image of the input
-BLOCK = 256  # bytes of a description
+# The description of a block: byte offsets of its fields
+UPPER, LOWER = 0, 128  # thresholds of the filters, int64, or int32 if the block has several bytes
+OUTPUTS = 256  # one int64 per byte; its offset at the first position, in an image of the output
+SOURCES = 320  # one to eight int64; offsets of the groups of channels that it reads, in an image of the input
+BLOCK = 384  # bytes of a description
 
 # The columns of the table of layers, int64; one row per layer
 COLUMNS = (
-    'kind',  # groups of channels that a block reads: 1, 2, 4 or 8; 0: the encoder
+    'kind',  # groups of channels that a block reads: 1, 2, 4 or 8
     'x', 'x_image', 'x_plane', 'x_at',  # input: address, bytes per image and per plane, address of positions' offsets
     'w', 'w_block',  # weights: address, bytes per block
     'words', 'words_at',  # words under the kernel: number, address of their offsets from a position of the input
     'blocks', 'n_blocks',  # descriptions of the blocks: address, number
     'y', 'y_image', 'y_plane', 'y_at',  # output: as for the input
     'positions', 'span')  # positions per image; number of images that x_at and y_at cover
-N_BLOCKS, OUTPUT_MAP = COLUMNS.index('n_blocks'), COLUMNS.index('y')
+KIND, WORDS, N_BLOCKS, POSITIONS = (COLUMNS.index(name) for name in ('kind', 'words', 'n_blocks', 'positions'))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A strip: eight filters at a few positions, in LLVM
+# A strip: a block at a few positions, in LLVM
 
 
-def load(builder, address, kind, alignment):
-    instruction = builder.load(builder.inttoptr(address, kind.as_pointer()), typ=kind)
-    instruction.align = alignment
-    return instruction
-
-
-def offset_address(builder, base, table, index):
-    """Return base + table[index]; table is the address of int64 numbers."""
-    return builder.add(base, load(builder, builder.add(table, LONG(8 * index)), LONG, 8))
-
-
-def vector(kind, lanes):
-    return ir.VectorType(kind, lanes)
-
-
-def splat(builder, scalar, lanes):
-    """Return a vector with the scalar in every lane."""
-    undefined = ir.Constant(vector(scalar.type, lanes), ir.Undefined)
-    first = builder.insert_element(undefined, scalar, INT(0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(vector(INT, lanes), [0] * lanes))
-
-
-def accumulator(builder, kind):
-    """Return a stack slot that holds 0; LLVM keeps it in a register."""
-    cell = cgutils.alloca_once(builder, kind)
-    builder.store(ir.Constant(kind, [0] * kind.count), cell)
-    return cell
-
-
-def concatenate(builder, vectors):
-    """Return one vector of the lanes of several vectors; their number is a power of two."""
-    while len(vectors) > 1:
-        order = ir.Constant(vector(INT, 2 * vectors[0].type.count), list(range(2 * vectors[0].type.count)))
-        vectors = [builder.shuffle_vector(*pair, order) for pair in zip(vectors[::2], vectors[1::2], strict=True)]
-    return vectors[0]
-
-
-def intrinsic_function(builder, name, kind, count):
-    """Return LLVM's intrinsic llvm.NAME with so many vectors as arguments."""
-    letter = 'f' if kind.element == DOUBLE else 'i'
-    return cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * count),
-                                          f'llvm.{name}.v{kind.count}{letter}64')
-
-
-def sum_ternary(builder, at, x_plane, w, words, words_at):
-    """Return a block's sums, a vector of eight int64 per position; at[position][source] are addresses."""
-    lanes = LANES // len(at[0])
+def sum_ternary(builder, at, x_plane, w, words, words_at, lanes):
+    """Return a block's sums, a vector of so many int64 per position and source; at[position][source] are addresses."""
     kind = vector(LONG, lanes)
-    popcount = intrinsic_function(builder, 'ctpop', kind, 1)
+    size = 8 * lanes * len(at[0])  # bytes of weights per word and plane
     counts = [[(accumulator(builder, kind), accumulator(builder, kind)) for _ in starts] for starts in at]
     with cgutils.for_range(builder, words) as loop:
         word = load(builder, builder.add(words_at, builder.shl(loop.index, LONG(3))), LONG, 8)
         for source in range(len(at[0])):
-            here = builder.add(builder.add(w, builder.shl(loop.index, LONG(7))), LONG(8 * lanes * source))
-            w_nonzero, w_negative = load(builder, here, kind, 8), load(builder, builder.add(here, LONG(64)), kind, 8)
+            here = builder.add(builder.add(w, builder.mul(loop.index, LONG(2 * size))), LONG(8 * lanes * source))
+            w_nonzero, w_negative = (load(builder, builder.add(here, LONG(plane)), kind, 8) for plane in (0, size))
             for starts, cells in zip(at, counts, strict=True):
                 address = builder.add(starts[source], word)
                 nonzero, negative = (splat(builder, load(builder, builder.add(address, plane), LONG, 1), lanes)
@@ -114,27 +86,22 @@ def sum_ternary(builder, at, x_plane, w, words, words_at):
                 m = builder.and_(nonzero, w_nonzero)
                 n = builder.and_(m, builder.xor(negative, w_negative))
                 for cell, bits in zip(cells[source], (m, n), strict=True):
-                    builder.store(builder.add(builder.load(cell), builder.call(popcount, [bits])), cell)
+                    builder.store(builder.add(builder.load(cell), population_count(builder, bits)), cell)
     one = ir.Constant(kind, [1] * lanes)
-    return [concatenate(builder, [builder.sub(builder.load(products), builder.shl(builder.load(negatives), one))
-                           for products, negatives in cells]) for cells in counts]
+    return [[builder.sub(builder.load(products), builder.shl(builder.load(negatives), one))
+             for products, negatives in cells] for cells in counts]
 
 
-def sum_real(builder, at, w, words, words_at):
-    """Return a block's sums in the encoder, a vector of eight float32 per position.
+def in_order_of_bytes(builder, sums):
+    """Return one vector of int32, the sums of each byte's filters together, of as many vectors of sums as bytes.
 
-    Products and sums are in float64; the sum is rounded once, to float32.
+    Vector g holds the filters of group g, byte by byte; each byte takes as many filters from each group.
     """
-    kind = vector(DOUBLE, LANES)
-    fma = intrinsic_function(builder, 'fma', kind, 3)
-    sums = [accumulator(builder, kind) for _ in at]
-    with cgutils.for_range(builder, words) as loop:
-        weights = load(builder, builder.add(w, builder.shl(loop.index, LONG(6))), kind, 8)
-        word = load(builder, builder.add(words_at, builder.shl(loop.index, LONG(3))), LONG, 8)
-        for (start,), cell in zip(at, sums, strict=True):
-            values = splat(builder, load(builder, builder.add(start, word), DOUBLE, 8), LANES)
-            builder.store(builder.call(fma, [values, weights, builder.load(cell)]), cell)
-    return [builder.fptrunc(builder.load(cell), vector(ir.FloatType(), LANES)) for cell in sums]
+    groups = len(sums)
+    sums = concatenate(builder, [builder.trunc(total, vector(INT, LANES)) for total in sums])
+    order = np.arange(LANES * groups).reshape(groups, groups, -1).swapaxes(0, 1).ravel().tolist()
+    undefined = ir.Constant(sums.type, ir.Undefined)
+    return builder.shuffle_vector(sums, undefined, ir.Constant(vector(INT, len(order)), order))
 
 
 def strip(positions, kind):
@@ -142,27 +109,26 @@ def strip(positions, kind):
 
     Bits are non-zero if a sum >= upper or <= lower, negative if a sum <= lower. kind is that of COLUMNS.
     """
+    n_bytes = BYTES[kind]
+
     @intrinsic
     def strip(context, x, x_plane, x_at, w, words, words_at, block, y, y_plane, y_at):
         def emit(context, builder, signature, arguments):
             x, x_plane, x_at, w, words, words_at, block, y, y_plane, y_at = arguments
             sources = builder.add(block, LONG(SOURCES))
             at = [[offset_address(builder, offset_address(builder, x, x_at, position), sources, source)
-                   for source in range(max(kind, 1))] for position in range(positions)]
-            if kind:
-                sums = sum_ternary(builder, at, x_plane, w, words, words_at)
-                compare = builder.icmp_signed
-            else:
-                sums = sum_real(builder, at, w, words, words_at)
-                compare = builder.fcmp_ordered
+                   for source in range(kind)] for position in range(positions)]
+            sums = [in_order_of_bytes(builder, parts) if n_bytes > 1 else concatenate(builder, parts)
+                    for parts in sum_ternary(builder, at, x_plane, w, words, words_at, LANES * n_bytes // kind)]
             upper, lower = (load(builder, builder.add(block, LONG(where)), sums[0].type, 4) for where in (UPPER, LOWER))
-            y = offset_address(builder, y, builder.add(block, LONG(OUTPUT)), 0)
+            starts = [offset_address(builder, y, builder.add(block, LONG(OUTPUTS)), byte) for byte in range(n_bytes)]
             for position, total in enumerate(sums):
-                negative = compare('<=', total, lower)
-                nonzero = builder.or_(compare('>=', total, upper), negative)
-                place = offset_address(builder, y, y_at, position)
-                for plane, bits in ((place, nonzero), (builder.add(place, y_plane), negative)):
-                    builder.store(builder.bitcast(bits, BYTE), builder.inttoptr(plane, BYTE.as_pointer()))
+                negative = builder.icmp_signed('<=', total, lower)
+                nonzero = builder.or_(builder.icmp_signed('>=', total, upper), negative)
+                offset = load(builder, builder.add(y_at, LONG(8 * position)), LONG, 8)
+                places = [builder.add(start, offset) for start in starts]
+                store_bytes(builder, nonzero, places)
+                store_bytes(builder, negative, [builder.add(place, y_plane) for place in places])
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 10), emit
@@ -171,19 +137,19 @@ def strip(positions, kind):
 
 
 def block_of(kind):
-    """Return a function that computes a block at n positions."""
-    width = STRIP // max(kind, 1)  # more positions do not fit in the registers
+    """Return a function that computes a block at positions begin to end - 1."""
+    width = STRIP // kind  # more positions do not fit in the registers
     wide, narrow = strip(width, kind), strip(1, kind)
 
-    def block_at(n, x, x_plane, x_at, w, words, words_at, block, y, y_plane, y_at):
-        whole = n // width * width
-        for p in range(0, whole, width):
+    def block_at(begin, end, x, x_plane, x_at, w, words, words_at, block, y, y_plane, y_at):
+        whole = begin + (end - begin) // width * width
+        for p in range(begin, whole, width):
             wide(x, x_plane, x_at + 8 * p, w, words, words_at, block, y, y_plane, y_at + 8 * p)
-        if whole and n - whole > width // 4:  # computing some positions twice takes less time
-            p = n - width
+        if whole > begin and end - whole > width // 4:  # computing some positions twice takes less time
+            p = end - width
             wide(x, x_plane, x_at + 8 * p, w, words, words_at, block, y, y_plane, y_at + 8 * p)
         else:
-            for p in range(whole, n):
+            for p in range(whole, end):
                 narrow(x, x_plane, x_at + 8 * p, w, words, words_at, block, y, y_plane, y_at + 8 * p)
 
     # two cached functions may bring each its own code under one name, and the first is taken for both: so no two kinds
@@ -192,7 +158,7 @@ def block_of(kind):
     return njit(block_at)
 
 
-real_block, block_1, block_2, block_4, block_8 = (block_of(kind) for kind in (0, 1, 2, 4, 8))
+block_1, block_2, block_4, block_8 = (block_of(kind) for kind in BYTES)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -200,59 +166,28 @@ real_block, block_1, block_2, block_4, block_8 = (block_of(kind) for kind in (0,
 
 
 @njit
-def run_layer(row, first, last, first_block, last_block):
-    """Compute blocks first_block to last_block - 1 of a layer, a row of the table, on images first to last - 1."""
-    (kind, x, x_image, x_plane, x_at, w, w_block, words, words_at, blocks, _, y, y_image, y_plane, y_at, positions,
+def run_layer(row, first, last, first_block, last_block, begin, end):
+    """Compute blocks first_block to last_block - 1 of a layer, a row of the table, on images first to last - 1.
+
+    begin, end    only positions begin to end - 1 of each image are computed
+    """
+    (kind, x, x_image, x_plane, x_at, w, w_block, words, words_at, blocks, _, y, y_image, y_plane, y_at, count,
      span) = row
+    if begin > 0 or end < count:
+        span = 1
     for b in range(first_block, last_block):
         for image in range(first, last, span):
-            n = min(span, last - image) * positions
+            stop = end if span == 1 else min(span, last - image) * count
             x_here, y_here = x + image * x_image, y + image * y_image
             w_here, block = w + b * w_block, blocks + b * BLOCK
-            if kind == 0:
-                real_block(n, x_here, x_plane, x_at, w_here, words, words_at, block, y_here, y_plane, y_at)
-            elif kind == 1:
-                block_1(n, x_here, x_plane, x_at, w_here, words, words_at, block, y_here, y_plane, y_at)
+            if kind == 1:
+                block_1(begin, stop, x_here, x_plane, x_at, w_here, words, words_at, block, y_here, y_plane, y_at)
             elif kind == 2:
-                block_2(n, x_here, x_plane, x_at, w_here, words, words_at, block, y_here, y_plane, y_at)
+                block_2(begin, stop, x_here, x_plane, x_at, w_here, words, words_at, block, y_here, y_plane, y_at)
             elif kind == 4:
-                block_4(n, x_here, x_plane, x_at, w_here, words, words_at, block, y_here, y_plane, y_at)
+                block_4(begin, stop, x_here, x_plane, x_at, w_here, words, words_at, block, y_here, y_plane, y_at)
             else:
-                block_8(n, x_here, x_plane, x_at, w_here, words, words_at, block, y_here, y_plane, y_at)
-
-
-@njit
-def prepare(images, first, last, crop, x, before):
-    """Write what numpy_engine.prepare returns of images first to last - 1 into x.
-
-    images    uint8 [n, height, width, channels]
-    crop      as for numpy_engine.prepare; -1: x is prepared already
-    x         float64 [n, padded height, padded width, channels]
-    before    rows and columns of padding before the map
-    """
-    if crop < 0:
-        return
-    height, width, channels = images.shape[1:]
-    rows, columns = (crop, crop) if crop else (height, width)
-    top, left = (height - rows) // 2, (width - columns) // 2
-    values = rows * columns * channels
-    for n in range(first, last):
-        mean, deviation = 0.0, 256.0
-        if crop:
-            total, squares = 0, 0
-            for i in range(rows):
-                for j in range(columns):
-                    for k in range(channels):
-                        value = np.int64(images[n, top + i, left + j, k])
-                        total += value
-                        squares += value * value
-            mean = total / values
-            deviation = max(np.sqrt(squares / values - mean * mean), 1 / np.sqrt(values))
-        for i in range(rows):
-            for j in range(columns):
-                for k in range(channels):
-                    value = (np.float64(images[n, top + i, left + j, k]) - mean) / deviation
-                    x[n, before[0] + i, before[1] + j, k] = np.float32(value)
+                block_8(begin, stop, x_here, x_plane, x_at, w_here, words, words_at, block, y_here, y_plane, y_at)
 
 
 @njit(fastmath={'reassoc'})
@@ -265,11 +200,12 @@ def dot(a, b):
 
 
 @njit
-def classify(planes, bytes_per_image, weights, first, last, sums):
-    """Write the classifier's sums of images first to last - 1 into sums, float64 [n, classes].
+def classify(planes, bytes_per_image, weights, affine, first, last, logits):
+    """Write the logits of images first to last - 1, float32 [n, classes].
 
     planes     of the last layer's activations, uint8 [2, bytes]
     weights    float64 [classes, features]
+    affine     float32 [2, classes]: what the sums, rounded to float32, are multiplied by, and what is added
     """
     features = np.empty(8 * bytes_per_image)
     for n in range(first, last):
@@ -278,33 +214,87 @@ def classify(planes, bytes_per_image, weights, first, last, sums):
             for bit in range(8):
                 features[8 * byte + bit] = np.int64(nonzero >> bit & 1) - 2 * np.int64(negative >> bit & 1)
         for k in range(len(weights)):
-            sums[n, k] = dot(features, weights[k])
+            logits[n, k] = np.float32(dot(features, weights[k])) * affine[0, k] + affine[1, k]
+
+
+@njit
+def share(row, encoder, largest, count, counters, layer, part):
+    """Compute the part-th share of a layer, on so many images, and all that nobody has begun; then wait for the others.
+
+    So nobody waits for a thread that does not run. A thread mostly has the same positions in all layers: what it wrote
+    is in its own cache. Layer 0 is the encoder.
+
+    counters    int64 [layers, 1 + threads, 8], zeros: the shares that are done, and whether each was begun
+    """
+    threads = counters.shape[1] - 1
+    if layer:
+        blocks, positions, words = row[N_BLOCKS], row[POSITIONS], row[WORDS] * row[KIND]
+    else:
+        blocks, positions, words = (encoder[encoder_kernels.N_GROUPS], encoder[encoder_kernels.POSITIONS],
+                                    encoder[encoder_kernels.WORDS])
+    strips = -(-positions // STRIP)
+    by_strips = strips >= 4 * threads
+    cuts = strips if by_strips else blocks
+    shares = max(1, min(threads, cuts, blocks * positions * words // SHARE))
+    if not by_strips and words < WORDS_OF_BLOCKS:
+        shares = 1
+    done = counters[layer].ctypes.data
+    for k in range(part, part + shares):
+        k %= shares
+        if fetch_add(done + 64 * (1 + k), 1) > 0:
+            continue
+        begin, end = k * cuts // shares, (k + 1) * cuts // shares
+        if by_strips:
+            first_block, last_block, begin, end = 0, blocks, STRIP * begin, min(STRIP * end, positions)
+        else:
+            first_block, last_block, begin, end = begin, end, 0, positions
+        if layer:
+            run_layer(row, 0, count, first_block, last_block, begin, end)
+        else:
+            encode(encoder, largest, 0, count, first_block, last_block, begin, end)
+        fetch_add(done, 1)
+    while read(done) < shares:
+        pass
+
+
+@njit
+def run_images(images, first, last, crop, largest, x, before, encoder, table, planes, bytes_per_image, weights, affine,
+               logits):
+    """Write the logits of images first to last - 1; the arguments are those of run."""
+    largest = prepare(images, first, last, crop, x, before, largest)
+    encode(encoder, largest, first, last, 0, encoder[encoder_kernels.N_GROUPS], 0, encoder[encoder_kernels.POSITIONS])
+    for layer in range(1, len(table)):
+        run_layer(table[layer], first, last, 0, table[layer, N_BLOCKS], 0, table[layer, POSITIONS])
+    classify(planes, bytes_per_image, weights, affine, first, last, logits)
 
 
 @partial(compiled, parallel=True)
-def run(images, crop, x, before, table, threads, chunk, planes, bytes_per_image, weights, sums):
-    """Write the classifier's sums of images, uint8 [n, height, width, channels], into sums, float64 [n, classes].
+def run(images, crop, largest, x, before, encoder, table, threads, chunk, planes, bytes_per_image, weights, affine,
+        logits):
+    """Write the logits, float32 [n, classes], of images, uint8 [n, height, width, channels].
 
-    table      int64 [layers, COLUMNS]
+    encoder    int64 [encoder_kernels.COLUMNS]
+    table      int64 [1 + layers, COLUMNS]; its first row is not used
     threads    each of them takes at most `chunk` images through all layers, then the next ones; if there are fewer
-               images than threads, the threads share the blocks of each layer
+               images than threads, the threads share each layer
 
     The other arguments are those of prepare and classify.
     """
     count = len(images)
-    if count < threads:  # the threads share the filters of each layer
-        prepare(images, 0, count, crop, x, before)
-        for layer in range(len(table)):
-            blocks = table[layer, N_BLOCKS]
-            for part in prange(threads):
-                run_layer(table[layer], 0, count, part * blocks // threads, (part + 1) * blocks // threads)
-        classify(planes, bytes_per_image, weights, 0, count, sums)
-    else:
-        share = -(-count // threads)
-        chunk = -(-share // -(-share // chunk))  # the same number of chunks per thread, of nearly equal sizes
-        for task in prange(-(-count // chunk)):
-            first, last = task * chunk, min(count, (task + 1) * chunk)
-            prepare(images, first, last, crop, x, before)
+    if threads == 1:  # without the cost of a parallel loop
+        for first in range(0, count, chunk):
+            run_images(images, first, min(count, first + chunk), crop, largest, x, before, encoder, table, planes,
+                       bytes_per_image, weights, affine, logits)
+    elif count < threads:
+        largest = prepare(images, 0, count, crop, x, before, largest)
+        counters = np.zeros((len(table), 1 + threads, 8), np.int64)
+        for part in prange(threads):
             for layer in range(len(table)):
-                run_layer(table[layer], first, last, 0, table[layer, N_BLOCKS])
-            classify(planes, bytes_per_image, weights, first, last, sums)
+                share(table[layer], encoder, largest, count, counters, layer, part)
+        classify(planes, bytes_per_image, weights, affine, 0, count, logits)
+    else:
+        images_per_thread = -(-count // threads)
+        chunk = -(-images_per_thread // -(-images_per_thread // chunk))  # as many chunks per thread, nearly equal
+        for task in prange(-(-count // chunk)):
+            run_images(images, task * chunk, min(count, (task + 1) * chunk), crop, largest, x, before, encoder, table,
+                       planes, bytes_per_image, weights, affine, logits)

@@ -9,28 +9,31 @@ here called the reader; the layer that writes it is the writer.
     cell     the group's channels at one position, one bit each, in whole bytes
 
 One row of the reader's weights thus meets a run of neighbouring bits, read as 64-bit words. If a word reads beyond the
-run, its weights there are zero. The compiled code computes a block of eight filters at once: one byte of a cell in each
-plane. So the writer takes its filters in the order of the reader's bytes. Eight filters in that order read one, two,
-four or eight groups of the writer's own input.
+run, its weights there are zero. The compiled code computes one byte of a cell in each plane at once, eight filters, or
+several bytes. So the writer takes its filters in the order of the reader's bytes. Eight filters in that order read one,
+two, four or eight groups of the writer's own input. Two bytes that read the same two groups, and four that read the
+same four, are computed together.
 """
 import functools
+import itertools
 import math
 
 import numba
 import numpy as np
-from numba.core.registry import cpu_target
 
 from twta.packed import file_format, kernels
-from twta.packed.numpy_engine import check_images, encoder_input, scale_logits
-from twta.packed.pool import call, count_threads, held
+from twta.packed.encoder import Encoder, address, aligned, positions
+from twta.packed.numpy_engine import check_images
+from twta.packed.pool import POOL, call, count_threads
+from twta.packed.vectors import processor_of_code
 
 if numba.config.DISABLE_JIT:
     raise ImportError('NUMBA_DISABLE_JIT is set')
 if numba.version_info[:2] < (0, 61):  # kernels.popcount is for newer versions of LLVM
     raise ImportError(f'numba {numba.__version__} is too old, 0.61 is needed')
-MEMORY = 1 << 28  # bytes; limit of a batch of prepared images in float64
+MEMORY = 1 << 28  # bytes; limit of a batch of prepared images
 SHARED = 1 << 25  # products; a call with fewer gains nothing from threads and runs in one
-CHUNK = 32  # images that pass through all layers together: activations stay in the cache, weights are reused
+CHUNK = 16  # images that pass through all layers together: activations stay in the cache, weights are reused
 
 
 @functools.cache
@@ -39,8 +42,8 @@ def counts_in_vectors():
 
     On x86 they want AVX-512's population counts of vectors (VPOPCNTDQ).
     """
-    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
-    return not triple.startswith('x86_64') or '+avx512vpopcntdq' in features
+    architecture, features = processor_of_code()
+    return architecture != 'x86_64' or '+avx512vpopcntdq' in features
 
 
 class Planes:
@@ -67,6 +70,11 @@ class Planes:
         self.data = np.empty((2, self.plane), np.uint8)  # non-zero, negative
         self.data[:] = [[255 * (border != 0)], [255 * (border < 0)]]  # only cells of the map are written to again
 
+    def places(self, span):
+        """Return the byte offsets of the positions of `span` images in a plane, int64, image by image, row by row."""
+        before = self.before[0] * self.row + self.before[1] * self.cell
+        return before + positions(span, self.image, self.shape, self.row, self.cell)
+
     def unpack(self, n):
         """Return the activations of the first n images, int8 [n, height, width, channels]."""
         height, width, _ = self.shape
@@ -79,10 +87,11 @@ class Planes:
 
 
 class CompiledEngine:
-    """What engines share that numba compiles: the input, the results, and copies.
+    """What engines share that numba compiles: the results, and copies.
 
-    packed, threads, batch, x, before    network, number of threads, most images, prepared images, padding before these
-    planes                               of each layer's activations; they have unpack(n)
+    packed, threads, batch    network, number of threads, most images
+    encoder                   Encoder
+    planes                    of each layer's activations; they have unpack(n)
     """
 
     def __reduce__(self):
@@ -90,25 +99,23 @@ class CompiledEngine:
         return type(self), (self.packed, self.threads)
 
     def take(self, images):
-        """Return images as the kernels take them, and crop for kernels.prepare; the stem's maps are put into self.x.
+        """Return images as the kernels take them, and crop and largest for encoder_kernels.prepare.
 
         Raises ValueError if images have another type or shape: the kernels would write outside their memory.
         """
         check_images(images, self.packed, self.batch)
-        crop = self.packed.crop
-        if self.packed.stem:
-            crop, (top, left), (height, width, _) = -1, self.before, file_format.input_shape(self.packed)
-            self.x[:len(images), top:top + height, left:left + width] = encoder_input(images, self.packed)
-        return np.require(images, requirements='CW'), crop  # numba would compile anew for memory that is read only
+        if not (images.flags.c_contiguous and images.flags.writeable):
+            images = images.copy()  # numba would compile anew for memory that is read only
+        return images, *self.encoder.take(images)
 
     def logits(self, images):
         """Return logits, float32 [n, classes], of at most `batch` images, uint8 [n, height, width, channels]."""
-        with held():
-            return scale_logits(self.run(images), self.packed)
+        with POOL['lock']:
+            return self.run(images)
 
     def activations(self, images):
         """Return each layer's activations, int8 [n, height, width, channels], of at most `batch` images."""
-        with held():
+        with POOL['lock']:
             self.run(images)
             return [planes.unpack(len(images)) for planes in self.planes]
 
@@ -122,85 +129,61 @@ class NumbaEngine(CompiledEngine):
         self.packed = packed
         self.threads = count_threads(threads)
         self.sliced = None  # twta.packed.engines puts the sliced engine there
-        shape = file_format.input_shape(packed)
-        encoder = packed.layers[0]
-        self.before, padded = file_format.border(shape, encoder)
-        self.batch = max(1, min(256, MEMORY // (8 * math.prod(padded) * shape[2])))
-        self.x = np.zeros((self.batch, *padded, shape[2]))
-        self.products = 0
-        self.kept, self.planes, rows = [], [], []  # kept: the arrays whose addresses are in the table
-        for index, (layer, _, _, out) in enumerate(file_format.shapes(packed)):
-            if index + 1 < len(packed.layers):
-                reader = packed.layers[index + 1]
-                planes = Planes(self.batch, out, reader.groups, *file_format.border(out, reader), reader.border)
-            else:
-                planes = Planes(self.batch, out, 1, (0, 0), out[:2])
-            rows.append(self.lay_out(layer, self.planes[-1] if index else None, out, planes))
-            self.planes.append(planes)
-            self.products += math.prod(out) * file_format.fan_in(layer.weights)
+        shapes = list(file_format.shapes(packed))
+        shape, padded = shapes[0][1], file_format.border(shapes[0][1], packed.layers[0])[1]
+        self.batch = max(1, min(256, MEMORY // ((12 if packed.stem else 4) * math.prod(padded) * shape[2])))
+        self.planes = []
+        for (_, _, _, out), (reader, *_) in itertools.pairwise(shapes):
+            self.planes.append(Planes(self.batch, out, reader.groups, *file_format.border(out, reader), reader.border))
+        out = shapes[-1][3]
+        self.planes.append(Planes(self.batch, out, 1, (0, 0), out[:2]))
+        first, self.kept = self.planes[0], []  # kept: the arrays whose addresses are in the table
+        filters = readers_order(first.shape[2], first)
+        self.encoder = Encoder(packed, self.batch, filters, outputs_of(filters, first),
+                               (address(first.data), first.image, first.plane, first.places))
+        rows = [np.zeros(len(kernels.COLUMNS), np.int64)]
+        for (layer, _, _, out), source, target in zip(shapes[1:], self.planes, self.planes[1:], strict=False):
+            rows.append(self.lay_out(layer, source, out, target))
         self.table = np.array(rows, np.int64)
-        self.weights = classifier_weights(packed, out, 8 * planes.cell)
+        self.products = sum(math.prod(out) * file_format.fan_in(layer.weights) for layer, _, _, out in shapes)
+        self.classifier = lay_out_classifier(packed, out, 8 * self.planes[-1].cell)
 
     def lay_out(self, layer, source, out, target):
-        """Return a layer's row of the table, int64 [COLUMNS].
+        """Return a ternary layer's row of the table, by column.
 
-        source    Planes that the layer reads; None: the layer is the encoder, which reads self.x
+        source    Planes that the layer reads
         out       shape of its output
         target    Planes that the layer writes
         """
         filters = readers_order(out[2], target)
         height, width = layer.weights.shape[:2]
-        if source is None:
-            kind, sources = 0, np.zeros((len(filters), 1), np.int64)
-            x, image, plane, row, cell = self.x, self.x[0].nbytes, 0, self.x[0, 0].nbytes, self.x[0, 0, 0].nbytes
-            offsets = np.arange(height)[:, np.newaxis] * row + 8 * np.arange(width * self.x.shape[3])
-            weights = real_weights(layer, filters)
-        else:
-            sources = groups_read(filters, out[2] // layer.groups)
-            kind = sources.shape[1]
-            sources = sources * source.group
-            x, image, plane, row, cell = source.data, source.image, source.plane, source.row, source.cell
-            offsets = np.arange(height)[:, np.newaxis] * row + 8 * np.arange(-(-width * cell // 8))
-            weights = ternary_words(layer, filters, cell, offsets.shape[1])
-        span = 8 // math.gcd(8, math.prod(out[:2]))
-        x_at = positions(span, image, out, layer.stride * row, layer.stride * cell)
-        y_at = positions(span, target.image, out, target.row, target.cell)
-        y_at += target.before[0] * target.row + target.before[1] * target.cell
-        index = np.arange(len(filters))
-        blocks = describe_blocks(layer, filters, sources,
-                                 index // target.cell * target.group + index % target.cell)
+        blocks, groups = blocks_of(groups_read(filters, out[2] // layer.groups))
+        offsets = np.arange(height)[:, np.newaxis] * source.row + 8 * np.arange(-(-width * source.cell // 8))
+        lanes = order_of_lanes(filters[blocks], groups.shape[1])
+        weights = ternary_words(layer, lanes, source.cell, offsets.shape[1])
         offsets = offsets.ravel().astype(np.int64)
-        self.kept += [weights, offsets, x_at, y_at, blocks]
-        values = {'kind': kind, 'x': address(x), 'x_image': image, 'x_plane': plane, 'x_at': address(x_at),
-                  'w': address(weights), 'w_block': weights[0].nbytes, 'words': len(offsets),
-                  'words_at': address(offsets), 'blocks': address(blocks), 'n_blocks': len(filters),
+        span = 8 // math.gcd(8, math.prod(out[:2]))
+        x_at = positions(span, source.image, out, layer.stride * source.row, layer.stride * source.cell)
+        y_at = target.places(span)
+        outputs = outputs_of(filters, target)[blocks]
+        descriptions = describe_blocks(layer, filters[blocks], groups * source.group, outputs)
+        self.kept += [weights, offsets, x_at, y_at, descriptions]
+        values = {'kind': groups.shape[1], 'x': address(source.data), 'x_image': source.image, 'x_plane': source.plane,
+                  'x_at': address(x_at), 'w': address(weights), 'w_block': weights[0].nbytes, 'words': len(offsets),
+                  'words_at': address(offsets), 'blocks': address(descriptions), 'n_blocks': len(blocks),
                   'y': address(target.data), 'y_image': target.image, 'y_plane': target.plane, 'y_at': address(y_at),
                   'positions': math.prod(out[:2]), 'span': span}
         return [values[column] for column in kernels.COLUMNS]
 
     def run(self, images):
-        """Return the classifier's sums, float64 [n, classes], and leave the activations in self.planes."""
-        images, crop = self.take(images)
-        sums = np.empty((len(images), len(self.packed.classes)))
+        """Return logits, float32 [n, classes], and leave the activations in self.planes."""
+        images, crop, largest = self.take(images)
         threads = self.threads if len(images) * self.products >= SHARED else 1
-        last = self.planes[-1]
-        call(kernels, threads, images, crop, self.x, self.before, self.table, threads, CHUNK, last.data, last.image,
-             self.weights, sums)
-        return sums
-
-
-def address(array):
-    return array.ctypes.data
-
-
-def positions(span, image, out, row, column):
-    """Return the byte offsets of all positions of `span` images, int64, image by image and row by row.
-
-    image, row, column    bytes from one image, row, column of the output to the next, in the memory addressed
-    out                   shape of the output
-    """
-    at = np.arange(span)[:, np.newaxis, np.newaxis] * image + np.arange(out[0])[:, np.newaxis] * row
-    return (at + np.arange(out[1]) * column).ravel().astype(np.int64)
+        encoder, last = self.encoder, self.planes[-1]
+        logits = np.empty((len(images), len(self.packed.classes)), np.float32)
+        call(kernels, threads, images, crop, largest, encoder.x, encoder.before, encoder.row, self.table, threads,
+             CHUNK, last.data, last.image, *self.classifier, logits)
+        return logits
 
 
 def readers_order(filters, target):
@@ -208,6 +191,12 @@ def readers_order(filters, target):
     lane = np.arange(8 * target.cell)
     order = np.where(lane < target.channels, lane * target.groups + np.arange(target.groups)[:, np.newaxis], -1)
     return order.reshape(-1, 8)
+
+
+def outputs_of(filters, target):
+    """Return the byte offset of each row of readers_order in an image of the target, int64."""
+    index = np.arange(len(filters))
+    return index // target.cell * target.group + index % target.cell
 
 
 def groups_read(filters, per_group):
@@ -223,10 +212,37 @@ def groups_read(filters, per_group):
     return groups
 
 
-def ternary_words(layer, filters, cell, words):
-    """Return a ternary layer's weights as planes, uint64 [blocks, height, words, 2, 8]: non-zero, negative; filters.
+def blocks_of(groups):
+    """Return the bytes that are computed together, [blocks, bytes], and the groups that they read, [blocks, groups].
 
-    filters    as readers_order returns them
+    groups    as groups_read returns them
+
+    Several bytes read the same groups; if one is missing, another is computed twice.
+    """
+    n_bytes = kernels.BYTES[groups.shape[1]]
+    found, readers = np.unique(groups, axis=0, return_inverse=True)
+    blocks, read = [], []
+    for index, group in enumerate(found):
+        members = np.flatnonzero(readers.ravel() == index)
+        members = np.append(members, members[-1:].repeat(-len(members) % n_bytes)).reshape(-1, n_bytes)
+        blocks += members.tolist()
+        read += [group] * len(members)
+    return np.array(blocks), np.array(read)
+
+
+def order_of_lanes(filters, groups):
+    """Return filters [blocks, bytes, 8] in the order of the weights' lanes, [blocks, bytes * 8].
+
+    That is group by group, and byte by byte within a group. In a byte, filters are group by group already.
+    """
+    blocks, n_bytes, _ = filters.shape
+    return filters.reshape(blocks, n_bytes, groups, -1).swapaxes(1, 2).reshape(blocks, -1)
+
+
+def ternary_words(layer, filters, cell, words):
+    """Return a ternary layer's weights as planes, uint64 [blocks, height, words, 2, lanes]: non-zero, negative; lanes.
+
+    filters    as order_of_lanes returns them
     cell       bytes of a cell of the input
     words      64-bit words per row of the kernel
     """
@@ -240,44 +256,29 @@ def ternary_words(layer, filters, cell, words):
     return aligned(planes[:, filters].transpose(1, 3, 4, 0, 2))
 
 
-def real_weights(layer, filters):
-    """Return the encoder's weights, float64 [blocks, height, width * channels, 8]."""
-    height, _, _, n_filters = layer.weights.shape
-    weights = np.zeros((height, math.prod(layer.weights.shape[1:3]), n_filters + 1))
-    weights[..., :-1] = layer.weights.reshape(height, -1, n_filters)
-    return aligned(np.moveaxis(weights[..., filters], 2, 0))
-
-
-def classifier_weights(packed, shape, channels):
-    """Return the classifier's weights, float64 [classes, features], for maps of a shape with so many channels."""
+def lay_out_classifier(packed, shape, channels):
+    """Return weights and affine for kernels.classify, for maps of a shape with so many channels."""
     weights = np.zeros((math.prod(shape[:2]), channels, len(packed.classes)))
     weights[:, :shape[2]] = packed.weights.reshape(-1, shape[2], len(packed.classes))
-    return np.ascontiguousarray(weights.reshape(-1, len(packed.classes)).T)
+    affine = np.empty((2, len(packed.classes)), np.float32)
+    affine[:] = packed.scale, packed.shift
+    return np.ascontiguousarray(weights.reshape(-1, len(packed.classes)).T), affine
 
 
-def describe_blocks(layer, filters, sources, output):
+def describe_blocks(layer, filters, sources, outputs):
     """Return the descriptions of the blocks, uint8 [blocks, kernels.BLOCK], as UPPER to SOURCES in kernels say.
 
+    filters    [blocks, bytes, 8]
     sources    byte offsets of the groups in the input, [blocks, 1, 2, 4 or 8]
-    output     byte offset of each block in a plane of the output
+    outputs    byte offsets in a plane of the output, [blocks, bytes]
     """
     blocks = np.zeros((len(filters), kernels.BLOCK), np.uint8)
-    kind = np.float32 if layer.upper.dtype == np.float32 else np.int64
-    limits = np.finfo(np.float32) if kind is np.float32 else np.iinfo(np.int64)
-    for where, thresholds, never in ((kernels.UPPER, layer.upper, limits.max),  # never: the filter -1 does not fire
-                                     (kernels.LOWER, layer.lower, limits.min)):
-        values = np.append(thresholds.astype(kind), kind(never))[filters]
-        blocks[:, where:where + values[0].nbytes] = values.view(np.uint8)
-    blocks[:, kernels.OUTPUT:kernels.OUTPUT + 8] = output.astype(np.int64)[:, np.newaxis].view(np.uint8)
-    starts = np.ascontiguousarray(sources, np.int64)
-    blocks[:, kernels.SOURCES:kernels.SOURCES + starts[0].nbytes] = starts.view(np.uint8)
+    kind = np.int64 if filters.shape[1] == 1 else np.int32
+    limits = np.iinfo(np.int32)  # a sum never comes near: the filter -1 does not fire
+    for where, values in (
+            (kernels.UPPER, np.append(layer.upper, limits.max)[filters].astype(kind)),
+            (kernels.LOWER, np.append(layer.lower, limits.min)[filters].astype(kind)),
+            (kernels.OUTPUTS, outputs.astype(np.int64)), (kernels.SOURCES, sources.astype(np.int64))):
+        values = np.ascontiguousarray(values.reshape(len(blocks), -1)).view(np.uint8)
+        blocks[:, where:where + values.shape[1]] = values
     return blocks
-
-
-def aligned(array):
-    """Return a copy that starts on a cache line of 64 bytes."""
-    memory = np.empty(array.nbytes + 64, np.uint8)
-    start = -address(memory) % 64
-    copy = memory[start:start + array.nbytes].view(array.dtype).reshape(array.shape)
-    copy[...] = array
-    return copy

@@ -3,7 +3,6 @@
 numba has one pool of threads per process, and the pool serves one caller at a time. A fork copies the pool without its
 threads. So a process that was forked from one that had used them computes in one thread, by kernels compiled for that.
 """
-import contextlib
 import hashlib
 import os
 import pickle
@@ -19,9 +18,10 @@ from twta import files, in_a_line, processor
 from twta.terminal import complain
 
 POOL = {'lock': threading.Lock(), 'is_used': False, 'is_lost': False}
+KERNELS = 'vectors.py', 'encoder_kernels.py', 'kernels.py', 'sliced_kernels.py'
 # numba's cache looks at the file of the outermost function only, so a digest of all kernels is in its name
 SOURCES = hashlib.sha256(b''.join(Path(__file__).with_name(name).read_bytes()
-                                  for name in ('kernels.py', 'sliced_kernels.py'))).hexdigest()[:8]
+                                  for name in KERNELS)).hexdigest()[:8]
 
 
 def after_fork():
@@ -35,14 +35,6 @@ if hasattr(os, 'register_at_fork'):  # a fork waits while another thread compile
                         after_in_child=after_fork)
 
 
-@contextlib.contextmanager
-def held():
-    """Hold numba's threads; others wait."""
-    with POOL['lock']:
-        POOL['is_used'] = True
-        yield
-
-
 def count_threads(threads=None):
     """Return the number of threads: threads, or one per available core, but at most as many as numba has."""
     return min(threads or processor.available_cores(), numba.config.NUMBA_NUM_THREADS)
@@ -51,6 +43,8 @@ def count_threads(threads=None):
 def call(kernels, threads, *arguments):
     """Call the function `run` of a module of kernels, which has `threads` among its arguments, in so many threads.
 
+    The caller holds POOL['lock'].
+
     If numba's cache of it is damaged, or its disk is full, it is compiled without the cache.
     """
     if POOL['is_lost']:
@@ -58,8 +52,9 @@ def call(kernels, threads, *arguments):
         if not hasattr(kernels, name):
             setattr(kernels, name, compiled(in_one_thread(kernels.run.py_func)))
     else:
-        name = 'run'
-        numba.set_num_threads(threads)
+        name, POOL['is_used'] = 'run', True
+        if threads > 1:
+            numba.set_num_threads(threads)
     try:
         getattr(kernels, name)(*arguments)
     except (*files.UNREADABLE, pickle.PickleError) as error:

@@ -12,16 +12,9 @@ import math
 
 import numpy as np
 
-from twta.packed import file_format, kernels, sliced_kernels
-from twta.packed.numba_engine import (
-    CompiledEngine,
-    Planes,
-    address,
-    classifier_weights,
-    describe_blocks,
-    positions,
-    real_weights,
-)
+from twta.packed import file_format, sliced_kernels
+from twta.packed.encoder import Encoder, address, positions
+from twta.packed.numba_engine import CompiledEngine, Planes, lay_out_classifier
 from twta.packed.pool import call, count_threads
 from twta.packed.sliced_kernels import IMAGES, PART, SIZE, UNIT
 
@@ -101,13 +94,17 @@ class SlicedEngine(CompiledEngine):
         for (layer, *_), source, target in zip(shapes[1:], self.planes, self.planes[1:], strict=False):
             rows.append(self.lay_out(layer, source, target))
         self.table = np.array([[row.get(column, 0) for column in sliced_kernels.COLUMNS] for row in rows], np.int64)
-        encoder, shape, self.before, out = shapes[0]
-        self.x = np.zeros((IMAGES, *file_format.border(shape, encoder)[1], shape[2]))
-        self.encoded = np.zeros((IMAGES // PART, 2, math.prod(out[:2]), first.channels // 8, PART), np.uint8)
-        self.encoder = self.lay_out_encoder(encoder, out)
+        out = shapes[0][3]
+        count, blocks = math.prod(out[:2]), first.channels // 8
+        self.encoded = np.zeros((IMAGES // PART, 2, count, blocks, PART), np.uint8)
+        order = np.arange(8 * blocks)
+        self.encoder = Encoder(
+            packed, IMAGES, np.where(order < out[2], order, -1).reshape(-1, 8), PART * np.arange(blocks),
+            (address(self.encoded), 1, self.encoded[0, 0].nbytes,
+             lambda span: positions(span, 1, out, out[1] * blocks * PART, blocks * PART)))
         self.last = last.data.reshape(-1, last.channels, 2, SIZE)
         self.features = Planes(IMAGES, last.shape, 1, (0, 0), last.shape[:2])
-        self.weights = classifier_weights(packed, last.shape, last.channels)
+        self.classifier = lay_out_classifier(packed, last.shape, last.channels)
 
     def keep(self, array):
         """Keep an array as long as the engine; return its address."""
@@ -135,31 +132,10 @@ class SlicedEngine(CompiledEngine):
                 'filters': self.keep(np.array(rows, np.int64)), 'n_filters': n_filters,
                 'positions': math.prod(target.shape[:2]), 'bits': longest.bit_length()}
 
-    def lay_out_encoder(self, layer, out):
-        """Return the encoder's row of kernels.COLUMNS: it reads self.x and writes self.encoded; out: its shape."""
-        blocks, count = self.encoded.shape[3], math.prod(out[:2])
-        order = np.arange(8 * blocks)
-        filters = np.where(order < out[2], order, -1).reshape(-1, 8)
-        image, row, cell = (part.nbytes for part in (self.x[0], self.x[0, 0], self.x[0, 0, 0]))
-        height, width = layer.weights.shape[:2]
-        offsets = (np.arange(height)[:, np.newaxis] * row + 8 * np.arange(width * self.x.shape[3])).ravel()
-        span = 8 // math.gcd(8, count)
-        weights = real_weights(layer, filters)
-        descriptions = describe_blocks(layer, filters, np.zeros((blocks, 1), np.int64), PART * np.arange(blocks))
-        values = {'kind': 0, 'x': address(self.x), 'x_image': image, 'x_plane': 0,
-                  'x_at': self.keep(positions(span, image, out, layer.stride * row, layer.stride * cell)),
-                  'w': self.keep(weights), 'w_block': weights[0].nbytes,
-                  'words': len(offsets), 'words_at': self.keep(offsets.astype(np.int64)),
-                  'blocks': self.keep(descriptions), 'n_blocks': blocks,
-                  'y': address(self.encoded), 'y_image': 1, 'y_plane': self.encoded[0, 0].nbytes,
-                  'y_at': self.keep(positions(span, 1, out, out[1] * blocks * PART, blocks * PART)),
-                  'positions': count, 'span': span}
-        return np.array([values[column] for column in kernels.COLUMNS], np.int64)
-
     def run(self, images):
-        """Return the classifier's sums, float64 [n, classes], and leave the activations in self.planes."""
-        images, crop = self.take(images)
-        sums = np.empty((len(images), len(self.packed.classes)))
-        call(sliced_kernels, self.threads, images, crop, self.x, self.before, self.encoder, self.encoded, self.table,
-             self.threads, self.last, self.features.data, self.features.image, self.weights, sums)
-        return sums
+        """Return logits, float32 [n, classes], and leave the activations in self.planes."""
+        images, crop, largest = self.take(images)
+        encoder, logits = self.encoder, np.empty((len(images), len(self.packed.classes)), np.float32)
+        call(sliced_kernels, self.threads, images, crop, largest, encoder.x, encoder.before, encoder.row, self.encoded,
+             self.table, self.threads, self.last, self.features.data, self.features.image, *self.classifier, logits)
+        return logits

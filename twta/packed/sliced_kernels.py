@@ -21,8 +21,11 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from twta.packed.kernels import INT, LONG, N_BLOCKS, OUTPUT_MAP, classify, load, prepare, run_layer, splat, vector
+from twta.packed.encoder_kernels import N_GROUPS, OUTPUT_MAP, encode, prepare
+from twta.packed.encoder_kernels import POSITIONS as ENCODER_POSITIONS
+from twta.packed.kernels import classify
 from twta.packed.pool import compiled
+from twta.packed.vectors import INT, LONG, load, peek, splat, vector
 
 SIZE = 32  # bytes of a vector
 IMAGES = 8 * SIZE
@@ -153,15 +156,6 @@ def filter_at(bits):
 
 
 @intrinsic
-def peek(context, address):
-    """Return the int64 at an address."""
-    def emit(context, builder, signature, arguments):
-        return load(builder, arguments[0], LONG, 8)
-
-    return types.intp(types.intp), emit
-
-
-@intrinsic
 def slice_32(context, nonzero, negative, y, step):
     """Store eight filters of 32 images, a byte per image and plane, as 32 bits per filter and plane.
 
@@ -206,17 +200,18 @@ def run_filters(row, begin, end):
 
 
 @njit
-def run_encoder(row, images, planes, y, y_at, task):
+def run_encoder(row, largest, images, planes, y, y_at, task):
     """Compute the encoder for the task-th 32 of so many images, and store its activations as vectors.
 
-    row       of kernels.COLUMNS, for the first task's planes
+    row       of encoder_kernels.COLUMNS, for the first task's planes
+    largest   as prepare returns it
     planes    uint8 [tasks, 2, positions, blocks, 32]: non-zero, negative; a block is eight filters
     y, y_at   of the map, as in COLUMNS
     """
     first = PART * task
     row = row.copy()
-    row[OUTPUT_MAP] += task * planes[0].size - first  # run_layer adds an image's number
-    run_layer(row, first, min(images, first + PART), 0, row[N_BLOCKS])
+    row[OUTPUT_MAP] += task * planes[0].size - first  # encode adds an image's number
+    encode(row, largest, first, min(images, first + PART), 0, row[N_GROUPS], 0, row[ENCODER_POSITIONS])
     for position in range(planes.shape[2]):
         for block in range(planes.shape[3]):
             nonzero, negative = planes[task, 0, position, block], planes[task, 1, position, block]
@@ -257,22 +252,24 @@ def transpose(bits):
 
 
 @partial(compiled, parallel=True)
-def run(images, crop, x, before, encoder, encoded, table, threads, last, planes, bytes_per_image, weights, sums):
-    """Write the classifier's sums of images, uint8 [n, height, width, channels], into sums, float64 [n, classes].
+def run(images, crop, largest, x, before, encoder, encoded, table, threads, last, planes, bytes_per_image,
+        weights, affine, logits):
+    """Write the logits, float32 [n, classes], of images, uint8 [n, height, width, channels].
 
     n is at most IMAGES.
 
-    encoder    the encoder's row of kernels.COLUMNS; it writes `encoded`, the planes of run_encoder
+    encoder    the encoder's row of encoder_kernels.COLUMNS; it writes `encoded`, the planes of run_encoder
     table      int64 [1 + layers, COLUMNS]; its first row has y and y_at of the encoder's map
     last       vectors of the last map, as for unslice, which writes planes
 
-    The other arguments are those of kernels.prepare and kernels.classify. The threads share the images in the encoder
-    and in the classifier, and the results of each layer between them.
+    The other arguments are those of encoder_kernels.prepare and kernels.classify. The threads share the images in the
+    encoder and in the classifier, and the results of each layer between them.
     """
     count = len(images)
-    for task in prange(-(-count // PART)):
-        prepare(images, PART * task, min(count, PART * task + PART), crop, x, before)
-        run_encoder(encoder, count, encoded, table[0, Y], table[0, Y_AT], task)
+    for part in prange(threads):
+        for task in range(part, -(-count // PART), threads):
+            most = prepare(images, PART * task, min(count, PART * task + PART), crop, x, before, largest)
+            run_encoder(encoder, most, count, encoded, table[0, Y], table[0, Y_AT], task)
     for layer in range(1, len(table)):
         results = table[layer, POSITIONS] * table[layer, N_FILTERS]
         for part in prange(threads):
@@ -281,4 +278,5 @@ def run(images, crop, x, before, encoder, encoded, table, threads, last, planes,
     for part in prange(threads):
         unslice(last, planes, bytes_per_image, part * positions // threads, (part + 1) * positions // threads)
     for part in prange(threads):
-        classify(planes, bytes_per_image, weights, part * count // threads, (part + 1) * count // threads, sums)
+        classify(planes, bytes_per_image, weights, affine, part * count // threads, (part + 1) * count // threads,
+                 logits)

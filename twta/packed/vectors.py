@@ -1,0 +1,103 @@
+"""LLVM's generic vectors: what the kernels of the compiled engines are made of.
+
+LLVM compiles them to AVX-512, AVX2, SSE2 or NEON. Addresses are int64.
+"""
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+BYTE, INT, LONG = (ir.IntType(bits) for bits in (8, 32, 64))
+FLOAT, DOUBLE = ir.FloatType(), ir.DoubleType()
+
+
+def processor_of_code():
+    """Return the architecture that numba compiles for, such as 'x86_64', and its features, such as '+avx512f'."""
+    triple, _, features = cpu_target.target_context.codegen().magic_tuple()
+    return triple.split('-')[0], features.split(',')
+
+
+def vector(kind, lanes):
+    return ir.VectorType(kind, lanes)
+
+
+def load(builder, address, kind, alignment):
+    instruction = builder.load(builder.inttoptr(address, kind.as_pointer()), typ=kind)
+    instruction.align = alignment
+    return instruction
+
+
+def offset_address(builder, base, table, index):
+    """Return base + table[index]; table is the address of int64 numbers."""
+    return builder.add(base, load(builder, builder.add(table, LONG(8 * index)), LONG, 8))
+
+
+def splat(builder, scalar, lanes):
+    """Return a vector with the scalar in every lane."""
+    undefined = ir.Constant(vector(scalar.type, lanes), ir.Undefined)
+    first = builder.insert_element(undefined, scalar, INT(0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(vector(INT, lanes), [0] * lanes))
+
+
+def accumulator(builder, kind):
+    """Return a stack slot that holds 0; LLVM keeps it in a register."""
+    cell = cgutils.alloca_once(builder, kind)
+    builder.store(ir.Constant(kind, [0] * kind.count), cell)
+    return cell
+
+
+def concatenate(builder, vectors):
+    """Return one vector of the lanes of several vectors; their number is a power of two."""
+    while len(vectors) > 1:
+        order = ir.Constant(vector(INT, 2 * vectors[0].type.count), list(range(2 * vectors[0].type.count)))
+        vectors = [builder.shuffle_vector(*pair, order) for pair in zip(vectors[::2], vectors[1::2], strict=True)]
+    return vectors[0]
+
+
+def population_count(builder, bits):
+    """Return the number of ones in each lane of a vector of int64."""
+    name = f'llvm.ctpop.v{bits.type.count}i64'
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(bits.type, [bits.type]), name)
+    return builder.call(function, [bits])
+
+
+def multiply_add(builder, x, w, total):
+    """Return x * w + total of floats, rounded once if the processor can, else twice."""
+    return builder.fadd(builder.fmul(x, w, flags=['contract']), total, flags=['contract'])
+
+
+def store_bytes(builder, bits, places):
+    """Store a vector of bits: eight at each of the addresses."""
+    bits = builder.bitcast(bits, ir.IntType(bits.type.count))
+    for index, place in enumerate(places):
+        byte = bits if len(places) == 1 else builder.trunc(builder.lshr(bits, bits.type(8 * index)), BYTE)
+        builder.store(byte, builder.inttoptr(place, BYTE.as_pointer()))
+
+
+@intrinsic
+def peek(context, address):
+    """Return the int64 at an address."""
+    def emit(context, builder, signature, arguments):
+        return load(builder, arguments[0], LONG, 8)
+
+    return types.int64(types.int64), emit
+
+
+@intrinsic
+def read(context, address):
+    """Return the int64 at an address, to which other threads write."""
+    def emit(context, builder, signature, arguments):
+        return builder.load_atomic(builder.inttoptr(arguments[0], LONG.as_pointer()), 'acquire', 8)
+
+    return types.int64(types.int64), emit
+
+
+@intrinsic
+def fetch_add(context, address, number):
+    """Add to the int64 at an address and return what it was before, as one step that no other thread can part."""
+    def emit(context, builder, signature, arguments):
+        place = builder.inttoptr(arguments[0], LONG.as_pointer())
+        return builder.atomic_rmw('add', place, arguments[1], 'seq_cst')
+
+    return types.int64(types.int64, types.int64), emit
