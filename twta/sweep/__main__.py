@@ -110,7 +110,7 @@ def sweep(sweep_dir, runs, swept, slurm, parallel, threads):
               for run in runs}
     todo = [run for run in runs if states[run.name] == 'not started']
     limit = parallel or (len(runs) if slurm is not None else max(1, processor.available_cores() // threads))
-    say(f'{len(runs)} run{"s" * (len(runs) > 1)} in {sweep_dir}, {len(runs) - len(todo)} of them done or locked; '
+    say(f'{len(runs)} run{"s" * (len(runs) > 1)} in {sweep_dir}, {list(states.values()).count(DONE)} of them done; '
         f'{min(limit, len(runs))} at once, {threads} thread{"s" * (threads > 1)} each')
     for run in runs:
         if states[run.name] == 'locked':
@@ -162,6 +162,7 @@ def run_all(sweep_dir, todo, states, slurm, limit, threads, stops):
             trainings = [jobs.Training(run.command, logs / f'{run.name}.log', environment) for run in batch]
             running.update(zip(jobs.submit(executor, trainings), batch, strict=True))
             waiting = waiting[len(batch):]
+            states.update((run.name, 'running') for run in batch)
         for job in running if heeded < len(stops) else ():
             jobs.stop(job, is_slurm)
         if is_slurm and len(stops) > 1:
@@ -193,7 +194,9 @@ def judge(run, code, line):
         return 'stopped', 'stopped; the same command goes on'
     if plan.is_locked(run.run_dir):
         return 'locked', 'another training is writing there; repeat the command after its end'
-    return 'failed', f'exit code {code}: {line}' if code is not None else line
+    if code == 128 + signal.SIGKILL:
+        return 'killed', 'killed; the same command goes on'
+    return 'failed', line if code is None else f'exit code {code}: {line}'
 
 
 if __name__ == '__main__':

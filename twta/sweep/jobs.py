@@ -4,6 +4,7 @@ On this machine, submitit starts a controller per job, which starts the job's pr
 SIGTERM goes down that chain. Slurm signals all processes of a job itself.
 """
 import contextlib
+import io
 import os
 import re
 import signal
@@ -117,7 +118,8 @@ def submit(executor, trainings):
     signals = {signal.SIGINT, signal.SIGHUP}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
-        return executor.submit_array(trainings)
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit shows what sbatch writes, and raises it
+            return executor.submit_array(trainings)
     except RuntimeError as error:  # what sbatch writes
         raise TwtaError(f'--slurm: {error}') from None
     finally:

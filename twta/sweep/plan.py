@@ -67,8 +67,8 @@ def check_folder(folder):
 def load(script):
     """Return the script as a module. Raises UsageError if it is not a script that trains a network."""
     if not script.is_file() or script.suffix != '.py':
-        raise UsageError(f'{script}: not a file with the ending .py; name a script of MNIST/ or CIFAR10/ first, then '
-                         'its flags')
+        raise UsageError(f'{script}: {"not a Python file" if script.exists() else "no such file"}; name a script of '
+                         'MNIST/ or CIFAR10/ first, then its flags')
     try:
         module = load_script(script)
     except Exception as error:  # any kind: it is the code of a user
