@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -21,46 +22,49 @@ pytest.importorskip('submitit', reason='needs submitit: pip install submitit')
 # A script that trains nothing. --seed 8 fails; --seed 9 waits for a signal, unless Slurm resumes it. Each start
 # is a line in the file "starts".
 STUB = '''
-import csv, os, signal, sys, time
-from pathlib import Path
-from twta import UsageError, command_line, files, results, terminal
+    import csv, os, signal, sys, time
+    from pathlib import Path
+    from twta import UsageError, command_line, files, results, terminal
 
-DATASETS, LEARNING_RATE, EPOCHS, BATCH_SIZE, OPTIONS = ('mnist', 'digits'), 1e-4, 150, 200, ('rest', 'threshold_value')
+    DATASETS, OPTIONS = ('mnist', 'digits'), ('rest', 'threshold_value')
+    LEARNING_RATE, EPOCHS, BATCH_SIZE = 1e-4, 150, 200
+    DEFAULTS = {'learning_rate': LEARNING_RATE, 'epochs': EPOCHS, 'batch_size': BATCH_SIZE, 'schedule': 'constant',
+                'augmentation': 'published', 'protocol': 'published'}
 
-def model(x, is_train, **options):
-    pass
+    def model(x, is_train, **options):
+        pass
 
-def refuse():
-    raise UsageError('another training is writing there')
+    def refuse():
+        raise UsageError('another training is writing there')
 
-def train(args):
-    stage = {'first_epoch': 1, 'epochs': args.epochs or EPOCHS, 'learning_rate': args.learning_rate or LEARNING_RATE}
-    rows = [{'epoch': epoch, 'training_accuracy': 0.5, 'validation_accuracy': 0.25} for epoch in (1, 2)]
-    results.write_csv(args.run_dir / 'log.csv', list(rows[0]), rows)
-    if args.seed == 8:
-        raise UsageError('no such luck')
-    if args.seed == 9 and not ('SLURM_JOB_ID' in os.environ and (args.run_dir / 'waits').exists()):
-        signal.signal(signal.SIGTERM, lambda *arguments: sys.exit(143))
-        signal.signal(signal.SIGUSR1, lambda *arguments: sys.exit(138))
-        (args.run_dir / 'waits').touch()
-        time.sleep(60)
-    accuracy = 0.9 + args.seed / 100
-    results.write_json(args.run_dir / 'record.json', {
-        'flags': {**vars(args), 'choices': args.options}, 'choices': args.options, 'stages': [stage],
-        'seed': args.seed or 0, 'data': {'validation_images': 0}, 'epochs': stage['epochs'], 'wall_seconds': 90.0,
-        'last': {'validation_accuracy': accuracy, 'test_accuracy': 0.99 - accuracy / 10},
-        'curve': {'training_accuracy': [0.95]}})
+    def train(args):
+        stage = {'first_epoch': 1, 'epochs': args.epochs or EPOCHS}
+        rows = [{'epoch': epoch, 'training_accuracy': 0.5, 'validation_accuracy': 0.25} for epoch in (1, 2)]
+        results.write_csv(args.run_dir / 'log.csv', list(rows[0]), rows)
+        if args.seed == 8:
+            raise UsageError('no such luck')
+        if args.seed == 9 and not ('SLURM_JOB_ID' in os.environ and (args.run_dir / 'waits').exists()):
+            signal.signal(signal.SIGTERM, lambda *arguments: sys.exit(143))
+            signal.signal(signal.SIGUSR1, lambda *arguments: sys.exit(138))
+            (args.run_dir / 'waits').touch()
+            for _ in range(600):  # a signal that another thread gets would not end one long sleep
+                time.sleep(0.1)
+        accuracy = 0.9 + args.seed / 100
+        results.write_json(args.run_dir / 'record.json', {
+            'flags': {**vars(args), 'choices': args.options}, 'choices': args.options, 'stages': [stage],
+            'seed': args.seed or 0, 'data': {'validation_images': 0}, 'epochs': stage['epochs'], 'wall_seconds': 90.0,
+            'last': {'validation_accuracy': accuracy, 'test_accuracy': 0.99 - accuracy / 10},
+            'curve': {'training_accuracy': [0.95]}})
 
-if __name__ == '__main__':
-    with terminal.errors_in_a_line('stub'):
-        args = command_line.parse(Path(__file__).resolve(), '', DATASETS, {'learning_rate': 1e-4, 'epochs': 150,
-            'batch_size': 200, 'schedule': 'constant', 'augmentation': 'published', 'protocol': 'published'}, OPTIONS)
-        args.run_dir.mkdir(exist_ok=True)
-        with files.holding(args.run_dir / 'lock', refuse):
-            with open(Path(__file__).parent / 'starts', 'a') as starts:
-                starts.write(args.run_dir.name + chr(10))
-            train(args)
-'''
+    if __name__ == '__main__':
+        with terminal.errors_in_a_line('stub'):
+            args = command_line.parse(Path(__file__).resolve(), '', DATASETS, DEFAULTS, OPTIONS)
+            args.run_dir.mkdir(exist_ok=True)
+            with files.holding(args.run_dir / 'lock', refuse):
+                with open(Path(__file__).parent / 'starts', 'a') as starts:
+                    starts.write(args.run_dir.name + chr(10))
+                train(args)
+    '''
 
 
 @pytest.fixture
@@ -68,7 +72,7 @@ def stub(tmp_path):
     """The path of the script STUB, in a folder with a space in its name."""
     path = tmp_path / 'my scripts' / 'Stub.py'
     path.parent.mkdir()
-    path.write_text(STUB)
+    path.write_text(textwrap.dedent(STUB))
     return path
 
 

@@ -7,7 +7,8 @@ Every combination of the values is a run: the script's own command with --resume
 same command again skips the runs that have a record and resumes those that have a checkpoint. Ctrl-C lets all runs save
 and end; a second one kills them. At the end a table is shown and written to runs.csv and means.csv.
 
-All flags but those below are the script's; its --help explains them. The script comes first.
+All flags but those below are the script's; its --help explains them. The script comes first. Faults, Slurm and threads:
+docs/scale.md.
 """
 import argparse
 import contextlib
@@ -117,7 +118,7 @@ def sweep(sweep_dir, runs, swept, slurm, parallel, threads):
             complain(f'{run.label}: another training is writing there; repeat the command after its end')
     with catching_signals() as stops:
         if todo:
-            run_all(sweep_dir, todo, states, slurm, limit if slurm is None else parallel, threads, stops)
+            run_all(sweep_dir, todo, states, slurm, limit, threads, stops)
     table.write(sweep_dir, table.measure(runs, states), swept)
     if stops:
         say('stopped; go on with the same command')
@@ -141,28 +142,35 @@ def catching_signals():
 
 
 def run_all(sweep_dir, todo, states, slurm, limit, threads, stops):
-    """Run the runs and put their states into `states`: at most `limit` at once on this machine.
+    """Run the runs and put their states into `states`: at most `limit` at once.
 
     stops    the signals so far: at the first the jobs are asked to save and end, at the second they are killed
     """
-    is_slurm, progress, absences, heeded = slurm is not None, table.Progress(), {}, 0
-    environment = {variable: os.environ.get(variable, str(threads)) for variable in processor.THREADS}
-    if not is_slurm:
-        environment['CUDA_VISIBLE_DEVICES'] = os.environ.get('CUDA_VISIBLE_DEVICES')  # submitit hides all GPUs
-    logs = sweep_dir / 'logs'
+    logs, environment = sweep_dir / 'logs', {name: os.environ.get(name, str(threads)) for name in processor.THREADS}
     files.make_folder(logs)
+    if slurm is None:
+        environment['CUDA_VISIBLE_DEVICES'] = os.environ.get('CUDA_VISIBLE_DEVICES')  # submitit hides all GPUs
     folder = tempfile.mkdtemp(prefix='submitit-', dir=sweep_dir)  # a new one: what is in it is believed
-    executor = jobs.open_executor(folder, slurm, limit)
-    waiting, running = list(todo), {}
-    while waiting or running:
-        if stops:
-            waiting.clear()
-        batch = waiting if is_slurm else waiting[:limit - len(running)]
-        if batch:
-            trainings = [jobs.Training(run.command, logs / f'{run.name}.log', environment) for run in batch]
-            running.update(zip(jobs.submit(executor, trainings), batch, strict=True))
-            waiting = waiting[len(batch):]
-            states.update((run.name, 'running') for run in batch)
+    running = {}
+    try:
+        executor = jobs.open_executor(folder, slurm, limit)
+        waiting = [(run, jobs.Training(run.command, logs / f'{run.name}.log', environment)) for run in todo]
+        watch(executor, slurm is not None, waiting, running, states, limit, stops)
+    finally:
+        if not running:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def watch(executor, is_slurm, waiting, running, states, limit, stops):
+    """Start the (run, Training) that are waiting, put their jobs into `running`, and take out those that have ended."""
+    progress, absences, heeded = table.Progress(), {}, 0
+    while running or (waiting and not stops):
+        count = 0 if stops else len(waiting) if is_slurm else limit - len(running)
+        if batch := waiting[:count]:
+            runs, trainings = zip(*batch, strict=True)
+            running.update(zip(jobs.submit(executor, trainings), runs, strict=True))
+            states.update((run.name, 'running') for run in runs)
+            del waiting[:count]
         for job in running if heeded < len(stops) else ():
             jobs.stop(job, is_slurm)
         if is_slurm and len(stops) > 1:
@@ -170,13 +178,11 @@ def run_all(sweep_dir, todo, states, slurm, limit, threads, stops):
         heeded = len(stops)
         for job in jobs.find_ended(list(running), absences, is_slurm):
             run = running.pop(job)
-            states[run.name], words = judge(run, *jobs.read_result(job))
+            states[run.name], words = judge(run, *jobs.read_result(job), stops)
             progress.end(run, words)
         for run in running.values():
             progress.show(run)
         pause(LOOK[is_slurm] if running else 0, stops, heeded)
-    if not running:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def pause(seconds, stops, heeded):
@@ -186,11 +192,11 @@ def pause(seconds, stops, heeded):
         time.sleep(min(0.2, seconds))
 
 
-def judge(run, code, line):
-    """Return state and words for a run whose job has ended with this exit code and line."""
+def judge(run, code, line, stops):
+    """Return state and words for a run whose job has ended with this exit code and line; see jobs.read_result."""
     if record := plan.find_record(run):
         return DONE, f'done, {record["epochs"]} epochs, test acc {record["last"]["test_accuracy"]:.4f}'
-    if code in (128 + number for number in STOPS):
+    if code in (128 + number for number in STOPS) or (code is None and stops):  # None: it had not begun
         return 'stopped', 'stopped; the same command goes on'
     if plan.is_locked(run.run_dir):
         return 'locked', 'another training is writing there; repeat the command after its end'

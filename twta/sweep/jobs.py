@@ -45,7 +45,9 @@ class Training:
                                             stderr=subprocess.STDOUT, env=environment)
         if stops:
             self.process.terminate()
-        code = self.process.wait()
+        while self.process.poll() is None:  # not wait(): a signal that another thread gets would not end it
+            time.sleep(0.2)
+        code = self.process.returncode
         if code in (-signal.SIGUSR1, 128 + signal.SIGUSR1):
             time.sleep(30)  # submitit has the signal, too: it requeues the job meanwhile
         return code if code >= 0 else 128 - code, find_error(self.log, start)
@@ -57,7 +59,7 @@ class Training:
         if self.process:
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 self.process.terminate()
-                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)  # wait() may hold its lock just now
+                os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT)  # poll() may hold a lock just now
         return DelayedSubmission(Training(self.command, self.log, self.environment))
 
 
@@ -73,7 +75,7 @@ def open_executor(folder, slurm, parallel):
     """Return submitit's executor, which keeps its files in a folder.
 
     slurm       {parameter: text} of --slurm, or None for this machine
-    parallel    how many jobs Slurm runs at once; None: as many as it has room for
+    parallel    how many jobs Slurm runs at once, if it has room for them
 
     Raises UsageError if a parameter is not valid, or Slurm is not there.
     """
@@ -92,7 +94,7 @@ def open_executor(folder, slurm, parallel):
     parameters = {'job_name': 'twta-sweep', **{name: to_value(name, text) for name, text in slurm.items()}}
     parameters['setup'] = [f'export SUBMITIT_PREEMPT_SIGNAL={WARNING}', *parameters.get('setup', [])]
     try:
-        executor.update_parameters(**parameters, **({'array_parallelism': parallel} if parallel else {}))
+        executor.update_parameters(**{'array_parallelism': parallel, **parameters})
     except (ValueError, TypeError) as error:
         valid = re.findall(r'- (\w+) \(', str(error))
         raise UsageError(f'--slurm: {str(error).splitlines()[0]}' + (f'; valid are {", ".join(valid)}' if valid else '')

@@ -27,13 +27,13 @@ class Progress:
         self.shown[run.name] = row
         words = describe(row)
         if not self.is_terminal:
-            say(f'{run.label}: epoch {row["epoch"]}/{run.epochs}  {words}' if row else f'{run.label}: starts')
+            say(f'{run.label}: epoch {row.get("epoch", 0)}/{run.epochs}  {words}'.rstrip())
             return
+        epoch = int(row.get('epoch', 0))
         if run.name not in self.bars:
-            self.bars[run.name] = tqdm(total=run.epochs, desc=run.label, unit='epoch', leave=False)
-        bar = self.bars[run.name]
-        bar.n = int(row['epoch']) if row else 0
-        bar.set_postfix_str(words)
+            self.bars[run.name] = tqdm(total=run.epochs, initial=epoch, desc=run.label, unit='epoch', leave=False)
+        self.bars[run.name].n = epoch
+        self.bars[run.name].set_postfix_str(words)
 
     def end(self, run, words):
         """Put a line with these words in place of the bar of a run."""
