@@ -45,7 +45,7 @@ class Training:
                                             stderr=subprocess.STDOUT, env=environment)
         if stops:
             self.process.terminate()
-        while self.process.poll() is None:  # not wait(): a signal that another thread gets would not end it
+        while self.process.poll() is None:  # not wait(), which a signal may not interrupt: numpy has threads
             time.sleep(0.2)
         code = self.process.returncode
         if code in (-signal.SIGUSR1, 128 + signal.SIGUSR1):
