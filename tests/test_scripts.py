@@ -154,7 +154,7 @@ MODULES = {'.'.join(path.relative_to(ROOT).with_suffix('').parts): path
            for path in sorted((ROOT / 'twta').rglob('*.py')) if path.stem != '__init__'}
 RANKS = {rank: parts.split() for rank, parts in enumerate((
     'files terminal processor scripts', 'options results data graph', 'quantizers', 'ternary_layers packed', 'training',
-    'export', 'command_line', 'spikes', 'report'))}
+    'export', 'command_line', 'spikes sweep', 'report'))}
 
 
 def test_imports_run_downward():

@@ -76,6 +76,15 @@ def write_json(path, record):
         part.write_text(text + '\n')
 
 
+def read_object(path):
+    """Return a JSON file as a dictionary, empty if the file is absent or no object: a run can do without it."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def environment():
     """Return versions, code and machine, for config.json and result.json."""
     root = Path(__file__).resolve().parent.parent

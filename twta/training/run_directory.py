@@ -3,7 +3,6 @@
 Each file is written beside its name and moved into place, so that a kill leaves the previous one whole.
 """
 import contextlib
-import json
 import os
 import platform
 import re
@@ -11,7 +10,7 @@ import time
 
 from twta import UsageError, files, in_a_line
 from twta.graph.tf1 import tf
-from twta.results import write_csv
+from twta.results import read_object, write_csv
 from twta.terminal import say
 from twta.training.state import FIELDS
 
@@ -78,15 +77,6 @@ def warn_of_changes(run_dir, precision, deterministic):
             'see --precision')
     if config['flags'].get('deterministic') and not deterministic:
         say('WARNING: the last command trained with --deterministic, this one does without')
-
-
-def read_object(path):
-    """Return a JSON file as a dictionary, empty if the file is absent or no object: a run can do without it."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
 
 
 def read_config(run_dir):

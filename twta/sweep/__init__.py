@@ -1,0 +1,1 @@
+"""Many trainings of one script, on this machine or on Slurm."""
