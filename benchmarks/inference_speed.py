@@ -52,6 +52,7 @@ from twta import processor
 from twta.packed import engines, file_format, numpy_engine
 from twta.packed.file_format import after, fan_in, input_shape
 from twta.scripts import find_scripts, load_script
+from twta.terminal import positive_integer
 
 SECONDS = 0.05  # least duration of a timing
 SCRIPTS = find_scripts('TWTA')
@@ -403,6 +404,8 @@ def child(*arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, SCRIPTS, 9, 'time the parts of the packed engine on this network, and nothing else')
+    parser.add_argument('--batch', type=positive_integer, nargs='+', default=[1, 200], metavar='N',
+                        help='images per call (default: 1 200)')
     for internal, count in (('--tflite', 1), ('--memory', 2), ('--rows', '+')):
         parser.add_argument(internal, nargs=count, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -425,9 +428,9 @@ def main():
     print(f'{"network":26} {"engine":18} batch threads  images/s packed/x file bytes peak MiB predicts as packed')
     rows = []
     for name in networks:
-        rows += measure(name, (1, 200), sorted({1, processor.available_cores()}), args.repetitions)
+        rows += measure(name, args.batch, sorted({1, processor.available_cores()}), args.repetitions)
         if args.json:
-            write_rows(args.json, ('onnxruntime', 'ai-edge-litert'), args.repetitions, rows)
+            write_rows(args.json, ('onnxruntime', 'ai-edge-litert', 'openvino'), args.repetitions, rows)
 
 
 if __name__ == '__main__':

@@ -47,6 +47,7 @@ class Encoder:
             'x_at': self.keep(positions(span, image, out, layer.stride * row, layer.stride * cell)),
             'w': self.keep(weights), 'w_group': weights[0].nbytes, 'words': len(words), 'words_at': self.keep(words),
             'thresholds': self.keep(describe_thresholds(layer, order)), 'outputs': self.keep(outputs),
+            'is_run': (np.diff(outputs.reshape(-1, bytes_per_group)) == 1).all(),
             'n_groups': len(order), 'y': y, 'y_image': y_image, 'y_plane': y_plane, 'y_at': self.keep(y_at(span)),
             'positions': math.prod(out[:2]), 'span': span}
         self.row = np.array([values[column] for column in COLUMNS], np.int64)

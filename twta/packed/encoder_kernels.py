@@ -18,13 +18,16 @@ from twta.packed.vectors import (
     FLOAT,
     LONG,
     accumulator,
+    concatenate,
+    distance,
     load,
+    minimum,
     multiply_add,
     offset_address,
     peek,
     processor_of_code,
     splat,
-    store_bytes,
+    store_bits,
     vector,
 )
 
@@ -41,6 +44,7 @@ COLUMNS = (
     'thresholds',  # address of float32 [groups, 4, FILTERS]: upper, lower; then what a sum may be wrong by is
                    # the third times the largest |x|, plus the fourth
     'outputs',  # address of int64 [groups, FILTERS / 8]: where in an image of the output eight filters have their byte
+    'is_run',  # whether the bytes of each group are side by side
     'n_groups',
     'y', 'y_image', 'y_plane', 'y_at',  # output: address, bytes per image and per plane, address of positions' offsets
     'positions', 'span')  # positions per image; number of images that x_at and y_at cover
@@ -53,9 +57,9 @@ def strip(positions):
     The intrinsic returns 0 if all bits are certain.
     """
     @intrinsic
-    def strip(context, x, x_at, w, words, words_at, thresholds, outputs, largest, y, y_plane, y_at):
+    def strip(context, x, x_at, w, words, words_at, thresholds, outputs, is_run, largest, y, y_plane, y_at):
         def emit(context, builder, signature, arguments):
-            x, x_at, w, words, words_at, thresholds, outputs, largest, y, y_plane, y_at = arguments
+            x, x_at, w, words, words_at, thresholds, outputs, is_run, largest, y, y_plane, y_at = arguments
             kind = vector(FLOAT, LANES)
             at = [offset_address(builder, x, x_at, position) for position in range(positions)]
             cells = [[accumulator(builder, kind) for _ in range(PARTS)] for _ in at]
@@ -67,28 +71,35 @@ def strip(positions):
                     value = splat(builder, load(builder, builder.add(start, word), FLOAT, 4), LANES)
                     for weight, cell in zip(weights, row, strict=True):
                         builder.store(multiply_add(builder, value, weight, builder.load(cell)), cell)
-            doubt = accumulator(builder, vector(ir.IntType(1), LANES))
+            nearest = splat(builder, ir.Constant(FLOAT, float('inf')), LANES)
+            places = [offset_address(builder, y, outputs, byte) for byte in range(FILTERS // 8)]
+            bits = [[None] * positions, [None] * positions]  # non-zero, negative
             for part in range(PARTS):
                 upper, lower, scale, least = (
                     load(builder, builder.add(thresholds, LONG(64 * (PARTS * field + part))), kind, 64)
                     for field in range(4))
                 error = multiply_add(builder, scale, splat(builder, largest, LANES), least)
-                limits = [(name, operation(limit, error)) for name, limit in (('>=', upper), ('<=', lower))
-                          for operation in (builder.fadd, builder.fsub)]
-                bytes_at = [offset_address(builder, y, outputs, 2 * part + byte) for byte in range(LANES // 8)]
                 for position, row in enumerate(cells):
                     total = builder.load(row[part])
-                    above, nearly_above, nearly_below, below = (
-                        builder.fcmp_ordered(name, total, limit) for name, limit in limits)
-                    near = builder.or_(builder.xor(above, nearly_above), builder.xor(below, nearly_below))
-                    builder.store(builder.or_(builder.load(doubt), near), doubt)
-                    offset = load(builder, builder.add(y_at, LONG(8 * position)), LONG, 8)
-                    places = [builder.add(place, offset) for place in bytes_at]
-                    store_bytes(builder, builder.or_(above, below), places)
-                    store_bytes(builder, below, [builder.add(place, y_plane) for place in places])
-            return builder.zext(builder.bitcast(builder.load(doubt), ir.IntType(LANES)), LONG)
+                    below = builder.fcmp_ordered('<=', total, lower)
+                    above = builder.fcmp_ordered('>=', total, upper)
+                    for found, plane in zip(bits, (builder.or_(above, below), below), strict=True):
+                        found[position] = concatenate(builder, [found[position], plane]) if part else plane
+                    near = minimum(builder, distance(builder, total, upper), distance(builder, total, lower))
+                    near = builder.fsub(near, error)
+                    nearest = minimum(builder, nearest, near)
+            with builder.if_else(builder.icmp_signed('!=', is_run, LONG(0))) as (together, apart):
+                for branch, starts in (together, places[:1]), (apart, places):
+                    with branch:
+                        for position, planes in enumerate(zip(*bits, strict=True)):
+                            offset = load(builder, builder.add(y_at, LONG(8 * position)), LONG, 8)
+                            for plane, found in zip((LONG(0), y_plane), planes, strict=True):
+                                offset = builder.add(offset, plane)
+                                store_bits(builder, found, [builder.add(start, offset) for start in starts])
+            certain = builder.fcmp_ordered('>', nearest, ir.Constant(kind, [0.0] * LANES))
+            return builder.zext(builder.not_(builder.bitcast(certain, ir.IntType(LANES))), LONG)
 
-        return types.int64(*[types.int64] * 7, types.float32, *[types.int64] * 3), emit
+        return types.int64(*[types.int64] * 8, types.float32, *[types.int64] * 3), emit
 
     return strip
 
@@ -120,8 +131,8 @@ def exact_byte(kind):
             upper, lower = (load(builder, builder.add(thresholds, LONG(4 * FILTERS * field)), single, 32)
                             for field in range(2))
             below = builder.fcmp_ordered('<=', total, lower)
-            store_bytes(builder, builder.or_(builder.fcmp_ordered('>=', total, upper), below), [y])
-            store_bytes(builder, below, [builder.add(y, y_plane)])
+            store_bits(builder, builder.or_(builder.fcmp_ordered('>=', total, upper), below), [y])
+            store_bits(builder, below, [builder.add(y, y_plane)])
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7), emit
@@ -140,8 +151,8 @@ def encode(row, largest, first, last, first_group, last_group, begin, end):
     largest       as prepare returns it
     begin, end    only positions begin to end - 1 of each image are computed
     """
-    (x, wide, x_image, x_at, w, w_group, words, words_at, thresholds, outputs, _, y, y_image, y_plane, y_at, count,
-     span) = row
+    (x, wide, x_image, x_at, w, w_group, words, words_at, thresholds, outputs, is_run, _, y, y_image, y_plane, y_at,
+     count, span) = row
     if begin > 0 or end < count:
         span = 1
     for group in range(first_group, last_group):
@@ -153,11 +164,11 @@ def encode(row, largest, first, last, first_group, last_group, begin, end):
             for start in range(begin, begin + n, size):
                 p = min(start, begin + n - size)  # the last strip computes some positions again
                 if size == 1:
-                    doubt = narrow_strip(x_here, x_at + 8 * p, weights, words, words_at, limits, places, largest,
-                                         y_here, y_plane, y_at + 8 * p)
+                    doubt = narrow_strip(x_here, x_at + 8 * p, weights, words, words_at, limits, places, is_run,
+                                         largest, y_here, y_plane, y_at + 8 * p)
                 else:
-                    doubt = wide_strip(x_here, x_at + 8 * p, weights, words, words_at, limits, places, largest,
-                                       y_here, y_plane, y_at + 8 * p)
+                    doubt = wide_strip(x_here, x_at + 8 * p, weights, words, words_at, limits, places, is_run,
+                                       largest, y_here, y_plane, y_at + 8 * p)
                 if doubt:
                     for position in range(p, p + size):
                         at, y_position = peek(x_at + 8 * position), y_here + peek(y_at + 8 * position)

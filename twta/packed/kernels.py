@@ -36,7 +36,7 @@ from twta.packed.vectors import (
     population_count,
     read,
     splat,
-    store_bytes,
+    store_bits,
     vector,
 )
 
@@ -127,8 +127,8 @@ def strip(positions, kind):
                 nonzero = builder.or_(builder.icmp_signed('>=', total, upper), negative)
                 offset = load(builder, builder.add(y_at, LONG(8 * position)), LONG, 8)
                 places = [builder.add(start, offset) for start in starts]
-                store_bytes(builder, nonzero, places)
-                store_bytes(builder, negative, [builder.add(place, y_plane) for place in places])
+                store_bits(builder, nonzero, places)
+                store_bits(builder, negative, [builder.add(place, y_plane) for place in places])
             return context.get_dummy_value()
 
         return types.void(*[types.intp] * 10), emit

@@ -67,12 +67,25 @@ def multiply_add(builder, x, w, total):
     return builder.fadd(builder.fmul(x, w, flags=['contract']), total, flags=['contract'])
 
 
-def store_bytes(builder, bits, places):
-    """Store a vector of bits: eight at each of the addresses."""
+def distance(builder, a, b):
+    """Return |a - b| of vectors of float32."""
+    difference = builder.bitcast(builder.fsub(a, b), vector(INT, a.type.count))
+    positive = ir.Constant(difference.type, [0x7fffffff] * a.type.count)
+    return builder.bitcast(builder.and_(difference, positive), a.type)
+
+
+def minimum(builder, a, b):
+    """Return the smaller of each two floats; b if they cannot be compared."""
+    return builder.select(builder.fcmp_ordered('<', a, b), a, b)
+
+
+def store_bits(builder, bits, places):
+    """Store a vector of bits: equal parts of it, in whole bytes, at each of the addresses."""
     bits = builder.bitcast(bits, ir.IntType(bits.type.count))
+    kind = ir.IntType(bits.type.width // len(places))
     for index, place in enumerate(places):
-        byte = bits if len(places) == 1 else builder.trunc(builder.lshr(bits, bits.type(8 * index)), BYTE)
-        builder.store(byte, builder.inttoptr(place, BYTE.as_pointer()))
+        part = bits if len(places) == 1 else builder.trunc(builder.lshr(bits, bits.type(kind.width * index)), kind)
+        builder.store(part, builder.inttoptr(place, kind.as_pointer())).align = 1
 
 
 @intrinsic

@@ -17,7 +17,7 @@ def tables():
     torch = benchmark('training_speed_torch')['rows']
     return {'training': training_gains(training), 'beginning': beginnings(training), 'torch': torch_speeds(torch),
             'processors': torch_summary(torch), 'inference_speed': inference_summary(inference),
-            'inference': inference_gains(inference), 'sizes': sizes(inference)}
+            'engines': inference_engines(inference), 'inference': inference_gains(inference), 'sizes': sizes(inference)}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -68,7 +68,7 @@ def by_processor(rows):
     """
     found = {}
     for row in rows:
-        ways = found.setdefault((row['processor'].partition(' by ')[0], row['network']), {})
+        ways = found.setdefault((kind_of(row), row['network']), {})
         assert row['way'] not in ways, f'two rows of {row["network"]}, {row["way"]}'
         ways[row['way']] = row
     return found
@@ -98,50 +98,69 @@ def torch_summary(rows):
 # Inference
 
 
+def kind_of(row):
+    """Return the kind of processor without the variables that narrow it."""
+    return row['processor'].partition(' by ')[0]
+
+
 def by_batch(rows):
-    """Return {(network, batch): {threads: {engine: row}}} in the order of the rows."""
+    """Return {(kind of processor, network, batch): {threads: {engine: row}}} in the order of the rows."""
     found = {}
     for row in rows:
-        batch = found.setdefault((row['network'], row['batch']), {})
+        batch = found.setdefault((kind_of(row), row['network'], row['batch']), {})
         batch.setdefault(row['threads'], {})[row['engine']] = row
     return found
 
 
 def fastest(threads):
-    """Return {engine: the row of its faster number of threads}."""
-    return {engine: max((rows[engine] for rows in threads.values()), key=lambda row: row['images_per_second'])
+    """Return {engine: images per second with its faster number of threads}."""
+    return {engine: max(rows[engine]['images_per_second'] for rows in threads.values())
             for engine in next(iter(threads.values()))}
 
 
 def inference_summary(rows):
-    """Return a row per network and batch: each engine with its faster number of threads, in brackets packed over it."""
+    """Return a row per network and batch: for each processor the packed engine and the fastest int8 engine."""
+    found, cells = by_batch(rows), {}
+    kinds = list(dict.fromkeys(kind for kind, *_ in found))
+    for (kind, network, batch), threads in found.items():
+        speeds = fastest(threads)
+        name = max((engine for engine in speeds if 'int8' in engine), key=speeds.get)
+        cells.setdefault((network, batch), {})[kind] = (
+            f'{speeds["packed"]:,.0f}', f'{speeds[name]:,.0f} ({name.removesuffix(" int8")})',
+            f'**{speeds["packed"] / speeds[name]:.2f}**')
+    titles = [words for kind in kinds for words in (f'{kind}: packed', 'best int8', 'gain')]
+    return table(('network', 'batch', *titles), (
+        (network, str(batch), *(cell for kind in kinds for cell in row.get(kind, ('', '', ''))))
+        for (network, batch), row in cells.items()))
+
+
+def inference_engines(rows):
+    """Return a row per processor, network and batch: each engine with its faster number of threads."""
     engines = list(dict.fromkeys(row['engine'] for row in rows))
-    lines = []
-    for (network, batch), threads in by_batch(rows).items():
-        speeds = {engine: row['images_per_second'] for engine, row in fastest(threads).items()}
-        lines.append((network, str(batch), *(f'{speeds[engine]:,.0f}' + (
-            '' if engine == 'packed' else f' ({speeds["packed"] / speeds[engine]:.1f})') for engine in engines)))
-    return table(('', 'batch', *engines), lines)
+    return table(('processor', 'network', 'batch', *engines), (
+        (kind, network, str(batch), *(f'{speeds[engine]:,.0f}' for engine in engines))
+        for (kind, network, batch), threads in by_batch(rows).items() for speeds in [fastest(threads)]))
 
 
 def inference_gains(rows):
-    """Return a row per batch and threads: packed over TensorFlow, ONNX Runtime and the better int8 engine."""
+    """Return a row per batch and threads: packed over TensorFlow, ONNX Runtime and the best int8 engine."""
     lines = []
-    for (network, batch), threads in by_batch(rows).items():
-        for count, engines in (*sorted(threads.items(), reverse=True), ('each its better', fastest(threads))):
+    for (kind, network, batch), threads in by_batch(rows).items():
+        for count, engines in sorted(threads.items(), reverse=True):
             speeds = {engine: row['images_per_second'] for engine, row in engines.items()}
             own, int8 = speeds['packed'], max(speed for engine, speed in speeds.items() if 'int8' in engine)
-            lines.append((network, str(batch), str(count), f'{own:,.0f}', f'{own / speeds["TensorFlow"]:.1f}',
+            lines.append((kind, network, str(batch), str(count), f'{own:,.0f}', f'{own / speeds["TensorFlow"]:.1f}',
                           f'{own / speeds["ONNX Runtime"]:.1f}', f'{own / int8:.2f}'))
-    return table(('network', 'batch', 'threads', 'packed, images/s', 'over TensorFlow float32',
-                  'over ONNX Runtime float32', 'over the better int8 engine'), lines)
+    return table(('processor', 'network', 'batch', 'threads', 'packed, images/s', 'over TensorFlow float32',
+                  'over ONNX Runtime float32', 'over the best int8 engine'), lines)
 
 
 def sizes(rows):
     """Return a row per network: bytes of the model, peak memory of a process that runs only the engine."""
     found = {}
     for row in rows:
-        found.setdefault(row['network'], {})[row['engine']] = f'{row["bytes"]:,} ({row["peak_memory"] / MIB:.0f})'
+        words = f'{row["bytes"]:,} ({row["peak_memory"] / MIB:.0f})'
+        found.setdefault(row['network'], {}).setdefault(row['engine'], words)
     engines = list(dict.fromkeys(row['engine'] for row in rows))
     return table(('model bytes (peak memory, MiB)', *engines), (
         (network, *(row[engine] for engine in engines)) for network, row in found.items()))
