@@ -34,6 +34,7 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -251,7 +252,7 @@ def run_openvino(folder, packed, images, threads):
     import openvino
 
     core = openvino.Core()
-    model = core.read_model(folder / 'int8.onnx')
+    model = core.read_model(folder / 'openvino.onnx')
     model.reshape([len(images), *input_shape(packed)])
     request = core.compile_model(model, 'CPU', {'INFERENCE_NUM_THREADS': threads, 'NUM_STREAMS': 1}
                                  ).create_infer_request()
@@ -262,7 +263,7 @@ def run_openvino(folder, packed, images, threads):
 ENGINES = {'packed': (run_packed, 'network.twta'), 'TensorFlow': (run_tensorflow, 'frozen.pb'),
            'ONNX Runtime': (run_onnx('float32.onnx'), 'float32.onnx'),
            'ONNX Runtime int8': (run_onnx('int8.onnx'), 'int8.onnx'), 'LiteRT int8': (run_litert, 'int8.tflite'),
-           'OpenVINO int8': (run_openvino, 'int8.onnx')}
+           'OpenVINO int8': (run_openvino, 'openvino.onnx')}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -279,6 +280,8 @@ def write_models(name, folder):
 
         onnx.save(onnx_model(packed, is_ternary=True), folder / 'float32.onnx')
         write_int8_onnx(packed, folder / 'int8.onnx')
+        if importlib.util.find_spec('openvino'):
+            shutil.copy(folder / 'int8.onnx', folder / 'openvino.onnx')
     if importlib.util.find_spec('ai_edge_litert'):
         subprocess.run([sys.executable, __file__, '--tflite', folder], check=True, capture_output=True)
 
@@ -368,9 +371,9 @@ def profile(name, repetitions):
         products = fan_in(layer.weights)
         print(f'{layer.name:12} {row["kind"]:7} {row["words"]:5} {row["positions"]:9} {taken:7.1f} '
               f'{np.prod(out) * products / taken / 1000:15,.0f} {products / row["words"] / 64:19.0%}')
-    last, sums = engine.planes[-1], np.empty((200, len(packed.classes)))
-    print(f'{"classifier":33} '
-          f'{microseconds(kernels.classify, last.data, last.image, engine.weights, 0, 200, sums):7.1f}')
+    last, logits = engine.planes[-1], np.empty((200, len(packed.classes)), np.float32)
+    taken = microseconds(kernels.classify, last.data, last.image, *engine.classifier, 0, 200, logits)
+    print(f'{"classifier":33} {taken:7.1f}')
     print(f'{"in all":33} {microseconds(engine.logits, images):7.1f}')
     profile_sliced(packed, images, microseconds)
 
