@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import os
-import socket
+import re
 import sys
 import threading
 import time
@@ -19,26 +19,19 @@ from pathlib import Path
 import numpy as np
 
 from twta import TwtaError, UsageError
-from twta.graph import collectives
+from twta.graph import collectives, server
+from twta.graph.server import AGAIN, LostWorkerError
 from twta.graph.session import open_session, session_config
 from twta.graph.tf1 import native_chatter_hidden, tf
 from twta.terminal import complain, say
 from twta.training import loop
 from twta.workers import Workers
 
-AGAIN = 75  # exit code: EX_TEMPFAIL of sysexits.h, "the user is invited to retry"
 GRACE = 10  # seconds after `patience` in which TensorFlow itself may notice; then a thread ends the process
-TELL = 15  # seconds between lines about an absent worker
 FACTS = 1 << 14  # bytes of the facts that workers compare
 FIRST_KEY = 1_000_000  # of the collectives outside of the network's graph
 LOST = (tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError, tf.errors.CancelledError,
         tf.errors.FailedPreconditionError, tf.errors.InternalError)  # what a lost or a strange worker raises
-
-
-class LostWorkerError(TwtaError):
-    """Another worker has ended, or does not answer; the same command resumes the run."""
-
-    exit_code = AGAIN
 
 
 @contextlib.contextmanager
@@ -104,11 +97,9 @@ class Cluster(Alone):
         self.config.device_filters.append(f'/job:worker/task:{workers.task}')
         say(f'worker {workers.task} of {workers.count}, at {workers.addresses[workers.task]}'
             + ('' if self.writes else '; worker 0 writes the run directory'))
-        check_port(workers)
-        with native_chatter_hidden():
-            self.server = tf.distribute.Server(tf.train.ClusterSpec({'worker': list(workers.addresses)}),
-                                               job_name='worker', task_index=workers.task, config=self.config)
-        find_others(workers, patience)
+        deadline = time.monotonic() + patience
+        self.server = server.start(workers, self.config, deadline)
+        server.find_others(workers, deadline)
         threading.Thread(target=self.watch, daemon=True).start()
 
     def open_session(self, graph):
@@ -247,48 +238,10 @@ class Cluster(Alone):
 
 def describe_loss(error, patience):
     """Return in words what has happened to another worker."""
-    message = next((line for line in error.message.splitlines() if 'Collective' in line or 'worker' in line), '')
     if isinstance(error, tf.errors.DeadlineExceededError):
-        return f'a worker has not answered for {patience:g} seconds'
+        return f'another worker has not answered for {patience:g} seconds'
     if isinstance(error, tf.errors.UnavailableError):
-        return 'a worker has ended, or cannot be reached any more'
-    return f'the workers do not fit together ({(message or error.message).strip()[:200]})'
-
-
-def check_port(workers):
-    """Raise UsageError if another program listens on the port of this worker; warn if its address is elsewhere."""
-    host, _, port = workers.addresses[workers.task].rpartition(':')
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a connection that just ended does not matter
-        try:
-            probe.bind(('', int(port)))
-        except OSError as error:
-            raise UsageError(f'{workers.addresses[workers.task]}: port {port} cannot be used on this machine '
-                             f'({error.strerror}); end the program that uses it, or give this worker another') from None
-    with socket.socket() as probe:
-        try:
-            probe.bind((host, 0))
-        except OSError:
-            say(f'WARNING: {host}, the address of worker {workers.task}, is not one of this machine; is the index of '
-                'the worker right?')
-
-
-def find_others(workers, patience):
-    """Wait until every other worker listens; raises LostWorkerError after `patience` seconds."""
-    begin = told = time.monotonic()
-    for task, address in enumerate(workers.addresses):
-        host, _, port = address.rpartition(':')
-        while task != workers.task:
-            try:
-                socket.create_connection((host, int(port)), timeout=5).close()
-                break
-            except OSError as error:
-                reason = error.strerror or error
-            now = time.monotonic()
-            if now - begin > patience:
-                raise LostWorkerError(f'worker {task} at {address} does not listen ({reason}), for {patience:g} '
-                                      'seconds; start it, or look at its address and its firewall')
-            if now - told > TELL or told == begin:
-                told = now
-                say(f'waiting for worker {task} at {address}, for {patience - (now - begin):.0f} seconds at most')
-            time.sleep(0.2)
+        named = re.search(r'remote target \S+/task:(\d+)', error.message)
+        return f'{f"worker {named[1]}" if named else "another worker"} has ended, or cannot be reached any more'
+    causes = [line.strip() for line in error.message.splitlines() if 'ollective' in line and 'Node: ' not in line]
+    return f'the workers do not fit together, or one was started again ({(causes or [error.message])[-1][:200]})'
