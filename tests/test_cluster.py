@@ -237,20 +237,27 @@ def test_what_differs_is_named(monkeypatch, names):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='needs filters of the Linux kernel')
 def test_only_workers_can_connect():
-    with socket.socket() as listening:
-        listening.bind(('', 0))
-        listening.listen(100)
-        port = listening.getsockname()[1]
+    with socket.create_server(('', 0), backlog=100) as four, contextlib.ExitStack() as stack:
+        listening = {'127.0.0.1': four}
+        if socket.has_dualstack_ipv6():
+            listening['::1'] = stack.enter_context(socket.create_server(('::1', 0), family=socket.AF_INET6))
 
-        def connects(source):
-            with socket.socket() as caller:
-                caller.settimeout(1)
-                caller.bind((source, 0))
-                return not caller.connect_ex(('127.0.0.1', port))
+        def connects(source, host='127.0.0.1'):
+            port = listening[host].getsockname()[1]
+            try:
+                socket.create_connection((host, port), 1, (source, 0)).close()
+            except TimeoutError:
+                return False
+            return True
 
         assert connects('127.0.0.1') and connects('127.0.0.9')
-        server.admit_only(['127.0.0.1', '127.0.0.2'], port)
-        assert connects('127.0.0.1') and connects('127.0.0.2') and not connects('127.0.0.9')
+        for host, socket_ in listening.items():
+            server.admit_only(['127.0.0.1', '127.0.0.2'], socket_.getsockname()[1])
+            assert connects('127.0.0.1') and connects('127.0.0.2') and not connects('127.0.0.9')
+            if host == '::1':
+                assert not connects('::1', '::1')
+                server.admit_only(['127.0.0.1', '::1'], socket_.getsockname()[1])
+                assert connects('::1', '::1')
         with pytest.raises(OSError, match='no socket of this process'):
             server.admit_only(['127.0.0.1'], int(free_addresses(1)[0].split(':')[1]))
 

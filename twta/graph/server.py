@@ -79,8 +79,9 @@ def start(workers, config, deadline):
         server = tf.distribute.Server(tf.train.ClusterSpec({'worker': list(workers.addresses)}), job_name='worker',
                                       task_index=workers.task, config=config, start=False)
     try:
-        with socket.socket() as probe:
-            probe.bind((host, 0))  # fails if the address is not one of this machine
+        family, *_, own = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.bind(own)  # fails if the address is not one of this machine
         admit_only(hosts, port)
     except OSError as error:
         say(f'WARNING: whoever reaches port {port} of this machine can run code here: {host} is not one of its '
@@ -109,14 +110,12 @@ def knock(host, port):
 def admit_only(hosts, port):
     """Let only the hosts connect to a port of this process; raises OSError if that cannot be had.
 
-    hosts    names or IPv4 addresses
+    hosts    names or addresses
     """
-    sources = {packed for host in hosts for packed in resolve(host)}
-    program = [(LOAD_BYTE, 0, 0, NETWORK), (AND, 0, 0, 0xF0), (EQUAL, 0, len(sources) + 1, 0x40),  # IPv4?
-               (LOAD, 0, 0, NETWORK + 12)]  # its source address
-    program += [(EQUAL, len(sources) - i, 0, source) for i, source in enumerate(sorted(sources))]
-    program += [(RETURN, 0, 0, NOTHING), (RETURN, 0, 0, WHOLE)]
-    code = ctypes.create_string_buffer(b''.join(struct.pack('HBBI', *instruction) for instruction in program))
+    sources = {(family, address[0]) for host in hosts
+               for family, _, _, _, address in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)}
+    program = [step for source in sorted(sources) for step in admit(*source)] + [(RETURN, 0, 0, NOTHING)]
+    code = ctypes.create_string_buffer(b''.join(struct.pack('HBBI', *step) for step in program))
     is_found = False
     for found in own_sockets():
         if is_listening(found, port):
@@ -127,10 +126,16 @@ def admit_only(hosts, port):
         raise OSError(f'no socket of this process listens on port {port}')
 
 
-def resolve(host):
-    """Return the IPv4 addresses of a host as numbers."""
-    found = socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)
-    return {struct.unpack('!I', socket.inet_aton(address[0]))[0] for *_, address in found}
+def admit(family, address):
+    """Return the instructions (code, skip if equal, skip if not, operand) that let packets from an address through."""
+    version, at = (0x40, 12) if family == socket.AF_INET else (0x60, 8)  # first byte; where the source address is
+    packed = socket.inet_pton(family, address.partition('%')[0])
+    words = struct.unpack(f'!{len(packed) // 4}I', packed)
+    tests = [(LOAD_BYTE, NETWORK), (AND, 0xF0), (EQUAL, version)]
+    for i, word in enumerate(words):
+        tests += [(LOAD, NETWORK + at + 4 * i), (EQUAL, word)]
+    return [(code, 0, len(tests) - i if code == EQUAL else 0, operand)
+            for i, (code, operand) in enumerate(tests)] + [(RETURN, 0, 0, WHOLE)]
 
 
 def own_sockets():

@@ -249,6 +249,7 @@ def follow(dataset, network, of_teacher, state, workers):
         if stop and state.epoch < stage.last_epoch:
             say('stopped: worker 0 saves')
             sys.exit(workers.exit_code())
+        say(f'{state.epoch} epochs are done, each with the weights of worker 0, bit for bit; worker 0 evaluates them')
 
 
 def float_variables():
