@@ -18,6 +18,7 @@ second, bytes that a worker sums per step.
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -33,7 +34,6 @@ from twta.workers import Workers
 
 BATCHES = BATCH, BATCH // 2, BATCH // 4
 SIZES = 1, 10_000, 1_000_000, 10_000_000  # of the summed vectors, in floats
-PORTS = 47_110, 47_111
 PATIENCE = 60  # seconds
 
 
@@ -43,7 +43,16 @@ def use_cores(cores):
         os.sched_setaffinity(0, cores)
 
 
-def work(task, count, name, batch_norm, repetitions):
+def free_addresses(count):
+    """Return as many addresses of this machine with ports that nobody uses; none for one worker."""
+    probes = [socket.create_server(('127.0.0.1', 0)) for _ in range(count if count > 1 else 0)]
+    addresses = [f'127.0.0.1:{probe.getsockname()[1]}' for probe in probes]
+    for probe in probes:
+        probe.close()
+    return addresses
+
+
+def work(task, addresses, name, batch_norm, repetitions):
     """Print the seconds of steps and sums as one worker, as JSON: {'steps': {images: seconds}, 'sums': ..., ...}."""
     from twta.graph.session import choose_precision
     from twta.graph.tf1 import tf
@@ -51,8 +60,7 @@ def work(task, count, name, batch_norm, repetitions):
     from twta.training.build import build_graph
     from twta.training.experiment import float_variables
 
-    addresses = tuple(f'127.0.0.1:{port}' for port in PORTS[:count])
-    workers = Workers(addresses, task) if count > 1 else Workers()
+    workers = Workers(tuple(addresses.split(',')), task) if addresses else Workers()
     images, labels, crop = random_examples(name)
     answer = {'steps': {}, 'sums': {}}
     with cluster.joined(workers, 0, PATIENCE) as joined:
@@ -62,14 +70,14 @@ def work(task, count, name, batch_norm, repetitions):
             session.run(tf.global_variables_initializer())
             joined.spread(session, float_variables())
             step = joined.step_callable(network, session, joined.agreed([]))
-            for batch in BATCHES if count == 1 else (BATCH,):
+            for batch in (BATCH,) if addresses else BATCHES:
                 rows = np.arange(batch)[joined.rows]
                 answer['steps'][batch] = time_calls(lambda number, rows=rows: step(images[rows], labels[rows], 1e-4,
                                                                                    number), repetitions)
-            if count > 1:
-                vector = network.graph.get_operation_by_name('CollectiveReduce') if batch_norm == 'shard' else None
-                answer['bytes'] = 4 * vector.outputs[0].shape.num_elements() if vector else None
-        for size in SIZES if batch_norm == 'shard' and count > 1 else ():
+            if addresses and batch_norm == 'shard':
+                vector = network.graph.get_operation_by_name('CollectiveReduce').outputs[0]
+                answer['bytes'] = 4 * vector.shape.num_elements()
+        for size in SIZES if 'bytes' in answer else ():
             answer['sums'][4 * size] = time_sums(joined, size, repetitions)
     answer['parameters'] = int(network.net.count_params())
     print(json.dumps(answer), file=sys.stderr)
@@ -104,8 +112,9 @@ def measure(name, repetitions):
     rows = []
     for count, cores, batch_norm in ((1, every, ''), (1, every[:1], ''), (2, every[:2], 'shard'),
                                      (2, every[:2], 'global')):
+        addresses = ','.join(free_addresses(count))
         processes = [subprocess.Popen(
-            [sys.executable, __file__, name, '--repetitions', str(repetitions), '--work', str(task), str(count),
+            [sys.executable, __file__, name, '--repetitions', str(repetitions), '--work', str(task), addresses,
              batch_norm or 'shard'], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             preexec_fn=lambda task=task, count=count, cores=cores: use_cores(cores if count == 1 else cores[task:][:1]))
             for task in range(count)]
@@ -133,7 +142,7 @@ def main():
     args = parser.parse_args()
     networks = choose_networks(parser, args, SCRIPTS)
     if args.work:
-        return work(int(args.work[0]), int(args.work[1]), networks[0], args.work[2], args.repetitions)
+        return work(int(args.work[0]), args.work[1], networks[0], args.work[2], args.repetitions)
     rows = []
     for name in networks:
         rows += measure(name, args.repetitions)

@@ -120,14 +120,16 @@ def soak(folder, kills, epochs, seed, count=2, say=print):
             if not is_stop:
                 training.tend()  # the victim is back before the others notice
             time.sleep(0.02)
-        slowest = max(slowest, time.monotonic() - began)
+        took = time.monotonic() - began
+        slowest = max(slowest, took)
         if is_stop and not others:
             time.sleep(LIMIT)  # some time to wait for a worker that listens and does not answer
         stopped.kill()
         stopped.wait()
         hits[victim], stops, in_writes = hits[victim] + 1, stops + is_stop, in_writes + in_write
-        say(f'kill {number + 1}: worker {victim}{" (stopped)" * is_stop} after {epochs_of(run_dir)} epochs; the last '
-            f'other worker ended after {time.monotonic() - began:.1f} s; started again: {training.ended}')
+        say(f'kill {number + 1}: worker {victim}{" (stopped)" * is_stop} after {epochs_of(run_dir)} epochs, '
+            + (f'the last other ended after {took:.1f} s' if others else 'at the start')
+            + f'; started again: {training.ended}')
     while not training.tend():
         time.sleep(0.1)
     whole = start_all(free_addresses(count), folder / 'whole', *flags)

@@ -260,8 +260,10 @@ def check_meaning(args):
         raise UsageError(f'--resume False with --mode {args.mode}: there is nothing but random weights; use --resume '
                          'True, or --weights model.npz')
     for flag in OF_TRAINING:
-        if not is_training and getattr(args, flag) is not None:
-            raise UsageError(f'--{flag} {getattr(args, flag)} has no meaning with --mode {args.mode}; leave it out')
+        value = getattr(args, flag)
+        if not is_training and value is not None:
+            value = ','.join(value) if flag == 'workers' else value
+            raise UsageError(f'--{flag} {value} has no meaning with --mode {args.mode}; leave it out')
     if not is_training and args.deterministic:
         raise UsageError(f'--deterministic has no meaning with --mode {args.mode}; leave it out')
     if args.checkpoint == 'best' and (is_training or args.weights):

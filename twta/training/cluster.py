@@ -29,6 +29,7 @@ from twta.workers import Workers
 
 GRACE = 10  # seconds after `patience` in which TensorFlow itself may notice; then a thread ends the process
 FACTS = 1 << 14  # bytes of the facts that workers compare
+REMEDY = 'run the same command again on every worker, with --resume auto'
 FIRST_KEY = 1_000_000  # of the collectives outside of the network's graph
 LOST = (tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError, tf.errors.CancelledError,
         tf.errors.FailedPreconditionError, tf.errors.InternalError)  # what a lost or a strange worker raises
@@ -117,18 +118,16 @@ class Cluster(Alone):
         try:
             yield
         except LOST as error:
-            raise LostWorkerError(f'{describe_loss(error, self.patience)}; {self.remedy}') from None
+            raise LostWorkerError(f'{describe_loss(error, self.patience)}; {REMEDY}') from None
         finally:
             self.deadline = math.inf
-
-    remedy = 'run the same command again on every worker, with --resume auto'
 
     def watch(self):
         """End the process if it waits for too long: parts of TensorFlow's runtime know no timeout."""
         while time.monotonic() < self.deadline:
             time.sleep(1)
         complain(f'{Path(sys.argv[0]).name}: error: another worker has not answered for {self.patience + GRACE:g} '
-                 f'seconds; {self.remedy}')
+                 f'seconds; {REMEDY}')
         os._exit(AGAIN)
 
     def add_up(self, values):
