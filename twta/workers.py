@@ -35,10 +35,11 @@ def addresses(text):
     for address in found:
         parts = ADDRESS.fullmatch(address)
         if not parts or int(parts['port']) > 65535:
-            raise argparse.ArgumentTypeError(f'{address[:80]!r} is not HOST:PORT, such as node1:4711; ports go up to '
-                                             '65535, and commas separate workers')
+            raise argparse.ArgumentTypeError(f'{text[:80]!r}: {address[:80]!r} is not HOST:PORT, such as node1:4711; '
+                                             'ports go up to 65535, and commas separate workers')
         if found.count(address) > 1:
-            raise argparse.ArgumentTypeError(f'{address!r} is there twice; each worker has its own HOST:PORT')
+            raise argparse.ArgumentTypeError(f'{text[:80]!r}: {address!r} is there twice; each worker has its own '
+                                             'HOST:PORT')
     return found
 
 
