@@ -4,12 +4,20 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3
     $$python -c '$(IS_FIT)' 2>/dev/null && echo $$python && break; done)
 VENV := .venv/bin
 
-.PHONY: demo test slow processors soak lint report reproduce-table pdf
+.PHONY: demo demo-cluster test slow processors soak lint report reproduce-table pdf
 
 # Trains 12 epochs on scikit-learn's digits, then runs inference; downloads nothing after the installation.
 demo: .venv/installed
 	$(VENV)/python MNIST/TWTA_4_4_MNIST.py --dataset digits --resume False --learning_rate 0.001 --batch_size 50 --epochs 12 --mode training
 	$(VENV)/python MNIST/TWTA_4_4_MNIST.py --dataset digits --resume True --mode inference
+
+# Trains on the digits in two processes of one thread, which sum their gradients in every step; under a minute.
+PAIR := TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1 $(VENV)/python MNIST/TWTA_4_4_MNIST.py --dataset digits \
+	--learning_rate 0.001 --batch_size 50 --epochs 12 --run_dir runs/demo-cluster \
+	--workers 127.0.0.1:47110,127.0.0.1:47111
+demo-cluster: .venv/installed
+	@$(PAIR) --task 1 2>&1 | sed 's/^/                                        worker 1: /' & \
+	$(PAIR) --task 0; code=$$?; wait; exit $$code
 
 # Two test processes with one TensorFlow thread each: with more they would wait for each other on two cores.
 PYTEST := TF_NUM_INTRAOP_THREADS=1 TF_NUM_INTEROP_THREADS=1 $(VENV)/python -m pytest -n 2

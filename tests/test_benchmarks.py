@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, load_script
 
 from twta import processor
+from twta.report import scaling
 
 BENCHMARKS = ROOT / 'benchmarks'
 
@@ -41,6 +42,16 @@ def test_inference_speed(tmp_path):
     for row in rows:
         assert row['network'] == 'TWTA_5_5_MNIST' and row['processor'] == processor.kind()
         assert row['agrees'] == 1 or 'int8' in row['engine']
+
+
+def test_scaling(tmp_path):
+    rows = rows_of(tmp_path, 'scaling', 'TWTA_5_5_MNIST', '--repetitions', 1)
+    assert [(row['workers'], row['batch_norm'], row['batch']) for row in rows if 'batch' in row][-4:] == [
+        (1, '', 100), (1, '', 50), (2, 'shard', 200), (2, 'global', 200)]
+    assert all(row['processor'] == processor.kind() and row['network'] == 'TWTA_5_5_MNIST' for row in rows)
+    assert set(scaling.tables(rows)) == {'measured', 'modelled'}
+    counts = scaling.np.arange(1, 65)
+    assert (scaling.model(rows, counts, 1e9) >= scaling.model(rows, counts, 1e10)).all()
 
 
 @pytest.mark.parametrize('benchmark, network, part', [('training_speed', 'FP_5_5_MNIST', 'convolution forward'),

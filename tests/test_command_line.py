@@ -57,6 +57,10 @@ BAD_VALUES = {
     '--run_dir': ['', ' ', LONG, __file__, f'{os.path.realpath(sys.executable)}/x'],
     '--data_dir': ['', ' ', LONG, __file__],
     '--weights': ['', ' ', LONG, '/absent.npz', '/', 'model .npz'],
+    '--workers': ['', 'a', 'a:0', 'a:1,', 'a:1,a:1', 'a:1 b:1', LONG],
+    '--task': ['-1', 'x', '', '1.0'],
+    '--batch_norm': ['local', 'GLOBAL', ''],
+    '--patience': ['0', '-1', '1.5', 'inf', ''],
 }
 VALID = {
     '--mode': 'training', '--resume': 'True', '--learning_rate': 'a number above 0', '--epochs': 'from 1 to 2147483647',
@@ -65,6 +69,7 @@ VALID = {
     '--gpu': 'from 0 to 2147483647', '--dataset': 'digits', '--validation': 'from 0 to 2147483647',
     '--threshold': 'trainable', '--threshold_value': 'from 0.01 to 0.99', '--pooling': 'average',
     '--levels': 'from 2 to 3', '--k': 'from 0 to 3', '--B': 'from 1 to 8',
+    '--workers': 'HOST:PORT', '--task': 'from 0 to', '--batch_norm': 'global', '--patience': 'from 1 to 2147483647',
     '--precision': 'bfloat16', '--checkpoint': 'best', '--run_dir': '', '--data_dir': '', '--weights': '',
 }
 
@@ -104,6 +109,7 @@ def test_a_flag_without_its_value(flag):
     (['--mode', 'inference', '--epochs', '3'], ['--epochs 3', '--mode inference']),
     (['--mode', 'inference', '--learning_rate', '0.1'], ['--learning_rate 0.1', '--mode inference']),
     (['--mode', 'inference', '--batch_size', '9'], ['--batch_size 9', '--mode inference']),
+    (['--mode', 'inference', '--workers', 'a:1,b:1'], ['--workers a:1,b:1', '--mode inference']),
     (['--mode', 'inference', '--seed', '0'], ['--seed 0', '--mode inference']),
     (['--mode', 'inference', '--schedule', 'cosine'], ['--schedule cosine', '--mode inference']),
     (['--mode', 'inference', '--validation', '0'], ['--validation 0', '--mode inference']),
@@ -112,6 +118,8 @@ def test_a_flag_without_its_value(flag):
     (['--levels', '3', '--pooling', 'max'], ['--levels 3', '--pooling max', 'average or conv']),
     (['--rest', '-1', '--pooling', 'max'], ['--rest -1', '--pooling max', 'average']),
     (['--rest', '1'], ['--rest', '1']),
+    (['--workers', 'a:1,b:1'], ['--workers and --task', 'give both']),
+    (['--workers', 'a:1,b:1', '--task', '2'], ['--task 2', 'valid are 0 to 1']),
     (['--k', '2', '--B', '3'], ['--k 2 --B 3', '12 steps', 'up to 8']),
     (['--mode', 'inference', '--engine', 'packed', '--pooling', 'max'], ['--pooling', '--engine packed']),
     (['--checkpoint', 'best'], ['--checkpoint best', '--mode inference']),

@@ -153,8 +153,8 @@ def imports(path):
 MODULES = {'.'.join(path.relative_to(ROOT).with_suffix('').parts): path
            for path in sorted((ROOT / 'twta').rglob('*.py')) if path.stem != '__init__'}
 RANKS = {rank: parts.split() for rank, parts in enumerate((
-    'files terminal processor scripts', 'options results data graph', 'quantizers', 'ternary_layers packed', 'training',
-    'export', 'command_line', 'spikes sweep', 'report'))}
+    'files terminal processor scripts workers', 'options results data graph', 'quantizers', 'ternary_layers packed',
+    'training', 'export', 'command_line', 'spikes sweep', 'report'))}
 
 
 def test_imports_run_downward():

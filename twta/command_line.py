@@ -6,12 +6,13 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from twta import UsageError
+from twta import UsageError, workers
 from twta.options import NOTHING_TO_PACK, OPTIONS, SHORT, SUFFIXES, WAYS, with_defaults
 from twta.terminal import Parser, errors_in_a_line, natural, path, positive_integer, positive_number, truth_or_auto
 
 OF_TRAINING = 'epochs', 'learning_rate', 'schedule', 'augmentation', 'protocol', 'batch_size', 'seed', 'validation', \
-    'teacher'
+    'teacher', 'workers', 'task', 'batch_norm', 'patience'
+PATIENCE = 300  # seconds
 
 
 def run(script, description, model, datasets, learning_rate, epochs, batch_size, options=()):
@@ -89,6 +90,7 @@ def make_parser(script, description, datasets, defaults, options):
     add('--verbose', action='store_true', help="print TensorLayer's layers and parameters and TensorFlow's messages")
     add('--debug', action='store_true', help='print the traceback of an error')
     add_training(parser.add_argument_group('training').add_argument, datasets, defaults)
+    add_workers(parser.add_argument_group('several workers: docs/scale.md').add_argument)
     add_network(parser.add_argument_group('network').add_argument, options)
     add_files(parser.add_argument_group('data and files').add_argument, datasets)
     add_export(parser.add_argument_group('export and --engine packed').add_argument)
@@ -127,6 +129,19 @@ def add_training(add, datasets, defaults):
     add('--deterministic', action='store_true',
         help='train in one thread with deterministic kernels: the same weights, bit for bit, on any number of cores; '
              'slower')
+
+
+def add_workers(add):
+    add('--workers', type=workers.addresses, metavar='HOST:PORT,...',
+        help='addresses of the processes that train together, the same on each; the first one, worker 0, writes the '
+             'run directory. Every machine that reaches such a port can run code there: use a network that you trust '
+             '(default: those in TF_CONFIG, else this process trains alone)')
+    add('--task', type=natural, metavar='I', help='index of this process in --workers (default: that in TF_CONFIG)')
+    add('--batch_norm', choices=('shard', 'global'),
+        help='moments that batch normalisation trains with. shard: of the images of each worker; global: of the whole '
+             'batch, as one process would (default: shard)')
+    add('--patience', type=positive_integer, metavar='SECONDS',
+        help=f'longest wait for another worker: then a worker ends with exit code 75 (default: {PATIENCE})')
 
 
 def add_network(add, options):
@@ -171,7 +186,7 @@ def add_export(add):
 def resolve(args, script, usual_dataset):
     """Return the flags with absolute paths and, if a file is used, a path for --file.
 
-    --resume becomes a truth value; --resume auto also sets is_auto.
+    --resume becomes a truth value; --resume auto also sets is_auto. workers becomes Workers.
     """
     root, is_packed = script.parent.parent, args.engine == 'packed'
     file = args.file
@@ -187,9 +202,13 @@ def resolve(args, script, usual_dataset):
         resume = args.mode != 'training' and not args.weights and not is_packed
     elif resume == 'auto':
         resume = has_checkpoint(run_dir)
-    return argparse.Namespace(**{
-        **vars(args), 'file': file, 'resume': resume, 'is_auto': args.resume == 'auto', 'run_dir': run_dir,
-        'data_dir': (args.data_dir or root / 'data').resolve()})
+    found = workers.choose(args.workers, args.task) if args.mode == 'training' else workers.Workers()
+    resolved = {**vars(args), 'file': file, 'resume': resume, 'is_auto': args.resume == 'auto', 'run_dir': run_dir,
+                'data_dir': (args.data_dir or root / 'data').resolve(), 'workers': found,
+                'patience': args.patience or PATIENCE,
+                'batch_norm': (args.batch_norm or 'shard') if found.count > 1 else None}
+    del resolved['task']  # it is in workers
+    return argparse.Namespace(**resolved)
 
 
 def has_checkpoint(run_dir):
@@ -241,8 +260,10 @@ def check_meaning(args):
         raise UsageError(f'--resume False with --mode {args.mode}: there is nothing but random weights; use --resume '
                          'True, or --weights model.npz')
     for flag in OF_TRAINING:
-        if not is_training and getattr(args, flag) is not None:
-            raise UsageError(f'--{flag} {getattr(args, flag)} has no meaning with --mode {args.mode}; leave it out')
+        value = getattr(args, flag)
+        if not is_training and value is not None:
+            value = ','.join(value) if flag == 'workers' else value
+            raise UsageError(f'--{flag} {value} has no meaning with --mode {args.mode}; leave it out')
     if not is_training and args.deterministic:
         raise UsageError(f'--deterministic has no meaning with --mode {args.mode}; leave it out')
     if args.checkpoint == 'best' and (is_training or args.weights):
@@ -289,6 +310,8 @@ def check_files(args, script):
             raise UsageError(f'--{flag} {folder}: not a directory')
     written, folder = ('file', args.file.parent) if is_export else ('run_dir', args.run_dir)
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if args.workers.task:
+        return  # only worker 0 reads and writes the run directory
     is_written = args.mode != 'inference'  # inference prints the accuracy in any case
     if is_written and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise UsageError(f'--{written} {getattr(args, written)}: nothing can be written to {there}; choose another')

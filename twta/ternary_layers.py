@@ -5,11 +5,13 @@ are exact. Variables (latent weights, batch normalisation, thresholds) are alway
 Images are NHWC. Each layer keeps its arguments, and the layer before it as `prev_layer`; training.blocks reads them.
 Source: the published TWTA scripts (github.com/edwardzcl/TWTA).
 """
+from twta.graph import collectives
 from twta.graph.fast import convolve, factors, type_of_sums
 from twta.graph.tf1 import tf, tl
 from twta.quantizers import full_precision, ternarize_activations, ternarize_from_rest, ternarize_weights
 
 DECAY, EPSILON = 0.9, 1e-5  # of moving averages; added to the variance
+MOMENTS = 'moments_of_batch'  # collection of a graph with each moving average and its value of the batch
 
 
 def get_variable(name, shape, initializer, trainable=True, constraint=None, **arguments):
@@ -22,7 +24,19 @@ def get_variable(name, shape, initializer, trainable=True, constraint=None, **ar
 
 
 def update_moving(moving, batch):
-    tf.add_to_collection(tf.GraphKeys.UPDATE_OPS, moving.assign(DECAY * moving + (1 - DECAY) * batch))
+    tf.add_to_collection(MOMENTS, (moving, batch))
+    tf.add_to_collection(tf.GraphKeys.UPDATE_OPS, moved(moving, batch))
+
+
+def moved(moving, batch):
+    """Return the operation that moves a moving average towards the value of the batch."""
+    return moving.assign(DECAY * moving + (1 - DECAY) * batch)
+
+
+def mean_over_workers(tensors):
+    """Return tensors of a batch as means over the workers, if the graph says that batch normalisation reduces."""
+    group = next(iter(tf.get_collection(collectives.OF_BATCH_NORM)), None)
+    return [total / group.size for total in collectives.add_up_all(tensors, group)] if group else tensors
 
 
 class Conv2dLayer(tl.layers.Layer):
@@ -107,7 +121,8 @@ class BatchNormLayer(tl.layers.Layer):
 
     prev_layer  a layer with outputs [batch, height, width, channels] or [batch, channels]
     is_train    True: the moments of the batch, and tf.GraphKeys.UPDATE_OPS gets the updates of the moving moments
-                (decay 0.9, biased variance); False: the moving moments
+                (decay 0.9, biased variance); False: the moving moments. The batch is what this process computes or,
+                if the graph has collectives.OF_BATCH_NORM, that of all workers
     beta, gamma, moving_mean, moving_variance    [channels] each, in this order in all_params; beta begins at beta_init
     """
 
@@ -125,7 +140,9 @@ class BatchNormLayer(tl.layers.Layer):
                 scale = tf.cast(gamma, x.dtype) * tf.rsqrt(tf.cast(variance, x.dtype) + EPSILON)
                 self.outputs = x * scale + (tf.cast(beta, x.dtype) - tf.cast(mean, x.dtype) * scale)
             else:
-                self.outputs = self.fused(x, channels, is_train, gamma, beta, mean, variance)
+                across = is_train and tf.get_collection(collectives.OF_BATCH_NORM)
+                normalize = self.across_workers if across else self.fused
+                self.outputs = normalize(x, channels, is_train, gamma, beta, mean, variance)
         self.beta, self.gamma, self.moving_mean, self.moving_variance = params = beta, gamma, mean, variance
         self.all_layers.append(self.outputs)
         self.all_params.extend(params)
@@ -143,6 +160,35 @@ class BatchNormLayer(tl.layers.Layer):
             update_moving(mean, batch_mean)
             update_moving(variance, batch_variance * ((n - 1) / n))
         return tf.cast(y if x.shape.rank == 4 else tf.reshape(y, [-1, channels]), x.dtype)
+
+    @staticmethod
+    def across_workers(x, channels, is_train, gamma, beta, mean, variance):
+        axes = list(range(x.shape.rank - 1))
+
+        def means(*values):
+            return mean_over_workers([tf.ensure_shape(tf.reduce_mean(value, axes), [channels]) for value in values])
+
+        @tf.custom_gradient
+        def normalize(x, gamma, beta, pivot):
+            shifted = tf.cast(x, tf.float32) - pivot  # near the mean: its square then costs the variance no digits
+            first, second = means(shifted, shifted * shifted)
+            variance = second - first * first
+            scale = tf.rsqrt(variance + EPSILON)
+            normal = (shifted - first) * scale
+
+            def gradient(upstream, *of_moments):
+                upstream = tf.cast(upstream, tf.float32)
+                by_beta, by_gamma = means(upstream, upstream * normal)
+                by_x = gamma * scale * (upstream - by_beta - normal * by_gamma)
+                of_worker = [tf.reduce_sum(value, axes) for value in (upstream * normal, upstream)]
+                return tf.cast(by_x, x.dtype), *of_worker, None
+
+            return (tf.cast(gamma * normal + beta, x.dtype), pivot + first, variance), gradient
+
+        y, *moments = normalize(x, gamma.value(), beta.value(), mean.value())
+        for moving, batch in zip((mean, variance), moments, strict=True):
+            update_moving(moving, batch)
+        return y
 
 
 class ActivationLayer(tl.layers.Layer):
@@ -168,7 +214,8 @@ class ActivationLayer(tl.layers.Layer):
                                  lambda d: tf.clip_by_value(d, 0.01, 0.99), value=value)
                 self.all_params.append(d)
             if threshold == 'runtime' and is_train:
-                moving, d = d, tf.stop_gradient(value * tf.reduce_mean(tf.abs(tf.cast(x, tf.float32))))
+                size, = mean_over_workers([tf.reduce_mean(tf.abs(tf.cast(x, tf.float32)))])
+                moving, d = d, tf.stop_gradient(value * size)
                 update_moving(moving, d)
             self.outputs = activation(x) if threshold is None else activation(x, d)
         self.all_layers.append(self.outputs)

@@ -7,23 +7,28 @@ takes the central crop. Each image is then standardised.
 --augmentation geometric is not published: in training, whole images are warped; crops keep brightness and contrast.
 """
 from twta.graph.tf1 import tf
+from twta.workers import Workers
 
 PIXEL_RANGE = 256  # as published, not 255; exact in bfloat16
 BRIGHTNESS = 63  # largest change, up or down, in grey levels
 CONTRAST = 0.2, 1.8  # range of the factor
 BEND = 0.15  # largest difference between an entry of a warp's 2*2 matrix and the identity's
+ALONE = Workers()
 SHIFT = 2  # largest shift of a warp, in pixels, along each axis
 
 
-def for_training(images, crop, seed, step, augmentation='published'):
+def for_training(images, crop, seed, step, augmentation='published', workers=ALONE):
     """Return images, uint8 [batch, height, width, channels], as augmented float32 images.
 
     augmentation    'published' or 'geometric'
     seed, step      integers or int32 tensors that determine all random draws
+    workers         Workers; if there are several, the images are this worker's rows of the global batch, and each gets
+                    the draws that it would get in the whole batch
     """
     if not crop and augmentation == 'published':
         return scale(images)
-    draws = tf.random.stateless_uniform([tf.shape(images)[0], 5 if crop else 6], tf.stack([seed, step]))
+    shape = [workers.count * tf.shape(images)[0], 5 if crop else 6]
+    draws = tf.random.stateless_uniform(shape, tf.stack([seed, step]))[workers.rows]
     if not crop:
         return warp(scale(images), draws)
     x = crop_and_flip(images, crop, draws[:, :3])

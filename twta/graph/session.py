@@ -80,7 +80,13 @@ def make_deterministic():
 
 
 def open_session(graph, gpu_index):
-    """Return a session on the graph. It sees only the GPU `gpu_index`, if any, and takes GPU memory as needed.
+    """Return a session on the graph, see session_config."""
+    with native_chatter_hidden():
+        return tf.Session(graph=graph, config=session_config(gpu_index))
+
+
+def session_config(gpu_index):
+    """Return the configuration of a session that sees only the GPU `gpu_index`, if any, and takes its memory as needed.
 
     The session has one thread per available core: TensorFlow alone ignores a container's CPU quota.
     make_deterministic, TF_NUM_INTRAOP_THREADS and TF_NUM_INTEROP_THREADS take precedence.
@@ -90,10 +96,8 @@ def open_session(graph, gpu_index):
     chosen = threading.get_intra_op_parallelism_threads(), threading.get_inter_op_parallelism_threads()
     intra, inter = (count or processor.threads(variable)
                     for count, variable in zip(chosen, processor.THREADS, strict=True))
-    config = configuration(gpu_options=gpu_options, intra_op_parallelism_threads=intra,
-                           inter_op_parallelism_threads=inter)
-    with native_chatter_hidden():
-        return tf.Session(graph=graph, config=config)
+    return configuration(gpu_options=gpu_options, intra_op_parallelism_threads=intra,
+                         inter_op_parallelism_threads=inter)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,8 @@ from twta.data import datasets
 from twta.files import replacing
 from twta.options import SHORT
 from twta.packed import cost, engines, file_format
-from twta.report.evidence import PRETRAINED, RECOMPRESSED, RESULTS, TITLES, by_protocol, protocol, schedule
+from twta.report import scaling
+from twta.report.evidence import PRETRAINED, RECOMPRESSED, RESULTS, ROOT, TITLES, by_protocol, protocol, schedule
 from twta.spikes import conversion
 from twta.terminal import say
 from twta.training.records import list_options, name_schedule
@@ -50,6 +51,7 @@ def sources(records):
     found['misclassified'] = draw_misclassified, PRETRAINED / f'{MISCLASSIFIED}.twta'
     found[f'cost-layers-{LAYERS}'] = draw_cost_layers, PRETRAINED / f'{LAYERS}.twta'
     found[f'spikes-{SPIKING}'] = draw_spikes, RESULTS / 'spikes' / f'{SPIKING}-spatial.json'
+    found['scaling'] = scaling.draw, ROOT / 'benchmarks' / 'scaling.json'
     return found
 
 

@@ -4,15 +4,16 @@ import re
 import statistics
 
 from twta import TwtaError
-from twta.report import evidence, speeds
+from twta.report import evidence, scaling, speeds
 from twta.report.evidence import ROOT, by_protocol, protocol
 from twta.report.markdown import table
 from twta.report.speeds import benchmark
 from twta.scripts import find_scripts
 from twta.training.records import list_options
 
-README, RESULTS, EXPERIMENTS, SPIKES, BENCHMARKS = (ROOT / page for page in (
-    'README.md', 'results/README.md', 'docs/experiments.md', 'docs/spikes.md', 'benchmarks/README.md'))
+README, RESULTS, EXPERIMENTS, SPIKES, BENCHMARKS, SCALE = (ROOT / page for page in (
+    'README.md', 'results/README.md', 'docs/experiments.md', 'docs/spikes.md', 'benchmarks/README.md',
+    'docs/scale.md'))
 PUBLISHED = {  # test accuracy in per cent, by script, as the README of the published code writes it
     'TWTA_4_4_MNIST': '99.38', 'TWTA_5_5_MNIST': '99.32', 'Quant_MNIST': '99.37',
     'TWTA_3_3_CIFAR10_Group_V2': '88.1', 'TWTA_4_4_CIFAR10_VGG13': '90.1', 'Quant_CIFAR10': '91.91',
@@ -34,6 +35,7 @@ def pages(records):
                       'choices': ablations([row for row, short in zip(rows, is_short, strict=True) if not short])},
         SPIKES: {'spikes': spikes(spiking)},
         BENCHMARKS: speeds.tables(),
+        SCALE: scaling.tables(benchmark('scaling')['rows']),
     }
 
 

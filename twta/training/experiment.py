@@ -5,27 +5,35 @@ One graph holds the network twice over the same variables: as it trains (augment
 """
 import contextlib
 import functools
+import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
+import twta
 from twta import TwtaError, UsageError, describe_fault, files, results
 from twta.data import datasets
 from twta.data.datasets import Dataset
 from twta.graph import fast
-from twta.graph.session import choose_precision, describe, find_gpu, make_deterministic, open_session, stop_signals
+from twta.graph.session import choose_precision, describe, find_gpu, make_deterministic, stop_signals
 from twta.graph.tf1 import tf
 from twta.options import with_defaults
 from twta.results import accuracy
 from twta.terminal import say
-from twta.training import checkpoints, records, run_directory, teacher
+from twta.training import checkpoints, cluster, records, run_directory, teacher
 from twta.training.build import build_graph
 from twta.training.evaluation import describe_network, evaluate, save
-from twta.training.loop import train_epochs
+from twta.training.loop import follow_epochs, train_epochs
 from twta.training.schedule import describe_stage, next_stage
 from twta.training.state import State
 from twta.training.weights import read_weights, set_weights
+
+ALONE = cluster.Alone()
+COMMON = ('epochs', 'learning_rate', 'schedule', 'augmentation', 'protocol', 'batch_size', 'seed', 'validation',
+          'batch_norm', 'dataset', 'deterministic', 'is_auto')  # flags that are the same on every worker
 
 
 class Experiment(NamedTuple):
@@ -39,7 +47,7 @@ class Experiment(NamedTuple):
     gpu: int  # index
     weights: Path | None  # of --weights
     checkpoint: str  # which checkpoint is read: 'last' or 'best'
-    source: str | None  # path of that checkpoint
+    source: str | None  # path of that checkpoint; only worker 0 has it
     state: State | None  # of the run, as that checkpoint has it
     is_verbose: bool
 
@@ -56,24 +64,39 @@ def run(script, model, args, defaults, act):
     if args.deterministic:
         make_deterministic()
     gpu = find_gpu(args.gpu)
-    is_continued = args.mode == 'training' and args.resume  # its state is read under the lock of its training
+    precision = choose_precision(args.precision, gpu)
+    # a run that is continued is read under the lock of its training, which worker 0 holds
+    is_locked = args.mode == 'training' and args.resume and not args.workers.task
     try:
-        with run_directory.locked(args.run_dir) if is_continued else contextlib.nullcontext():
-            experiment = open_experiment(script, model, args)
+        with (run_directory.locked(args.run_dir) if is_locked else contextlib.nullcontext(),
+              cluster.joined(args.workers, args.gpu, args.patience) as workers):
+            workers.compare(lambda: describe_command(script, model, args, precision))
+            experiment = open_experiment(script, model, args, workers)
             say(f'data: {experiment.dataset}')
             say(f'device: {describe(gpu)}')
-            if args.is_auto and experiment.state and is_done(experiment.state, args, defaults):
+            workers.compare(lambda: {'the SHA-256 of the data': experiment.dataset.sha256})
+            if args.is_auto and experiment.state and workers.share(lambda: is_done(experiment.state, args, defaults)):
                 say(f'the {experiment.state.stages[-1].epochs} epochs are done, and {args.run_dir / "record.json"} has '
                     'their result')
             elif args.mode == 'training':
-                precision = choose_precision(args.precision, gpu)
                 if precision == tf.bfloat16 and fast.BFLOAT16_IS_EMULATED:
                     say('WARNING: bfloat16 is emulated on this processor; --precision float32 is faster')
-                train(experiment, args, defaults, precision)
+                train(experiment, args, defaults, precision, workers)
             else:
                 act(experiment)
     except tf.errors.OpError as error:  # too little memory, a damaged checkpoint, ...
         raise TwtaError(find_cause(error)) from None
+
+
+def describe_command(script, model, args, precision):
+    """Return what must be the same on every worker, by name: flags, versions, code."""
+    names = [*COMMON, *(() if args.is_auto else ('resume',))]
+    sources = [*sorted(Path(twta.__file__).parent.rglob('*.py')), Path(model.__code__.co_filename)]
+    code = hashlib.sha256(b''.join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    return {'the script': script, **{f'--{name}': getattr(args, name) for name in names},
+            **{f'--{name}': value for name, value in args.options.items()}, 'the type of numbers': precision.name,
+            'the version of TensorFlow': tf.__version__, 'the version of numpy': np.__version__,
+            'the hash of the code': code, 'the number of workers': args.workers.count}
 
 
 def find_cause(error):
@@ -87,12 +110,15 @@ def find_cause(error):
 # Opening
 
 
-def open_experiment(script, model, args):
-    """Return the Experiment that the flags ask for.
+def open_experiment(script, model, args, workers=ALONE):
+    """Return the Experiment that the flags ask for; only worker 0 reads the run directory, the others get its state.
 
     Raises UsageError if a flag contradicts the run or the weights, TwtaError if one of these is damaged.
     """
-    checkpoint, source, state = open_run(script, args) if args.resume else (args.checkpoint, None, None)
+    checkpoint, source, state = workers.share(
+        lambda: open_run(script, args) if args.resume else (args.checkpoint, None, None),
+        lambda opened: opened[2] and opened[2].to_json(),
+        lambda entry: (args.checkpoint, None, entry and State.from_json(entry)))
     options = state.options if state else with_defaults(args.options)
     weights = None if args.resume else args.weights  # with --resume auto, the run has begun with them
     if weights:
@@ -142,28 +168,30 @@ def check_options_of_weights(weights, options):
 # Training
 
 
-def train(experiment, args, defaults, precision):
+def train(experiment, args, defaults, precision, workers):
     """Train a stage, evaluate the network and write its record; a run that is continued is locked already.
 
     args         the flags: those of the stage, --seed, --resume and --deterministic; config.json holds all of them
     precision    tf.float32 or tf.bfloat16
+    workers      cluster.Alone or cluster.Cluster; only worker 0 evaluates and writes
     """
-    script, dataset, run_dir = experiment.script, experiment.dataset, experiment.run_dir
-    state = experiment.state or State(
-        script, experiment.dataset_name, dataset.sha256, args.seed or 0, len(dataset.validation.labels),
-        experiment.options, str(experiment.weights) if experiment.weights else None,
-        teacher=teacher.describe(args.teacher))
-    stage = open_stage(state, experiment, args, defaults, precision)
-    taught_by = teacher.find(state, args.teacher)
+    dataset, run_dir = experiment.dataset, experiment.run_dir
+    state = workers.share(lambda: open_stage(experiment, args, defaults, precision), State.to_json, State.from_json)
+    stage, taught_by = state.stages[-1], teacher.find(state, args.teacher)
     network = build_graph(experiment.model, dataset.test.images.shape[1:], dataset.crop, state.seed, precision,
-                          stage.augmentation, taught_by and teacher.model_of(taught_by, experiment.model))
-    weights = read_weights(experiment.weights, network.net) if experiment.weights else {}
+                          stage.augmentation, taught_by and teacher.model_of(taught_by, experiment.model),
+                          workers.workers, workers.patience, args.batch_norm)
     of_teacher = read_weights(taught_by, network.teacher, '--teacher', f'{teacher.SCOPE}/') if taught_by else {}
+    if not workers.writes:
+        follow(dataset, network, of_teacher, state, workers)
+        return
+    weights = read_weights(experiment.weights, network.net) if experiment.weights else {}
     run_directory.check_is_ours(run_dir)
     files.make_folder(run_dir)
     with (contextlib.nullcontext() if args.resume else run_directory.locked(run_dir), network.graph.as_default(),
-          open_session(network.graph, experiment.gpu) as session):
+          workers.open_session(network.graph) as session):
         store = prepare(experiment, network, session, weights, args.is_auto)
+        workers.spread(session, float_variables())
         if taught_by:
             set_weights(network.teacher, of_teacher, session)
             say(f'teacher: {taught_by}')
@@ -176,14 +204,15 @@ def train(experiment, args, defaults, precision):
         config = describe_run(experiment, args, state, precision)
         try:
             results.write_json(run_dir / 'config.json', config)
-            with stop_signals() as stop:
+            with stop_signals() as caught:
+                stop = workers.agreed(caught)
                 if state.epoch < stage.last_epoch:
-                    train_epochs(network, session, store, state, dataset, run_dir, stop)
+                    train_epochs(network, session, workers, store, state, dataset, run_dir, stop)
                 if stop and state.epoch < stage.last_epoch:
                     say(f'stopped after {describe_end(state)}')
                     say('go on with the same command' if args.is_auto else 'go on with --resume True and the same '
                         'flags' + (', without --weights' if experiment.weights else ''))
-                    sys.exit(128 + stop[0])
+                    sys.exit(workers.exit_code())
             loss, confusion = evaluate(network, session, dataset.test)
             results.say_accuracy(loss, confusion)
             best = evaluate_best(network, session, dataset, run_dir, state)
@@ -196,8 +225,36 @@ def train(experiment, args, defaults, precision):
             raise TwtaError(f'{cause}; {where_to_go_on(run_dir, state)}') from None
         finally:
             if state.history and run_dir.exists():
-                results.save_picture(run_dir / 'curve.png', run_directory.draw_curve, f'{script} on {dataset.title}',
-                                     state.history)
+                results.save_picture(run_dir / 'curve.png', run_directory.draw_curve,
+                                     f'{experiment.script} on {dataset.title}', state.history)
+
+
+def follow(dataset, network, of_teacher, state, workers):
+    """Train as a worker that writes nothing, with the state and the variables of worker 0.
+
+    of_teacher    weights of the teacher; {} without one
+    """
+    stage = state.stages[-1]
+    with network.graph.as_default(), workers.open_session(network.graph) as session, stop_signals() as caught:
+        session.run(tf.global_variables_initializer())
+        workers.spread(session, float_variables())
+        if of_teacher:
+            set_weights(network.teacher, of_teacher, session)
+        stop = workers.agreed(caught)
+        try:
+            if state.epoch < stage.last_epoch:
+                follow_epochs(network, session, workers, state, dataset, stop)
+        except FloatingPointError as error:
+            raise TwtaError(f'{error}; worker 0 tells how to go on') from None
+        if stop and state.epoch < stage.last_epoch:
+            say('stopped: worker 0 saves')
+            sys.exit(workers.exit_code())
+        say(f'{state.epoch} epochs are done, each with the weights of worker 0, bit for bit; worker 0 evaluates them')
+
+
+def float_variables():
+    """Return the variables of the graph that training changes: weights, moving averages, slots of Adam."""
+    return [variable for variable in tf.global_variables() if variable.dtype.base_dtype.is_floating]
 
 
 def is_done(state, args, defaults):
@@ -220,28 +277,39 @@ def given_flags(args, defaults):
     return {flag: getattr(args, flag) for flag in defaults if getattr(args, flag) is not None}
 
 
-def open_stage(state, experiment, args, defaults, precision):
-    """Return the stage to train, the last of the state; warn of what changes, and raise UsageError if it cannot be."""
+def open_stage(experiment, args, defaults, precision):
+    """Return the state of the run with the stage to train as its last one, and warn of what changes.
+
+    Raises UsageError if the stage cannot be trained.
+    """
     dataset = experiment.dataset
+    state = experiment.state or State(
+        experiment.script, experiment.dataset_name, dataset.sha256, args.seed or 0, len(dataset.validation.labels),
+        experiment.options, str(experiment.weights) if experiment.weights else None,
+        teacher=teacher.describe(args.teacher))
     if dataset.sha256 != state.data_sha256:
         say('WARNING: these are not the images that the run was started on')
     has_record = run_directory.has_record(experiment.run_dir, state)
     stage = next_stage(state, given_flags(args, defaults), defaults, has_record)
     is_done = state.epoch >= stage.last_epoch
     if args.resume and not is_done:
-        run_directory.warn_of_changes(experiment.run_dir, precision.name, args.deterministic)
+        run_directory.warn_of_changes(experiment.run_dir, precision.name, args)
     if stage.batch_size > len(dataset.train.labels):
         raise UsageError(f'--batch_size {stage.batch_size}: more than the {len(dataset.train.labels):,} training '
                          'images')
+    if stage.batch_size % args.workers.count:
+        raise UsageError(f'--batch_size {stage.batch_size}: not a multiple of the {args.workers.count} workers, of '
+                         'which each trains on an equal part of the batch')
     if not is_done and precision.name not in state.precision:
         state.precision.append(precision.name)
-    return stage
+    return state
 
 
 def describe_run(experiment, args, state, precision):
     """Return the contents of config.json."""
-    flags = {**vars(args), 'choices': experiment.options, 'weights': state.weights, 'teacher': state.teacher}
-    del flags['options'], flags['is_auto']
+    flags = {**vars(args), 'choices': experiment.options, 'weights': state.weights, 'teacher': state.teacher,
+             'workers': args.workers.count}
+    del flags['options'], flags['is_auto'], flags['patience']
     return {'script': experiment.script, 'command': sys.argv, 'flags': flags,
             'stages': [stage.to_json() for stage in state.stages], 'seed': state.seed, 'precision': precision.name,
             'data': results.describe_data(experiment.dataset), **results.environment()}

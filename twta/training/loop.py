@@ -17,13 +17,14 @@ from twta.training.state import PartialEpoch
 from twta.training.weights import save_weights
 
 
-def train_epochs(network, session, store, state, dataset, run_dir, stop):
+def train_epochs(network, session, workers, store, state, dataset, run_dir, stop):
     """Train to the end of the last stage of the state; if a signal is pending in stop, only to the end of a step.
 
-    store    a checkpoints.Checkpoints, which saves weights and state after each epoch, and after that step
+    workers    cluster.Alone or cluster.Cluster, whose worker 0 this is
+    store      a checkpoints.Checkpoints, which saves weights and state after each epoch, and after that step
     """
     stage = state.stages[-1]
-    run_step = step_callable(network, session)
+    run_step = workers.step_callable(network, session, stop)
     run_directory.write_log(run_dir / 'log.csv', state.history)
     events = run_directory.Events(run_dir, state.epoch + 1)
     n_steps = len(dataset.train.labels) // stage.batch_size
@@ -33,10 +34,11 @@ def train_epochs(network, session, store, state, dataset, run_dir, stop):
               disable=not sys.stderr.isatty()) as bar:
         for epoch in epochs:
             bar.set_description(f'epoch {epoch}/{stage.last_epoch}')
-            part = train_epoch(run_step, dataset.train, stage, epoch, part, state.seed, bar, stop)
+            part = train_epoch(run_step, dataset.train, stage, epoch, part, state.seed, bar, stop, workers.rows)
             if part.steps < n_steps:
                 save(store, session, state, dataclasses.replace(state, part=part), is_best=False)
                 return
+            workers.compare_weights(network, session, epoch)
             row = describe_epoch(network, session, dataset, stage, epoch, part, n_steps)
             validation = row['validation_accuracy']
             is_best = validation is not None and validation > state.best_validation_accuracy
@@ -60,28 +62,56 @@ def save(store, session, state, after, is_best):
     state.become(after)
 
 
+def follow_epochs(network, session, workers, state, dataset, stop):
+    """Train the epochs that train_epochs does, as a worker that writes nothing; the state gets only its epoch."""
+    stage = state.stages[-1]
+    run_step = workers.step_callable(network, session, stop)
+    part = state.part or PartialEpoch()
+    for epoch in range(state.epoch + 1, stage.last_epoch + 1):
+        part = train_epoch(run_step, dataset.train, stage, epoch, part, state.seed, tqdm(disable=True), stop,
+                           workers.rows)
+        if part.steps < len(dataset.train.labels) // stage.batch_size:
+            return
+        workers.compare_weights(network, session, epoch)
+        state.epoch, part = epoch, PartialEpoch()
+        if stop:
+            return
+
+
 def step_callable(network, session):
-    """Return a training step: a function of images, labels, rate and number that returns loss, predictions, None."""
+    """Return a training step: a function of images, labels, rate and number that returns loss and correct predictions.
+
+    The loss is summed over the batch.
+    """
     training = network.training
-    return session.make_callable([training.loss, training.predicted, training.step],
-                                 [network.images, network.labels, network.learning_rate, network.step])
+    run = session.make_callable([training.loss, training.predicted, training.step],
+                                [network.images, network.labels, network.learning_rate, network.step])
+
+    def step(images, labels, rate, number):
+        loss, predicted, _ = run(images, labels, rate, number)
+        return loss, int(np.sum(predicted == labels))
+
+    return step
 
 
-def train_epoch(run_step, split, stage, epoch, part, seed, bar, stop):
-    """Train the rest of an epoch and return its running totals; if a signal is pending in stop, train one step only."""
+def train_epoch(run_step, split, stage, epoch, part, seed, bar, stop, rows=slice(None)):
+    """Train the rest of an epoch and return its running totals; if a signal is pending in stop, train one step only.
+
+    rows    of each batch, which run_step gets; its totals are of the whole batch
+    """
     start = time.perf_counter()
     steps, loss, correct, seconds = part
     n_steps = len(split.labels) // stage.batch_size
     batches = shuffled_batches(len(split.labels), stage.batch_size, seed, epoch)
     for batch in itertools.islice(batches, steps, None):
-        labels = split.labels[batch]
+        images, labels = split.images[batch[rows]], split.labels[batch[rows]]
         rate = scheduled_rate(stage, (epoch - stage.first_epoch) * n_steps + steps, n_steps)
-        batch_loss, predicted, _ = run_step(split.images[batch], labels, rate, (epoch - 1) * n_steps + steps)
+        batch_loss, right = run_step(images, labels, rate, (epoch - 1) * n_steps + steps)
         steps += 1
         if not math.isfinite(batch_loss):
             raise FloatingPointError(f'the loss is {batch_loss} at step {steps} of epoch {epoch}')
         loss += float(batch_loss)
-        correct += int(np.sum(predicted == labels))
+        correct += right
         bar.update()
         if stop:
             break

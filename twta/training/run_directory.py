@@ -69,14 +69,22 @@ def has_record(run_dir, state):
     return read_object(run_dir / 'record.json').get('epochs') == state.epoch
 
 
-def warn_of_changes(run_dir, precision, deterministic):
-    """Print a warning per flag that differs from the last command of the run and that no checkpoint holds."""
+def warn_of_changes(run_dir, precision, args):
+    """Print a warning per flag that differs from the last command of the run and that no checkpoint holds.
+
+    args    the flags: deterministic, workers, batch_norm
+    """
     config = read_config(run_dir)
     if config.get('precision', precision) != precision:
         say(f'WARNING: the last command trained in {str(config["precision"])[:20]!r}, this one does in {precision!r}; '
             'see --precision')
-    if config['flags'].get('deterministic') and not deterministic:
+    if config['flags'].get('deterministic') and not args.deterministic:
         say('WARNING: the last command trained with --deterministic, this one does without')
+    for name, value in ('workers', args.workers.count), ('batch_norm', args.batch_norm):
+        before = config['flags'].get(name, value)
+        if before != value and (name == 'workers' or None not in (before, value)):
+            say(f'WARNING: the last command trained with {str(before)[:20]} {name}, this one does with {value}: its '
+                'numbers differ')
 
 
 def read_config(run_dir):
