@@ -11,11 +11,11 @@ are those of such a processor; clock, caches and memory are not. `environment` a
 
 Needs Linux, objdump and a C compiler. Engines that are not installed are left out.
 """
+import argparse
 import importlib.util
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 CPUID, UD2 = b'\x0f\xa2', b'\x0f\x0b'
@@ -82,11 +82,11 @@ def patch(library):
 
 
 def main():
-    if len(sys.argv) != 2 or sys.argv[1].startswith('-'):
-        sys.exit(__doc__)
-    folder = Path(sys.argv[1]).resolve()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('folder', type=Path, metavar='FOLDER', help='a new folder for the copies')
+    folder = parser.parse_args().folder.resolve()
     if folder.exists():
-        sys.exit(f'narrow.py: error: {folder} exists; name a new folder')
+        parser.error(f'{folder} exists; name a new folder')
     for package in PACKAGES:
         found = importlib.util.find_spec(package)
         if not found:

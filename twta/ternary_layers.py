@@ -8,35 +8,10 @@ Source: the published TWTA scripts (github.com/edwardzcl/TWTA).
 from twta.graph import collectives
 from twta.graph.fast import convolve, factors, type_of_sums
 from twta.graph.tf1 import tf, tl
+from twta.graph.variables import get_variable, update_moving
 from twta.quantizers import full_precision, ternarize_activations, ternarize_from_rest, ternarize_weights
 
-DECAY, EPSILON = 0.9, 1e-5  # of moving averages; added to the variance
-MOMENTS = 'moments_of_batch'  # collection of a graph with each moving average and its value of the batch
-
-
-def get_variable(name, shape, initializer, trainable=True, constraint=None, **arguments):
-    """Return a float32 variable of the current scope; its initial value depends only on its position and the seed."""
-    # TensorFlow alone would count all operations, so that float32 and bfloat16 would start with different weights
-    if initializer in (tf.truncated_normal_initializer, tf.random_normal_initializer):
-        arguments['seed'] = len(tf.global_variables())
-    return tf.get_variable(name, shape, tf.float32, initializer(**arguments), trainable=trainable,
-                           constraint=constraint)
-
-
-def update_moving(moving, batch):
-    tf.add_to_collection(MOMENTS, (moving, batch))
-    tf.add_to_collection(tf.GraphKeys.UPDATE_OPS, moved(moving, batch))
-
-
-def moved(moving, batch):
-    """Return the operation that moves a moving average towards the value of the batch."""
-    return moving.assign(DECAY * moving + (1 - DECAY) * batch)
-
-
-def mean_over_workers(tensors):
-    """Return tensors of a batch as means over the workers, if the graph says that batch normalisation reduces."""
-    group = next(iter(tf.get_collection(collectives.OF_BATCH_NORM)), None)
-    return [total / group.size for total in collectives.add_up_all(tensors, group)] if group else tensors
+EPSILON = 1e-5  # added to the variance
 
 
 class Conv2dLayer(tl.layers.Layer):
@@ -163,29 +138,7 @@ class BatchNormLayer(tl.layers.Layer):
 
     @staticmethod
     def across_workers(x, channels, is_train, gamma, beta, mean, variance):
-        axes = list(range(x.shape.rank - 1))
-
-        def means(*values):
-            return mean_over_workers([tf.ensure_shape(tf.reduce_mean(value, axes), [channels]) for value in values])
-
-        @tf.custom_gradient
-        def normalize(x, gamma, beta, pivot):
-            shifted = tf.cast(x, tf.float32) - pivot  # near the mean: its square then costs the variance no digits
-            first, second = means(shifted, shifted * shifted)
-            variance = second - first * first
-            scale = tf.rsqrt(variance + EPSILON)
-            normal = (shifted - first) * scale
-
-            def gradient(upstream, *of_moments):
-                upstream = tf.cast(upstream, tf.float32)
-                by_beta, by_gamma = means(upstream, upstream * normal)
-                by_x = gamma * scale * (upstream - by_beta - normal * by_gamma)
-                of_worker = [tf.reduce_sum(value, axes) for value in (upstream * normal, upstream)]
-                return tf.cast(by_x, x.dtype), *of_worker, None
-
-            return (tf.cast(gamma * normal + beta, x.dtype), pivot + first, variance), gradient
-
-        y, *moments = normalize(x, gamma.value(), beta.value(), mean.value())
+        y, *moments = collectives.normalize(x, gamma, beta, mean, EPSILON)
         for moving, batch in zip((mean, variance), moments, strict=True):
             update_moving(moving, batch)
         return y
@@ -214,7 +167,7 @@ class ActivationLayer(tl.layers.Layer):
                                  lambda d: tf.clip_by_value(d, 0.01, 0.99), value=value)
                 self.all_params.append(d)
             if threshold == 'runtime' and is_train:
-                size, = mean_over_workers([tf.reduce_mean(tf.abs(tf.cast(x, tf.float32)))])
+                size, = collectives.means([tf.reduce_mean(tf.abs(tf.cast(x, tf.float32)))])
                 moving, d = d, tf.stop_gradient(value * size)
                 update_moving(moving, d)
             self.outputs = activation(x) if threshold is None else activation(x, d)

@@ -39,6 +39,44 @@ def add_up_all(tensors, group):
     return [tf.reshape(part, tensor.shape) for part, tensor in zip(tf.split(vector, sizes), tensors, strict=True)]
 
 
+def means(tensors):
+    """Return tensors of a batch as means over the workers, if the graph has OF_BATCH_NORM; else as they are."""
+    group = next(iter(tf.get_collection(OF_BATCH_NORM)), None)
+    return [total / group.size for total in add_up_all(tensors, group)] if group else tensors
+
+
+def normalize(x, gamma, beta, pivot, epsilon):
+    """Return x normalised by the moments of the whole batch, scaled and shifted; and the moments, biased.
+
+    x              [rows of this worker, ..., channels]
+    gamma, beta    variables [channels]
+    pivot          variable [channels], a value near the mean: sums about it cost the variance no digits
+    """
+    axes = list(range(x.shape.rank - 1))
+
+    def of_batch(*values):
+        return means([tf.ensure_shape(tf.reduce_mean(value, axes), gamma.shape) for value in values])
+
+    @tf.custom_gradient
+    def normal_form(x, gamma, beta, pivot):
+        shifted = tf.cast(x, tf.float32) - pivot
+        first, second = of_batch(shifted, shifted * shifted)
+        variance = second - first * first
+        scale = tf.rsqrt(variance + epsilon)
+        normal = (shifted - first) * scale
+
+        def gradient(upstream, *of_moments):
+            upstream = tf.cast(upstream, tf.float32)
+            by_beta, by_gamma = of_batch(upstream, upstream * normal)
+            by_x = gamma * scale * (upstream - by_beta - normal * by_gamma)
+            of_worker = [tf.reduce_sum(value, axes) for value in (upstream * normal, upstream)]
+            return tf.cast(by_x, x.dtype), *of_worker, None
+
+        return (tf.cast(gamma * normal + beta, x.dtype), pivot + first, variance), gradient
+
+    return normal_form(x, gamma.value(), beta.value(), pivot.value())
+
+
 def run_options():
     """Return the options with which a session runs collectives: the workers' graphs are parts of one."""
     options = tf.RunOptions()

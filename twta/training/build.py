@@ -3,7 +3,7 @@ from typing import NamedTuple
 
 from twta.graph import collectives, preprocessing
 from twta.graph.tf1 import tf
-from twta.ternary_layers import MOMENTS, moved
+from twta.graph.variables import MOMENTS, moved
 from twta.training import teacher
 from twta.training.blocks import value_fractions
 from twta.workers import Workers
