@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, load_script
 
 from twta import processor
-from twta.report import scaling
+from twta.report import growth, scaling
 
 BENCHMARKS = ROOT / 'benchmarks'
 
@@ -52,6 +52,13 @@ def test_scaling(tmp_path):
     assert set(scaling.tables(rows)) == {'measured', 'modelled'}
     counts = scaling.np.arange(1, 65)
     assert (scaling.model(rows, counts, 1e9) >= scaling.model(rows, counts, 1e10)).all()
+
+
+def test_growth(tmp_path):
+    file = tmp_path / 'rows.json'
+    run('growth', '--repetitions', 1, '--most', 32, '--json', file)
+    assert {row['grows'] for row in json.loads(file.read_text())['rows']} == {'width', 'depth', 'batch'}
+    assert growth.draw(file)
 
 
 @pytest.mark.parametrize('benchmark, network, part', [('training_speed', 'FP_5_5_MNIST', 'convolution forward'),

@@ -16,7 +16,7 @@ from twta.data import datasets
 from twta.files import replacing
 from twta.options import SHORT
 from twta.packed import cost, engines, file_format
-from twta.report import scaling
+from twta.report import growth, scaling
 from twta.report.evidence import PRETRAINED, RECOMPRESSED, RESULTS, ROOT, TITLES, by_protocol, protocol, schedule
 from twta.spikes import conversion
 from twta.terminal import say
@@ -52,6 +52,7 @@ def sources(records):
     found[f'cost-layers-{LAYERS}'] = draw_cost_layers, PRETRAINED / f'{LAYERS}.twta'
     found[f'spikes-{SPIKING}'] = draw_spikes, RESULTS / 'spikes' / f'{SPIKING}-spatial.json'
     found['scaling'] = scaling.draw, ROOT / 'benchmarks' / 'scaling.json'
+    found['growth'] = growth.draw, ROOT / 'benchmarks' / 'growth.json'
     return found
 
 
