@@ -223,6 +223,12 @@ def test_everything_done_starts_nothing(stub, tmp_path):
     assert finished.returncode == 0 and finished.stderr == '' and len(starts(stub)) == 2
 
 
+def as_a_shell_starts_it():
+    """Let a child heed Ctrl-C and SIGHUP, which are ignored if the suite itself runs in the background."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def wait_for(condition):
     deadline = time.monotonic() + 60
     while not condition():
@@ -238,7 +244,8 @@ def test_a_signal_stops_all_runs(stub, tmp_path, number, times, code):
         stub.write_text(stub.read_text().replace('lambda *arguments: sys.exit(143)', 'signal.SIG_IGN'))
     folder = tmp_path / 'sweep'
     process = subprocess.Popen(command(stub, '--seed', 9, '--rest', 0, -1, '--sweep_dir', folder, '--parallel', 1),
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                               preexec_fn=as_a_shell_starts_it)
     wait_for(lambda: list(folder.glob('*/waits')))
     for _ in range(times):
         process.send_signal(number)
@@ -345,7 +352,8 @@ def test_a_preempted_job_is_requeued_and_goes_on(stub, slurm, tmp_path):
 
 def test_ctrl_c_cancels_the_jobs(stub, slurm, tmp_path):
     process = subprocess.Popen(command(stub, '--seed', 9, '--sweep_dir', tmp_path / 'sweep', '--slurm'),
-                               stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **slurm})
+                               stdout=subprocess.PIPE, text=True, cwd=ROOT, env={**os.environ, **slurm},
+                               preexec_fn=as_a_shell_starts_it)
     wait_for(lambda: list((tmp_path / 'sweep').glob('*/waits')))
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate(timeout=60)
