@@ -82,6 +82,21 @@ def test_encoder_sums_on_and_beside_the_thresholds(fast, scale, crop):
             np.testing.assert_array_equal(found, right)
 
 
+@pytest.mark.filterwarnings('ignore:overflow encountered')
+@pytest.mark.parametrize('fast', [numba_engine.NumbaEngine, sliced_engine.SlicedEngine])
+@pytest.mark.parametrize('limit', [1e38, 3.3e38])
+def test_one_filter_of_the_encoder_overflows_float32(fast, limit):
+    """Its doubt is not lost among filters that are certain."""
+    base = random_packed((12, 12, 1), 0, [(32, 3, 1, 'SAME', 1), (8, 3, 1, 'SAME', 1)])
+    weights, upper = base.layers[0].weights.copy(), np.full(32, 1e3, np.float32)
+    weights[..., 0], upper[0] = 0, limit
+    weights[0, :, 0, 0] = 3e38, 3e38, -3e38
+    packed = base._replace(layers=(base.layers[0]._replace(weights=weights, upper=upper, lower=-upper), base.layers[1]))
+    x = random_images(packed, 3)
+    for found, right in zip(fast(packed).activations(x), numpy_engine.NumpyEngine(packed).activations(x), strict=True):
+        np.testing.assert_array_equal(found, right)
+
+
 @pytest.mark.parametrize('threads', [2, 3, 7])
 def test_threads_that_share_an_image(threads, monkeypatch):
     """Layers that are shared by positions, by blocks, and not at all; more shares than there may be threads."""

@@ -71,7 +71,7 @@ def strip(positions):
                     value = splat(builder, load(builder, builder.add(start, word), FLOAT, 4), LANES)
                     for weight, cell in zip(weights, row, strict=True):
                         builder.store(multiply_add(builder, value, weight, builder.load(cell)), cell)
-            nearest = splat(builder, ir.Constant(FLOAT, float('inf')), LANES)
+            certain = ir.Constant(vector(ir.IntType(1), LANES), [1] * LANES)
             places = [offset_address(builder, y, outputs, byte) for byte in range(FILTERS // 8)]
             bits = [[None] * positions, [None] * positions]  # non-zero, negative
             for part in range(PARTS):
@@ -86,8 +86,7 @@ def strip(positions):
                     for found, plane in zip(bits, (builder.or_(above, below), below), strict=True):
                         found[position] = concatenate(builder, [found[position], plane]) if part else plane
                     near = minimum(builder, distance(builder, total, upper), distance(builder, total, lower))
-                    near = builder.fsub(near, error)
-                    nearest = minimum(builder, nearest, near)
+                    certain = builder.and_(certain, builder.fcmp_ordered('>', near, error))
             with builder.if_else(builder.icmp_signed('!=', is_run, LONG(0))) as (together, apart):
                 for branch, starts in (together, places[:1]), (apart, places):
                     with branch:
@@ -96,7 +95,6 @@ def strip(positions):
                             for plane, found in zip((LONG(0), y_plane), planes, strict=True):
                                 offset = builder.add(offset, plane)
                                 store_bits(builder, found, [builder.add(start, offset) for start in starts])
-            certain = builder.fcmp_ordered('>', nearest, ir.Constant(kind, [0.0] * LANES))
             return builder.zext(builder.not_(builder.bitcast(certain, ir.IntType(LANES))), LONG)
 
         return types.int64(*[types.int64] * 8, types.float32, *[types.int64] * 3), emit
