@@ -93,9 +93,14 @@ def main():
             print(f'{package}: not installed')
             continue
         shutil.copytree(Path(found.origin).parent, folder / package)
+        total = 0
         for library in sorted((folder / package).rglob('*.so*')):
             if library.name.startswith(LIBRARIES):
-                print(f'{library.name}: {patch(library)} cpuid')
+                count = patch(library)
+                total += count
+                print(f'{library.name}: {count} cpuid')
+        if not total:
+            raise SystemExit(f'narrow.py: error: {package}: no cpuid found; LIBRARIES lacks the names of this version')
     folder.mkdir(exist_ok=True)
     (folder / 'answer.c').write_text(ANSWER)
     subprocess.run(['cc', '-O2', '-shared', '-fPIC', '-o', folder / 'answer.so', folder / 'answer.c'], check=True)

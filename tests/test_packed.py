@@ -105,7 +105,8 @@ def test_threads_that_share_an_image(threads, monkeypatch):
     packed = random_packed((24, 24, 1), 0, [(64, 5, 1, 'SAME', 1), (64, 3, 1, 'SAME', 2), (128, 4, 4, 'VALID', 2),
                                             (256, 6, 1, 'VALID', 1), (24, 1, 1, 'VALID', 1)])
     engine = numba_engine.NumbaEngine(packed, 1)
-    engine.threads, x = threads, random_images(packed, 1)
+    engine.threads = engine.cores = threads
+    x = random_images(packed, 1)
     expected = numpy_engine.NumpyEngine(packed).activations(x)
     for _ in range(20):
         for planes in engine.planes:

@@ -64,7 +64,8 @@ class Encoder:
         maps = encoder_input(images, self.packed)
         (top, left), (height, width) = self.before, maps.shape[1:3]
         inner = np.s_[:len(images), top:top + height, left:left + width]
-        self.x[inner], self.wide[inner] = maps, maps
+        with np.errstate(over='ignore'):  # the encoder then sums in float64
+            self.x[inner], self.wide[inner] = maps, maps
         return -1, np.abs(self.x[inner]).max()
 
 
@@ -72,9 +73,10 @@ def describe_thresholds(layer, order):
     """Return the thresholds as encoder_kernels.COLUMNS say, float32 [groups, 4, FILTERS]."""
     upper, lower = layer.upper.astype(np.float64), layer.lower.astype(np.float64)
     magnitudes = np.maximum(np.abs(upper), np.abs(lower))
-    magnitudes = np.where(magnitudes < OVERFLOW, magnitudes, 0)  # such a threshold never fires
+    magnitudes = np.where(magnitudes < OVERFLOW, magnitudes, 0)
     weights = np.abs(layer.weights.astype(np.float64)).reshape(-1, layer.weights.shape[3])
     sums = weights.sum(0)
+    # two more roundings: of a stem's maps to float32, and of the exact sum
     scale = np.where(sums < OVERFLOW, (len(weights) + 3) * ROUNDING * sums + 1e-30, np.inf)
     least = 4 * ROUNDING * magnitudes + 1e-30
     values = np.array([upper, lower, scale, least]).astype(np.float32)

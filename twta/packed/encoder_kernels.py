@@ -1,8 +1,9 @@
 """The encoder's kernels, which both compiled engines share: preparation of images, real-valued sums, thresholds.
 
 The encoder's sums are defined in float64, rounded once, to float32. Here float32 alone decides nearly always: a sum of
-k products is within (k + 3) 2^-24 sum |w| |x| of the exact one (Higham, Accuracy and Stability of Numerical Algorithms,
-section 3.1), and a threshold is seldom as near as that. If one is, the strip is computed again in float64.
+k products is within k 2^-24 sum |w| |x| of the exact one, in any order (Jeannerod and Rump, "Improved error bounds for
+inner products in floating-point arithmetic", 2013), and a threshold is seldom as near as that. If one is, the strip is
+computed again in float64.
 
 Filters come in groups of FILTERS, the lanes of PARTS vectors. A strip of STRIP positions of the map stays in registers.
 twta.packed.encoder lays out the memory as COLUMNS say.

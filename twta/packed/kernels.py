@@ -6,10 +6,10 @@ A ternary vector is two planes of bits, non-zero and negative. 64 products and t
     n = m & (x.negative ^ w.negative)                  products that are -1
     sum = popcount(m) - 2 popcount(n)
 
-A block is one byte of each of the next layer's planes, eight filters, or as many bytes as groups of channels that they
-read. The filters of one group fill the lanes of a vector, and a strip of up to eight positions of the map stays in
-registers, so that each loaded word of weights serves the whole strip. Thresholds turn the sums of a position into the
-bytes. Activations are never expanded to one byte each.
+A block is one byte of each of the next layer's planes, eight filters; or two or four bytes whose filters read two or
+four groups of channels. The filters of one group fill the lanes of a vector, and a strip of up to eight positions of
+the map stays in registers, so that each loaded word of weights serves the whole strip. Thresholds turn the sums of a
+position into the bytes. Activations are never expanded to one byte each.
 
 The kernels emit LLVM's generic vectors. Numba caches the compiled code beside this file or in the user's cache folder.
 The kernels take addresses: twta.packed.numba_engine lays out the memory as BLOCK and COLUMNS say, and keeps it alive.
@@ -42,9 +42,9 @@ from twta.packed.vectors import (
 
 LANES = 8
 STRIP = 8  # positions per call
-SHARE = 1 << 11  # words, over all blocks and positions, from which on a share of the positions is worth a thread
-WORDS_OF_BLOCKS = 18  # words of a block from which on a share of the blocks is: all read what all have written
-# The kernels' kinds: groups of channels that a block reads: its bytes
+SHARE = 1 << 11  # the least work for a thread that shares an image, in words over all blocks and positions
+WORDS_OF_BLOCKS = 18  # the least words of a block for sharing blocks: each thread then reads what the others wrote
+# The kernels' kinds: the number of groups of channels that a block reads, and the block's bytes
 BYTES = {1: 1, 2: 2, 4: 4, 8: 1}
 
 # The description of a block: byte offsets of its fields

@@ -21,6 +21,7 @@ import math
 import numba
 import numpy as np
 
+from twta import processor
 from twta.packed import file_format, kernels
 from twta.packed.encoder import Encoder, address, aligned, positions
 from twta.packed.numpy_engine import check_images
@@ -29,7 +30,7 @@ from twta.packed.vectors import processor_of_code
 
 if numba.config.DISABLE_JIT:
     raise ImportError('NUMBA_DISABLE_JIT is set')
-if numba.version_info[:2] < (0, 61):  # kernels.popcount is for newer versions of LLVM
+if numba.version_info[:2] < (0, 61):  # its LLVM is older than the one for which vectors.py is written
     raise ImportError(f'numba {numba.__version__} is too old, 0.61 is needed')
 MEMORY = 1 << 28  # bytes; limit of a batch of prepared images
 SHARED = 1 << 25  # products; a call with fewer gains nothing from threads and runs in one
@@ -127,7 +128,7 @@ class NumbaEngine(CompiledEngine):
 
     def __init__(self, packed, threads=None):
         self.packed = packed
-        self.threads = count_threads(threads)
+        self.threads, self.cores = count_threads(threads), processor.available_cores()
         self.sliced = None  # twta.packed.engines puts the sliced engine there
         shapes = list(file_format.shapes(packed))
         shape, padded = shapes[0][1], file_format.border(shapes[0][1], packed.layers[0])[1]
@@ -179,6 +180,8 @@ class NumbaEngine(CompiledEngine):
         """Return logits, float32 [n, classes], and leave the activations in self.planes."""
         images, crop, largest = self.take(images)
         threads = self.threads if len(images) * self.products >= SHARED else 1
+        if len(images) < threads:
+            threads = min(threads, self.cores)  # threads that share an image wait for each other
         encoder, last = self.encoder, self.planes[-1]
         logits = np.empty((len(images), len(self.packed.classes)), np.float32)
         call(kernels, threads, images, crop, largest, encoder.x, encoder.before, encoder.row, self.table, threads,

@@ -71,7 +71,8 @@ class Map:
 class SlicedEngine(CompiledEngine):
     """The engine on vectors of images, compiled by numba; threads None: one per available core.
 
-    Its memory: 64 bytes per activation, 4 per weight that is not 0, 2 KB per value of the encoder's input.
+    Its memory: 64 bytes per activation, 4 per weight that is not 0, 1 KB per value of the encoder's input (3 KB with a
+    stem).
 
     Raises ValueError if it does not suit the network.
     """

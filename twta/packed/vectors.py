@@ -8,7 +8,7 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-BYTE, INT, LONG = (ir.IntType(bits) for bits in (8, 32, 64))
+INT, LONG = (ir.IntType(bits) for bits in (32, 64))
 FLOAT, DOUBLE = ir.FloatType(), ir.DoubleType()
 
 
