@@ -33,6 +33,7 @@ DONE = 'done'
 def main(argv=None):
     with errors_in_a_line('twta.sweep'):
         parser = make_parser()
+        os.environ.pop('TF_CONFIG', None)  # each run trains alone
         own, words = split(sys.argv[1:] if argv is None else argv)
         args = parser.parse_args(own)
         slurm = None if args.slurm is None else dict(args.slurm)

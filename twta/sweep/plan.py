@@ -14,7 +14,8 @@ from twta.results import read_object
 from twta.scripts import load_script
 
 OWN = {'--run_dir': 'each run has its own, in --sweep_dir', '--resume': 'each run has --resume auto',
-       '--mode': 'a sweep trains'}  # flags that the sweep decides on
+       '--mode': 'a sweep trains', **dict.fromkeys(('--workers', '--task', '--batch_norm', '--patience'),
+                                                   'each run trains alone')}  # flags that the sweep decides on
 SINGLE = '--data_dir', '--gpu', '--verbose'  # they change no result: one value, and not in the name
 MOST_RUNS = 1000
 LONGEST_NAME = 150  # file systems take 255 bytes
