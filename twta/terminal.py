@@ -1,12 +1,16 @@
-"""The user interface of every command: types of flag values, errors in one line, output above the progress bar."""
+"""The user interface of every command: types of flag values, errors in one line, output, the signals that stop it."""
 import argparse
 import contextlib
 import math
 import os
+import signal
 import sys
 from pathlib import Path
 
 from twta import TwtaError, UsageError, describe_fault
+
+# Ctrl-C, a request to end, a closed terminal, a warning before preemption (Slurm's --signal=USR1); Windows has two
+STOPS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]
 
 
 def say(line):
@@ -161,3 +165,27 @@ def output_file(text):
     if not file.resolve().parent.is_dir() or (file.exists() and not file.is_file()):  # no folder, no device
         raise argparse.ArgumentTypeError(f'{text!r} is not a file path in an existing folder')
     return file.resolve()
+
+
+@contextlib.contextmanager
+def stop_signals(is_each_caught=False):
+    """Yield a list that collects the signals STOPS, except those that are ignored.
+
+    is_each_caught    whether it collects each signal; else a second one of a kind has its usual effect
+    """
+    caught = []
+    usual = {number: signal.getsignal(number) for number in STOPS}
+
+    def catch(number, frame):
+        caught.append(number)
+        if not is_each_caught:
+            signal.signal(number, usual[number])
+
+    for number, handler in usual.items():
+        if handler is not signal.SIG_IGN:  # a shell starts background jobs with SIGINT ignored, nohup with SIGHUP
+            signal.signal(number, catch)
+    try:
+        yield caught
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)

@@ -29,6 +29,9 @@ class Workers(NamedTuple):
         return slice(self.task, None, self.count)
 
 
+ALONE = Workers()
+
+
 def addresses(text):
     """Return the addresses of a list with commas, as a type of flag values."""
     found = tuple(text.split(','))

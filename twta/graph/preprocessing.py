@@ -7,13 +7,12 @@ takes the central crop. Each image is then standardised.
 --augmentation geometric is not published: in training, whole images are warped; crops keep brightness and contrast.
 """
 from twta.graph.tf1 import tf
-from twta.workers import Workers
+from twta.workers import ALONE
 
 PIXEL_RANGE = 256  # as published, not 255; exact in bfloat16
 BRIGHTNESS = 63  # largest change, up or down, in grey levels
 CONTRAST = 0.2, 1.8  # range of the factor
 BEND = 0.15  # largest difference between an entry of a warp's 2*2 matrix and the identity's
-ALONE = Workers()
 SHIFT = 2  # largest shift of a warp, in pixels, along each axis
 
 

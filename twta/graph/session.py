@@ -1,16 +1,11 @@
-"""The device, its native precision, sessions on it, and the signals that stop a training."""
-import contextlib
+"""The device, its native precision, and sessions on it."""
 import os
-import signal
 
 from twta import UsageError, processor
 from twta.graph.tf1 import ONEDNN, native_chatter_hidden, tf
 
 # with these values of ONEDNN_MAX_CPU_ISA, oneDNN may not use bfloat16 instructions
 WITHOUT_BFLOAT16 = ('SSE41', 'AVX', 'AVX2', 'AVX2_VNNI', 'AVX2_VNNI_2', 'AVX512_CORE', 'AVX512_CORE_VNNI')
-
-# Ctrl-C, a request to end, a closed terminal, a warning before preemption (Slurm's --signal=USR1); Windows has two
-STOPS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]
 
 
 def find_gpus():
@@ -98,23 +93,3 @@ def session_config(gpu_index):
                     for count, variable in zip(chosen, processor.THREADS, strict=True))
     return configuration(gpu_options=gpu_options, intra_op_parallelism_threads=intra,
                          inter_op_parallelism_threads=inter)
-
-
-@contextlib.contextmanager
-def stop_signals():
-    """Yield a list that collects the signals STOPS; a second signal of a kind has its usual effect."""
-    caught = []
-    usual = {number: signal.getsignal(number) for number in STOPS}
-
-    def catch(number, frame):
-        caught.append(number)
-        signal.signal(number, usual[number])
-
-    for number, handler in usual.items():
-        if handler is not signal.SIG_IGN:  # a shell starts background jobs with SIGINT ignored, nohup with SIGHUP
-            signal.signal(number, catch)
-    try:
-        yield caught
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)

@@ -11,7 +11,16 @@ ROUNDING = 1.05 * 2.0 ** -24  # unit roundoff of float32, and room for the bound
 OVERFLOW = 1e30  # sum of |weights|; from there on float32 decides nothing
 
 
-class Encoder:
+class Memory:
+    """What gives addresses of arrays to kernels, and keeps the arrays as long as itself in the list `kept`."""
+
+    def keep(self, array):
+        """Keep an array; return its address."""
+        self.kept.append(array)
+        return address(array)
+
+
+class Encoder(Memory):
     """The prepared images of a network and its encoder.
 
     x          prepared images, float32 [batch, padded height, padded width, channels]
@@ -51,11 +60,6 @@ class Encoder:
             'n_groups': len(order), 'y': y, 'y_image': y_image, 'y_plane': y_plane, 'y_at': self.keep(y_at(span)),
             'positions': math.prod(out[:2]), 'span': span}
         self.row = np.array([values[column] for column in COLUMNS], np.int64)
-
-    def keep(self, array):
-        """Keep an array as long as the encoder; return its address."""
-        self.kept.append(array)
-        return address(array)
 
     def take(self, images):
         """Return crop and largest of these images for encoder_kernels.prepare; put a stem's maps into the memory."""

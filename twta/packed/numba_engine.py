@@ -23,7 +23,7 @@ import numpy as np
 
 from twta import processor
 from twta.packed import file_format, kernels
-from twta.packed.encoder import Encoder, address, aligned, positions
+from twta.packed.encoder import Encoder, Memory, address, aligned, positions
 from twta.packed.numpy_engine import check_images
 from twta.packed.pool import POOL, call, count_threads
 from twta.packed.vectors import processor_of_code
@@ -87,7 +87,7 @@ class Planes:
         return np.moveaxis(values, 1, -1).reshape(n, *self.shape)
 
 
-class CompiledEngine:
+class CompiledEngine(Memory):
     """What engines share that numba compiles: the results, and copies.
 
     packed, threads, batch    network, number of threads, most images
@@ -138,7 +138,7 @@ class NumbaEngine(CompiledEngine):
             self.planes.append(Planes(self.batch, out, reader.groups, *file_format.border(out, reader), reader.border))
         out = shapes[-1][3]
         self.planes.append(Planes(self.batch, out, 1, (0, 0), out[:2]))
-        first, self.kept = self.planes[0], []  # kept: the arrays whose addresses are in the table
+        first, self.kept = self.planes[0], []
         filters = readers_order(first.shape[2], first)
         self.encoder = Encoder(packed, self.batch, filters, outputs_of(filters, first),
                                (address(first.data), first.image, first.plane, first.places))
@@ -165,14 +165,13 @@ class NumbaEngine(CompiledEngine):
         offsets = offsets.ravel().astype(np.int64)
         span = 8 // math.gcd(8, math.prod(out[:2]))
         x_at = positions(span, source.image, out, layer.stride * source.row, layer.stride * source.cell)
-        y_at = target.places(span)
         outputs = outputs_of(filters, target)[blocks]
         descriptions = describe_blocks(layer, filters[blocks], groups * source.group, outputs)
-        self.kept += [weights, offsets, x_at, y_at, descriptions]
         values = {'kind': groups.shape[1], 'x': address(source.data), 'x_image': source.image, 'x_plane': source.plane,
-                  'x_at': address(x_at), 'w': address(weights), 'w_block': weights[0].nbytes, 'words': len(offsets),
-                  'words_at': address(offsets), 'blocks': address(descriptions), 'n_blocks': len(blocks),
-                  'y': address(target.data), 'y_image': target.image, 'y_plane': target.plane, 'y_at': address(y_at),
+                  'x_at': self.keep(x_at), 'w': self.keep(weights), 'w_block': weights[0].nbytes, 'words': len(offsets),
+                  'words_at': self.keep(offsets), 'blocks': self.keep(descriptions), 'n_blocks': len(blocks),
+                  'y': address(target.data), 'y_image': target.image, 'y_plane': target.plane,
+                  'y_at': self.keep(target.places(span)),
                   'positions': math.prod(out[:2]), 'span': span}
         return [values[column] for column in kernels.COLUMNS]
 

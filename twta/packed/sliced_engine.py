@@ -89,7 +89,7 @@ class SlicedEngine(CompiledEngine):
             self.planes.append(Map(out, *file_format.border(out, reader), reader.border))
         out = shapes[-1][3]
         self.planes.append(Map(out, (0, 0), out[:2], 0))
-        self.kept = []  # the arrays whose addresses are in the tables
+        self.kept = []
         first, last = self.planes[0], self.planes[-1]
         rows = [{'y': address(first.data), 'y_at': self.keep(first.places(first.shape[:2], 1, first.before))}]
         for (layer, *_), source, target in zip(shapes[1:], self.planes, self.planes[1:], strict=False):
@@ -106,11 +106,6 @@ class SlicedEngine(CompiledEngine):
         self.last = last.data.reshape(-1, last.channels, 2, SIZE)
         self.features = Planes(IMAGES, last.shape, 1, (0, 0), last.shape[:2])
         self.classifier = lay_out_classifier(packed, last.shape, last.channels)
-
-    def keep(self, array):
-        """Keep an array as long as the engine; return its address."""
-        self.kept.append(array)
-        return address(array)
 
     def lay_out(self, layer, source, target):
         """Return a ternary layer's row of the table, by column; it reads one Map and writes another."""

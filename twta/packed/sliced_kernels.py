@@ -21,8 +21,8 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from twta.packed.encoder_kernels import N_GROUPS, OUTPUT_MAP, encode, prepare
-from twta.packed.encoder_kernels import POSITIONS as ENCODER_POSITIONS
+from twta.packed import encoder_kernels
+from twta.packed.encoder_kernels import encode, prepare
 from twta.packed.kernels import classify
 from twta.packed.pool import compiled
 from twta.packed.vectors import INT, LONG, load, peek, splat, vector
@@ -210,8 +210,9 @@ def run_encoder(row, largest, images, planes, y, y_at, task):
     """
     first = PART * task
     row = row.copy()
-    row[OUTPUT_MAP] += task * planes[0].size - first  # encode adds an image's number
-    encode(row, largest, first, min(images, first + PART), 0, row[N_GROUPS], 0, row[ENCODER_POSITIONS])
+    row[encoder_kernels.OUTPUT_MAP] += task * planes[0].size - first  # encode adds an image's number
+    encode(row, largest, first, min(images, first + PART), 0, row[encoder_kernels.N_GROUPS], 0,
+           row[encoder_kernels.POSITIONS])
     for position in range(planes.shape[2]):
         for block in range(planes.shape[3]):
             nonzero, negative = planes[task, 0, position, block], planes[task, 1, position, block]

@@ -11,7 +11,6 @@ All flags but those below are the script's; its --help explains them. The script
 docs/scale.md.
 """
 import argparse
-import contextlib
 import importlib.util
 import os
 import shutil
@@ -22,9 +21,8 @@ import time
 
 from twta import UsageError, files, processor
 from twta.sweep import jobs, plan, table
-from twta.terminal import Parser, complain, errors_in_a_line, path, positive_integer, say
+from twta.terminal import STOPS, Parser, complain, errors_in_a_line, path, positive_integer, say, stop_signals
 
-STOPS = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]
 LOOK = {False: 0.5, True: 5}  # seconds between two looks at the runs, on this machine and on Slurm
 OWN = '-h', '--help', '--sweep_dir', '--parallel', '--slurm', '--debug'  # all other flags are the script's
 DONE = 'done'
@@ -117,7 +115,7 @@ def sweep(sweep_dir, runs, swept, slurm, parallel, threads):
     for run in runs:
         if states[run.name] == 'locked':
             complain(f'{run.label}: another training is writing there; repeat the command after its end')
-    with catching_signals() as stops:
+    with stop_signals(is_each_caught=True) as stops:
         if todo:
             run_all(sweep_dir, todo, states, slurm, limit, threads, stops)
     table.write(sweep_dir, table.measure(runs, states), swept)
@@ -125,21 +123,6 @@ def sweep(sweep_dir, runs, swept, slurm, parallel, threads):
         say('stopped; go on with the same command')
         return 128 + stops[0]
     return 0 if set(states.values()) == {DONE} else 1
-
-
-@contextlib.contextmanager
-def catching_signals():
-    """Yield a list that collects the signals STOPS, except those that are ignored (nohup)."""
-    caught = []
-    usual = {number: signal.getsignal(number) for number in STOPS}
-    for number, handler in usual.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, lambda number, frame: caught.append(number))
-    try:
-        yield caught
-    finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
 
 
 def run_all(sweep_dir, todo, states, slurm, limit, threads, stops):

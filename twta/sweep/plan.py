@@ -36,7 +36,6 @@ def make_runs(script, words, sweep_dir):
 
     The same flags twice are one run.
 
-
     words        the flags of the script; each may have several values
     sweep_dir    None: runs/sweep-SCRIPT beside README.md
 

@@ -6,9 +6,7 @@ from twta.graph.tf1 import tf
 from twta.graph.variables import MOMENTS, moved
 from twta.training import teacher
 from twta.training.blocks import value_fractions
-from twta.workers import Workers
-
-ALONE = Workers()
+from twta.workers import ALONE
 
 
 class Measures(NamedTuple):

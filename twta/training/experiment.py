@@ -18,11 +18,11 @@ from twta import TwtaError, UsageError, describe_fault, files, results
 from twta.data import datasets
 from twta.data.datasets import Dataset
 from twta.graph import fast
-from twta.graph.session import choose_precision, describe, find_gpu, make_deterministic, stop_signals
+from twta.graph.session import choose_precision, describe, find_gpu, make_deterministic
 from twta.graph.tf1 import tf
 from twta.options import with_defaults
 from twta.results import accuracy
-from twta.terminal import say
+from twta.terminal import say, stop_signals
 from twta.training import checkpoints, cluster, records, run_directory, teacher
 from twta.training.build import build_graph
 from twta.training.evaluation import describe_network, evaluate, save
