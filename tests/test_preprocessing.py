@@ -187,3 +187,19 @@ def test_whole_images_are_warped_each_in_its_own_way_by_seed_and_step():
     np.testing.assert_array_equal(first, run(preprocessing.for_training, images, 0, 3, 7, 'geometric'))
     for seed, step in ((4, 7), (3, 8)):
         assert np.abs(first - run(preprocessing.for_training, images, 0, seed, step, 'geometric')).max() > 0.1
+
+
+@pytest.mark.parametrize('crop, side', [(24, 24), (0, 32)])
+def test_cutout_erases_a_square_anywhere(crop, side, monkeypatch):
+    """The centres of the squares are uniform, near the borders too."""
+    monkeypatch.setattr(preprocessing, 'warp', lambda images, draws: images)
+    found = run(preprocessing.for_training, IMAGES | 1, crop, 3, 7, 'cutout')
+    erased = (found == 0).all(axis=3)
+    rows, columns = erased.any(2), erased.any(1)
+    assert (erased == (rows[:, :, None] & columns[:, None])).all()
+    for lines in (rows, columns):
+        sizes = lines.sum(1)
+        inside = ~lines[:, 0] & ~lines[:, -1]
+        assert set(sizes[inside]) == {8} and sizes.min() >= 4 and sizes.max() == 8
+        assert chisquare(np.bincount(lines[inside].argmax(1) - 1, minlength=side - 9)).pvalue > 0.001
+        assert inside.mean() == pytest.approx(1 - 9 / side, abs=0.05)

@@ -37,10 +37,32 @@ def softmax(logits):
 def test_the_loss_is_that_of_the_paper(session):
     rng = np.random.default_rng(0)
     student, of_teacher = rng.standard_normal((2, 7, 10)).astype(np.float32) * 3
-    found = session.run(teacher_module.mixed_loss(tf.constant(1.5), tf.constant(student), tf.constant(of_teacher)))
+    found = session.run(teacher_module.distilled(tf.constant(1.5), tf.constant(student), tf.constant(of_teacher)))
     share, temperature = teacher_module.SHARE, teacher_module.TEMPERATURE
     soft = -(softmax(of_teacher / temperature) * np.log(softmax(student / temperature))).sum(1).mean()
     np.testing.assert_allclose(found, (1 - share) * 1.5 + share * temperature ** 2 * soft, rtol=1e-5)
+
+
+def test_hints_are_cosines_between_maps(session):
+    rng = np.random.default_rng(0)
+    x, target = rng.standard_normal((2, 5, 3, 3, 4)) + np.reshape([2, -1], [2, 1, 1, 1, 1])
+    a, b = ((values - values.mean()).reshape(5, -1) for values in (x, target))
+    length = np.linalg.norm(a, axis=1, keepdims=True) * np.linalg.norm(b, axis=1, keepdims=True)
+    cosine = (a * b).sum(1, keepdims=True) / length
+    x = tf.constant(x, tf.float32)
+    loss = teacher_module.unlikeness(x, tf.constant(target, tf.float32))
+    found, gradient = session.run([loss, tf.gradients(3 * loss, x)[0]])
+    np.testing.assert_allclose(found, (1 - cosine).mean(), rtol=1e-5)
+    expected = -3 / 5 * (b / length - cosine * a / (a * a).sum(1, keepdims=True))
+    np.testing.assert_allclose(gradient.reshape(5, -1), expected, atol=1e-6)
+
+
+def test_a_network_of_maps_without_variation_has_a_loss(session):
+    """A hint of a map in which all values are equal has no direction."""
+    flat = tf.zeros([2, 3])
+    loss = teacher_module.unlikeness(flat, flat)
+    found, gradient = session.run([loss, tf.gradients(loss, flat)[0]])
+    assert found == 1 and not gradient.any()
 
 
 def test_a_resumed_run_keeps_its_teacher(teacher, tmp_path, monkeypatch, capsys):

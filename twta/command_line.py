@@ -111,7 +111,8 @@ def add_training(add, datasets, defaults):
              f'shorter, then down to 0 along half a cosine (default: {defaults["schedule"]})')
     add('--augmentation', choices=WAYS['augmentation'],
         help='changes of the training images. published: none for MNIST; crop, flip, brightness and contrast for '
-             'CIFAR-10. geometric: a random affine map for MNIST; crop and flip for CIFAR-10 (default: published)')
+             'CIFAR-10. geometric: a random affine map for MNIST; crop and flip for CIFAR-10. cutout: geometric, and a '
+             'square of 8*8 pixels is erased (default: published)')
     add('--protocol', choices=WAYS['protocol'],
         help='short sets the defaults of the four flags before this one to '
              f'{short["learning_rate"]:g}, {short["epochs"]}, {short["schedule"]} and {short["augmentation"]} '
@@ -152,7 +153,7 @@ def add_network(add, options):
              'network that it was trained with')
     add('--teacher', type=path, metavar='NPZ',
         help='model.npz of the same script trained with --quantize nothing: training then follows its probabilities '
-             'too, image by image (distillation); a resumed run keeps its teacher')
+             'and the sums in its layers too, image by image (distillation); a resumed run keeps its teacher')
     add('--checkpoint', choices=('last', 'best'), default='last',
         help='which checkpoint inference and export read: the last, or the best on the validation images; without '
              'validation images best is the last (default: last)')

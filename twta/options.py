@@ -10,7 +10,7 @@ SUFFIXES = {'twta': '.twta', 'npz': '.npz', 'c': '.h', 'onnx': '.onnx', 'qonnx':
             'nir': '.nir', 'html': '.html'}  # end of the file name for each --format
 
 # valid values of the training flags
-WAYS = {'schedule': ('constant', 'cosine'), 'augmentation': ('published', 'geometric'),
+WAYS = {'schedule': ('constant', 'cosine'), 'augmentation': ('published', 'geometric', 'cutout'),
         'protocol': ('published', 'short')}
 
 # --protocol short, per data set

@@ -57,20 +57,24 @@ def binarize_weights(w, groups=1):
 # Activations
 
 
-def ternarize_activations(x, d=0.5, highest=1):
+def ternarize_activations(x, d=0.5, passed=None):
     """Return ternary activations x' in {-1, 0, +1} for batch-normalised sums x; d may be a scalar tensor.
 
+    passed    function of x and dL/dx' that returns dL/dx; None: pass_unclipped
+
     forward   x' = +1 if x >= d, -1 if x <= -d, else 0
-    backward  dL/dx = dL/dx' if -1 <= x <= highest, else 0: for 1 the gradient of a clip to [-1, 1] before the steps
+    backward  dL/dx = dL/dx' if |x| <= 1, else 0: the gradient of a clip to [-1, 1] before the steps; or what `passed`
+              returns
               dL/dd = -sum(sign(x) * dL/dx): this gradient treats the step at d as a ramp over [0, 1], the step at -d
               as a ramp over [-1, 0]; a higher d moves the ramps apart
     """
+    passed = passed or pass_unclipped
 
     @tf.custom_gradient
     def straight_through(x, d):
         def backward(gradient):
-            passed = pass_between(x, gradient, highest)
-            return passed, -tf.reduce_sum(tf.sign(x) * passed)
+            by_x = passed(x, gradient)
+            return by_x, -tf.reduce_sum(tf.sign(x) * by_x)
 
         return ternarize(x, d), backward
 
@@ -84,9 +88,10 @@ def ternarize_from_rest(x, d=0.5):
     """Return ternary activations as a ReLU in three steps: -1 stands for 0, the state of rest. See Network on `rest`.
 
     forward   as in ternarize_activations
-    backward  dL/dx = dL/dx' if -1 <= x <= 3, else 0: as for a ReLU, few large sums are without gradient
+    backward  dL/dx = dL/dx' * clip(1.5 - |x|, 0, 1): around each of the two steps a triangle of half width 1, as in
+              surrogate gradients of spiking neurons (arXiv:1901.09948)
     """
-    return ternarize_activations(x, d, highest=3)
+    return ternarize_activations(x, d, passed=pass_near_steps)
 
 
 ternarize_from_rest.levels = ternarize_activations.levels
@@ -144,12 +149,13 @@ def ternarize(x, d):
     return tf.cast(x >= d, x.dtype) - tf.cast(x <= -d, x.dtype)
 
 
+@compiled
 def pass_unclipped(x, gradient):
     """Return the gradient if |x| <= 1, else 0: the backward rule of the activations."""
-    return pass_between(x, gradient, 1)
+    return tf.where(tf.abs(x) <= 1, gradient, tf.zeros_like(gradient))
 
 
 @compiled
-def pass_between(x, gradient, highest):
-    """Return the gradient if -1 <= x <= highest, else 0."""
-    return tf.where((x >= -1) & (x <= highest), gradient, tf.zeros_like(gradient))
+def pass_near_steps(x, gradient):
+    """Return the gradient times clip(1.5 - |x|, 0, 1): the backward rule of ternarize_from_rest."""
+    return gradient * tf.clip_by_value(1.5 - tf.abs(x), 0, 1)

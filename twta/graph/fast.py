@@ -7,8 +7,7 @@ filter gradients       TensorFlow's bfloat16 kernel (oneDNN) is slow if the rows
                        to twenty times as long as one matrix product with the same result.
 passes over memory     An activation is compared, cast and subtracted in five operations. XLA compiles them into one.
 
-On a GPU, TensorFlow's own kernels do everything: this module is untested there, and XLA needs parts of CUDA that
-TensorFlow does not.
+On a GPU, TensorFlow's own kernels do everything: XLA needs parts of CUDA that TensorFlow does not.
 
 Some processors lack two things, which this module replaces:
 

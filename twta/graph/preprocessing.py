@@ -4,7 +4,9 @@ The `crop` of a data set selects the treatment. 0: whole images, pixels / 256. 2
 from TensorFlow's tutorial. Training takes a random crop of 24*24 with random flip, brightness and contrast; evaluation
 takes the central crop. Each image is then standardised.
 
---augmentation geometric is not published: in training, whole images are warped; crops keep brightness and contrast.
+Two other ways of --augmentation are not published. geometric: whole images are warped; crops keep brightness and
+contrast. cutout: the same, and a square of each image is erased ("Improved Regularization of Convolutional Neural
+Networks with Cutout", arXiv:1708.04552).
 """
 from twta.graph.tf1 import tf
 from twta.workers import ALONE
@@ -13,25 +15,29 @@ PIXEL_RANGE = 256  # as published, not 255; exact in bfloat16
 BRIGHTNESS = 63  # largest change, up or down, in grey levels
 CONTRAST = 0.2, 1.8  # range of the factor
 BEND = 0.15  # largest difference between an entry of a warp's 2*2 matrix and the identity's
+SQUARE = 8  # side of what cutout erases, in pixels
 SHIFT = 2  # largest shift of a warp, in pixels, along each axis
 
 
 def for_training(images, crop, seed, step, augmentation='published', workers=ALONE):
     """Return images, uint8 [batch, height, width, channels], as augmented float32 images.
 
-    augmentation    'published' or 'geometric'
+    augmentation    'published', 'geometric' or 'cutout'
     seed, step      integers or int32 tensors that determine all random draws
     workers         Workers; if there are several, the images are this worker's rows of the global batch, and each gets
                     the draws that it would get in the whole batch
     """
     if not crop and augmentation == 'published':
         return scale(images)
-    shape = [workers.count * tf.shape(images)[0], 5 if crop else 6]
+    erases = augmentation == 'cutout'
+    shape = [workers.count * tf.shape(images)[0], (5 if crop else 6) + 2 * erases]
     draws = tf.random.stateless_uniform(shape, tf.stack([seed, step]))[workers.rows]
-    if not crop:
-        return warp(scale(images), draws)
-    x = crop_and_flip(images, crop, draws[:, :3])
-    return standardize(jitter(x, draws[:, 3:]) if augmentation == 'published' else x)
+    if crop:
+        x = crop_and_flip(images, crop, draws[:, :3])
+        x = standardize(jitter(x, draws[:, 3:5]) if augmentation == 'published' else x)
+    else:
+        x = warp(scale(images), draws[:, :6])
+    return erase(x, draws[:, -2:]) if erases else x
 
 
 def for_evaluation(images, crop):
@@ -97,6 +103,14 @@ def jitter(x, draws):
     x += BRIGHTNESS * (2 * draws[..., 0] - 1)
     mean = tf.reduce_mean(x, [1, 2], keepdims=True)
     return (x - mean) * (CONTRAST[0] + (CONTRAST[1] - CONTRAST[0]) * draws[..., 1]) + mean
+
+
+def erase(images, draws):
+    """Return images with 0 in a square of 8*8 pixels; its centre, by draws [batch, 2], is anywhere in the image."""
+    rows, columns = (tf.abs(tf.range(0.5, side) - draws[:, i:i + 1] * side) < SQUARE / 2
+                     for i, side in enumerate(images.shape.as_list()[1:3]))
+    square = rows[:, :, tf.newaxis, tf.newaxis] & columns[:, tf.newaxis, :, tf.newaxis]
+    return images * tf.cast(~square, images.dtype)
 
 
 def standardize(images):

@@ -75,7 +75,7 @@ def build_graph(model, image_shape, crop, seed, precision=None, augmentation='pu
             with tf.control_dependencies(tf.get_collection(tf.GraphKeys.UPDATE_OPS) if workers.count == 1 else []):
                 loss = training.loss / tf.cast(tf.size(labels), tf.float32)
                 if taught_by:
-                    loss = teacher.mixed_loss(loss, trained.outputs, teacher_net.outputs)
+                    loss = teacher.mixed_loss(loss, trained, teacher_net)
                 optimizer = tf.train.AdamOptimizer(learning_rate)
                 if workers.count == 1:
                     training = training._replace(step=optimizer.minimize(loss))

@@ -58,10 +58,10 @@ def name_options(options):
 
 
 def name_schedule(schedule, augmentation):
-    """Return constant, cosine, short (cosine with geometric augmentation) or constant-geometric."""
+    """Return constant, cosine, short (cosine with geometric augmentation), constant-geometric, cosine-cutout, ..."""
     if augmentation == 'published':
         return schedule
-    return 'short' if schedule == 'cosine' else f'{schedule}-{augmentation}'
+    return 'short' if (schedule, augmentation) == ('cosine', 'geometric') else f'{schedule}-{augmentation}'
 
 
 def list_options(options):

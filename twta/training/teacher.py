@@ -1,19 +1,24 @@
-"""The teacher of --teacher: a full-precision network of the same script, whose probabilities a network learns to give.
+"""The teacher of --teacher: a full-precision network of the same script, whose values a network learns to give.
 
-Source: "Distilling the Knowledge in a Neural Network" (arXiv:1503.02531), section 2. Teacher and student see the same
-augmented images. docs/experiments.md has what it gains.
+It learns the teacher's probabilities ("Distilling the Knowledge in a Neural Network", arXiv:1503.02531, section 2) and,
+layer by layer, its hints: the sums that the teacher's activations get ("FitNets", arXiv:1412.6550, section 2.2; both
+networks have the same layers, so no regressor stands between them). Teacher and student see the same augmented images.
+docs/experiments.md has what each gains.
 """
 import functools
 from pathlib import Path
 
 from twta import UsageError
 from twta.data.download import digest
+from twta.graph.fast import compiled
 from twta.graph.tf1 import tf
 from twta.options import with_defaults
 from twta.training import run_directory
+from twta.training.blocks import read_blocks
 
 SHARE = 0.7  # of the teacher in the loss; the labels have the rest
 TEMPERATURE = 2.0  # of both probabilities
+TINY = 1e-12  # least squared length of a map; below, it has no direction
 SCOPE = 'teacher'  # of its variables
 
 
@@ -69,11 +74,55 @@ def build(model, x):
 
 
 def mixed_loss(labels_loss, student, teacher):
-    """Return the loss of a batch: the mean cross-entropy with the labels and with the teacher, weighted by SHARE.
+    """Return the loss of a batch: labels_loss and the teacher's probabilities, weighted by SHARE, and the hints.
 
     labels_loss         mean cross-entropy with the labels
-    student, teacher    logits [batch, classes]
+    student, teacher    last layers of the networks
     """
+    pairs = zip(read_blocks(student)[1:-1], read_blocks(teacher)[1:-1], strict=True)
+    hints = tf.add_n([unlikeness(learner.batch_norm.outputs, model.batch_norm.outputs) for learner, model in pairs])
+    return distilled(labels_loss, student.outputs, teacher.outputs) + hints
+
+
+def distilled(labels_loss, student, teacher):
+    """Return the mean cross-entropy with the labels and with the teacher, from the logits [batch, classes] of both."""
     target = tf.stop_gradient(tf.nn.softmax(tf.cast(teacher, tf.float32) / TEMPERATURE))
     found = tf.nn.softmax_cross_entropy_with_logits(labels=target, logits=tf.cast(student, tf.float32) / TEMPERATURE)
     return (1 - SHARE) * labels_loss + SHARE * TEMPERATURE ** 2 * tf.reduce_mean(found)
+
+
+def unlikeness(x, target):
+    """Return 1 - the cosine between the maps of an image in student and teacher, mean over the batch.
+
+    x, target    sums after batch normalisation, [batch, ...]; of each, the mean of all values is subtracted first
+    """
+    @tf.custom_gradient
+    def of(x, target):
+        (a, mean), (b, mean_of_target) = centred(x), centred(target)
+        product, size, size_of_target = (tf.reduce_sum(pair, 1) for pair in (a * b, a * a, b * b))
+        size, size_of_target = tf.maximum(size, TINY), tf.maximum(size_of_target, TINY)
+        length = tf.sqrt(size) * tf.sqrt(size_of_target)
+        cosine = product / length
+
+        def backward(gradient):
+            scale = gradient / tf.cast(tf.size(cosine), tf.float32)
+            by_map, by_target = scale * cosine / size, -scale / length
+            offset = -by_map * mean - by_target * mean_of_target
+            shape = [-1] + [1] * (x.shape.rank - 1)
+            return combined(x, target, *(tf.reshape(factor, shape) for factor in (by_map, by_target, offset))), None
+
+        return tf.reduce_mean(1 - cosine), backward
+
+    return of(x, target)
+
+
+def centred(x):
+    """Return the maps as rows minus the mean of all values, float32 [batch, values], and this mean."""
+    x = tf.reshape(tf.cast(x, tf.float32), [tf.shape(x)[0], -1])
+    mean = tf.reduce_mean(x)
+    return x - mean, mean
+
+
+@compiled
+def combined(x, target, by_x, by_target, offset):
+    return tf.cast(by_x * tf.cast(x, tf.float32) + by_target * tf.cast(target, tf.float32) + offset, x.dtype)
