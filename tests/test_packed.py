@@ -221,6 +221,29 @@ def test_eight_filters_that_read_several_groups(sources):
         np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.parametrize('layers', [
+    [(40, 3, 1, 'SAME', 1), (40, 2, 2, 'VALID', 40), (16, 3, 1, 'SAME', 8)],  # the reader has groups
+    [(130, 1, 1, 'SAME', 1), (130, 3, 2, 'SAME', 130), (130, 2, 1, 'SAME', 130)],  # twice, and last
+    [(8, 2, 1, 'SAME', 1), (2, 3, 1, 'SAME', 2), (2, 8, 8, 'VALID', 2), (8, 1, 1, 'SAME', 1)]])  # 64 cells
+@pytest.mark.parametrize('border', [-1, 0, 1])
+def test_filters_that_read_a_channel_each(layers, border):
+    """As in pooling without weights, with any weights and thresholds: some are out of reach, some always reached."""
+    rng = np.random.default_rng(len(layers) + border)
+    packed = random_packed((8, 8, 3), 0, layers)
+    hostile = []
+    for layer in packed.layers[1:]:
+        most = file_format.fan_in(layer.weights)
+        upper = rng.integers(-most, most + 2, layer.upper.shape, np.int32)
+        hostile.append(layer._replace(border=border, upper=upper, lower=rng.integers(-most - 1, upper, dtype=np.int32)))
+    packed = packed._replace(layers=(packed.layers[0], *hostile))
+    engine = numba_engine.NumbaEngine(packed, 2)
+    assert kernels.POOLING in engine.table[1:, kernels.KIND]
+    for count in (1, 3):
+        x = random_images(packed, count)
+        for found, expected in zip(engine.activations(x), numpy_engine.NumpyEngine(packed).activations(x), strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
 def test_sums_on_the_thresholds_fire():
     """Check that upper and lower are inclusive: with thresholds equal to the sums, every filter fires."""
     base = random_packed((6, 6, 1), 0, [(16, 3, 1, 'SAME', 1), (8, 6, 1, 'VALID', 1)])

@@ -25,6 +25,7 @@ from numba.extending import intrinsic
 from twta.packed import encoder_kernels
 from twta.packed.encoder_kernels import encode, prepare
 from twta.packed.pool import compiled
+from twta.packed.pooling_kernels import pool
 from twta.packed.vectors import (
     INT,
     LONG,
@@ -47,6 +48,8 @@ WORDS_OF_BLOCKS = 18  # the least words of a block for sharing blocks: each thre
 # The kernels' kinds: the number of groups of channels that a block reads, and the block's bytes
 BYTES = {1: 1, 2: 2, 4: 4, 8: 1}
 
+POOLING = 0  # the kind of a layer for pooling_kernels
+
 # The description of a block: byte offsets of its fields
 UPPER, LOWER = 0, 128  # thresholds of the filters, int64, or int32 if the block has several bytes
 OUTPUTS = 256  # one int64 per byte; its offset at the first position, in an image of the output
@@ -55,7 +58,7 @@ BLOCK = 384  # bytes of a description
 
 # The columns of the table of layers, int64; one row per layer
 COLUMNS = (
-    'kind',  # groups of channels that a block reads: 1, 2, 4 or 8
+    'kind',  # groups of channels that a block reads: 1, 2, 4 or 8; or POOLING
     'x', 'x_image', 'x_plane', 'x_at',  # input: address, bytes per image and per plane, address of positions' offsets
     'w', 'w_block',  # weights: address, bytes per block
     'words', 'words_at',  # words under the kernel: number, address of their offsets from a position of the input
@@ -171,6 +174,9 @@ def run_layer(row, first, last, first_block, last_block, begin, end):
 
     begin, end    only positions begin to end - 1 of each image are computed
     """
+    if row[KIND] == POOLING:
+        pool(row, first, last, begin, end)
+        return
     (kind, x, x_image, x_plane, x_at, w, w_block, words, words_at, blocks, _, y, y_image, y_plane, y_at, count,
      span) = row
     if begin > 0 or end < count:

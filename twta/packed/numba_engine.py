@@ -13,6 +13,9 @@ run, its weights there are zero. The compiled code computes one byte of a cell i
 several bytes. So the writer takes its filters in the order of the reader's bytes. Eight filters in that order read one,
 two, four or eight groups of the writer's own input. Two bytes that read the same two groups, and four that read the
 same four, are computed together.
+
+If each filter of a layer reads a channel of its own, as in pooling without weights, its input has one group, whose
+channels lie in the order of its filters: see twta.packed.pooling_kernels.
 """
 import functools
 import itertools
@@ -26,6 +29,7 @@ from twta.packed import file_format, kernels
 from twta.packed.encoder import Encoder, Memory, address, aligned, positions
 from twta.packed.numpy_engine import check_images
 from twta.packed.pool import POOL, call, count_threads
+from twta.packed.pooling_kernels import bits_of
 from twta.packed.vectors import processor_of_code
 
 if numba.config.DISABLE_JIT:
@@ -56,14 +60,19 @@ class Planes:
     before    rows and columns of padding before the map
     padded    height and width with padding
     border    activation of the cells of the padding
+    order     channel of each bit of the cells, int [groups, bits]; -1 stands for none. By default group g of G has the
+              channels g, g + G, g + 2G, ...
 
     Its sizes cell, row, group, image and plane are in bytes.
     """
 
-    def __init__(self, batch, shape, groups, before, padded, border=0):
-        self.shape, self.groups, self.before = shape, groups, before
-        self.channels = shape[2] // groups  # per cell
-        self.cell = -(-self.channels // 8)
+    def __init__(self, batch, shape, groups, before, padded, border=0, order=None):
+        if order is None:
+            lane = np.arange(-(-shape[2] // groups // 8) * 8)
+            order = np.where(lane < shape[2] // groups, lane * groups + np.arange(groups)[:, np.newaxis], -1)
+        self.shape, self.before, self.order = shape, before, order
+        groups, bits = order.shape
+        self.cell = bits // 8
         self.row = padded[1] * self.cell
         self.group = padded[0] * self.row
         self.image = groups * self.group
@@ -79,12 +88,13 @@ class Planes:
     def unpack(self, n):
         """Return the activations of the first n images, int8 [n, height, width, channels]."""
         height, width, _ = self.shape
-        cells = self.data[:, :n * self.image].reshape(2, n, self.groups, -1, self.row // self.cell, self.cell)
+        cells = self.data[:, :n * self.image].reshape(2, n, len(self.order), -1, self.row // self.cell, self.cell)
         top, left = self.before
-        bits = np.unpackbits(cells[:, :, :, top:top + height, left:left + width], axis=-1, count=self.channels,
-                             bitorder='little').astype(np.int8)
-        values = bits[0] - 2 * bits[1]  # [n, groups, height, width, channels of a group]
-        return np.moveaxis(values, 1, -1).reshape(n, *self.shape)
+        bits = np.unpackbits(cells[:, :, :, top:top + height, left:left + width], axis=-1, bitorder='little')
+        bits = np.moveaxis(bits.astype(np.int8), 2, -2).reshape(2, n, height, width, -1)
+        channel, values = self.order.ravel(), np.empty((n, *self.shape), np.int8)
+        values[..., channel[channel >= 0]] = (bits[0] - 2 * bits[1])[..., channel >= 0]
+        return values
 
 
 class CompiledEngine(Memory):
@@ -133,18 +143,20 @@ class NumbaEngine(CompiledEngine):
         shapes = list(file_format.shapes(packed))
         shape, padded = shapes[0][1], file_format.border(shapes[0][1], packed.layers[0])[1]
         self.batch = max(1, min(256, MEMORY // ((12 if packed.stem else 4) * math.prod(padded) * shape[2])))
-        self.planes = []
-        for (_, _, _, out), (reader, *_) in itertools.pairwise(shapes):
-            self.planes.append(Planes(self.batch, out, reader.groups, *file_format.border(out, reader), reader.border))
         out = shapes[-1][3]
-        self.planes.append(Planes(self.batch, out, 1, (0, 0), out[:2]))
+        self.planes = [Planes(self.batch, out, 1, (0, 0), out[:2])]
+        for (_, _, _, out), (reader, *_) in reversed(list(itertools.pairwise(shapes))):
+            order = words_of(self.planes[0].order) if has_a_channel_each(reader) else None
+            self.planes.insert(0, Planes(self.batch, out, reader.groups, *file_format.border(out, reader),
+                                         reader.border, order))
         first, self.kept = self.planes[0], []
-        filters = readers_order(first.shape[2], first)
+        filters = first.order.reshape(-1, 8)
         self.encoder = Encoder(packed, self.batch, filters, outputs_of(filters, first),
                                (address(first.data), first.image, first.plane, first.places))
         rows = [np.zeros(len(kernels.COLUMNS), np.int64)]
         for (layer, _, _, out), source, target in zip(shapes[1:], self.planes, self.planes[1:], strict=False):
-            rows.append(self.lay_out(layer, source, out, target))
+            lay_out = self.lay_out_pooling if has_a_channel_each(layer) else self.lay_out
+            rows.append(lay_out(layer, source, out, target))
         self.table = np.array(rows, np.int64)
         self.products = sum(math.prod(out) * file_format.fan_in(layer.weights) for layer, _, _, out in shapes)
         self.classifier = lay_out_classifier(packed, out, 8 * self.planes[-1].cell)
@@ -156,7 +168,7 @@ class NumbaEngine(CompiledEngine):
         out       shape of its output
         target    Planes that the layer writes
         """
-        filters = readers_order(out[2], target)
+        filters = target.order.reshape(-1, 8)
         height, width = layer.weights.shape[:2]
         blocks, groups = blocks_of(groups_read(filters, out[2] // layer.groups))
         offsets = np.arange(height)[:, np.newaxis] * source.row + 8 * np.arange(-(-width * source.cell // 8))
@@ -175,6 +187,29 @@ class NumbaEngine(CompiledEngine):
                   'positions': math.prod(out[:2]), 'span': span}
         return [values[column] for column in kernels.COLUMNS]
 
+    def lay_out_pooling(self, layer, source, out, target):
+        """Return a row of the table as lay_out does, for pooling_kernels."""
+        height, width, *_ = layer.weights.shape
+        cells, (filters,) = height * width, source.order
+        offsets = (np.arange(height)[:, np.newaxis] * source.row + np.arange(width) * source.cell).ravel()
+        weights = np.append(layer.weights.reshape(cells, -1), np.zeros((cells, 1), np.int8), axis=1)[:, filters]
+        masks = np.packbits(np.stack([weights != 0, weights < 0], axis=1), axis=-1, bitorder='little').view(np.uint64)
+        # the sum + cells is at least the first one, or less than the second one
+        limits = cells + np.stack([np.append(layer.upper, cells + 1), np.append(layer.lower, -cells - 1) + 1])
+        limits = limits[:, np.newaxis, filters]
+        bits = limits >> np.arange(bits_of(cells))[:, np.newaxis] & 1
+        thresholds = np.packbits(bits, axis=-1, bitorder='little').view(np.int64)
+        outputs = np.full(8 * thresholds.shape[-1], -1)
+        outputs[:target.order.size // 8] = outputs_of(target.order.reshape(-1, 8), target)
+        values = {'kind': kernels.POOLING, 'x': address(source.data), 'x_image': source.image, 'x_plane': source.plane,
+                  'x_at': self.keep(positions(1, 0, out, layer.stride * source.row, layer.stride * source.cell)),
+                  'w': self.keep(masks), 'w_block': masks.shape[-1], 'words': cells,
+                  'words_at': self.keep(offsets.astype(np.int64)),
+                  'blocks': self.keep(np.append(thresholds, outputs)), 'n_blocks': 1,
+                  'y': address(target.data), 'y_image': target.image, 'y_plane': target.plane,
+                  'y_at': self.keep(target.places(1)), 'positions': math.prod(out[:2]), 'span': 1}
+        return [values[column] for column in kernels.COLUMNS]
+
     def run(self, images):
         """Return logits, float32 [n, classes], and leave the activations in self.planes."""
         images, crop, largest = self.take(images)
@@ -188,15 +223,18 @@ class NumbaEngine(CompiledEngine):
         return logits
 
 
-def readers_order(filters, target):
-    """Return the filters of each byte of the target's cells, int [blocks, 8]; -1 stands for no filter."""
-    lane = np.arange(8 * target.cell)
-    order = np.where(lane < target.channels, lane * target.groups + np.arange(target.groups)[:, np.newaxis], -1)
-    return order.reshape(-1, 8)
+def has_a_channel_each(layer):
+    """Return whether each filter of a ternary layer reads one channel, and no other filter does."""
+    return 1 < layer.groups == layer.weights.shape[3] and layer.weights.shape[2] == 1
+
+
+def words_of(order):
+    """Return the order of Planes as that of one group, filled up to words of 64 bits."""
+    return np.append(order.ravel(), np.full(-order.size % 64, -1)).reshape(1, -1)
 
 
 def outputs_of(filters, target):
-    """Return the byte offset of each row of readers_order in an image of the target, int64."""
+    """Return the byte offset in an image of the target of each row of filters, its order byte by byte, int64."""
     index = np.arange(len(filters))
     return index // target.cell * target.group + index % target.cell
 

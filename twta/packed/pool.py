@@ -18,7 +18,7 @@ from twta import files, in_a_line, processor
 from twta.terminal import complain
 
 POOL = {'lock': threading.Lock(), 'is_used': False, 'is_lost': False}
-KERNELS = 'vectors.py', 'encoder_kernels.py', 'kernels.py', 'sliced_kernels.py'
+KERNELS = 'vectors.py', 'encoder_kernels.py', 'pooling_kernels.py', 'kernels.py', 'sliced_kernels.py'
 # numba's cache looks at the file of the outermost function only, so a digest of all kernels is in its name
 SOURCES = hashlib.sha256(b''.join(Path(__file__).with_name(name).read_bytes()
                                   for name in KERNELS)).hexdigest()[:8]

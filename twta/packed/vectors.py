@@ -8,7 +8,7 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-INT, LONG = (ir.IntType(bits) for bits in (32, 64))
+BYTE, INT, LONG = (ir.IntType(bits) for bits in (8, 32, 64))
 FLOAT, DOUBLE = ir.FloatType(), ir.DoubleType()
 
 
@@ -114,3 +114,22 @@ def fetch_add(context, address, number):
         return builder.atomic_rmw('add', place, arguments[1], 'seq_cst')
 
     return types.int64(types.int64, types.int64), emit
+
+@intrinsic
+def poke(context, address, word):
+    """Store the lowest byte of a word at an address."""
+    def emit(context, builder, signature, arguments):
+        byte = builder.trunc(arguments[1], BYTE)
+        builder.store(byte, builder.inttoptr(arguments[0], BYTE.as_pointer())).align = 1
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.uint64), emit
+
+
+@intrinsic
+def pointer(context, address):
+    """Return an address as a pointer to uint64."""
+    def emit(context, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], LONG.as_pointer())
+
+    return types.CPointer(types.uint64)(types.int64), emit
