@@ -74,6 +74,8 @@ def test_validation_images_choose_the_protocol_that_stands_for_a_script():
     several[0]['stages'] = several[1]['stages'] = [{**several[0]['stages'][0], 'learning_rate': 0.5}]
     assert tables.best_trained([*long, *several], 'TWTA_4_4_MNIST') == several
     assert tables.best_trained(long, 'TWTA_5_5_MNIST') == []
+    teacher = [{**run, 'choices': {'quantize': 'nothing'}} for run in runs(0.95, 0.95, 30, 1)]
+    assert tables.best_trained([*teacher, *best], 'TWTA_4_4_MNIST') == best
 
 
 def test_docstrings_and_the_first_table_say_that_images_are_recompressed():

@@ -59,13 +59,15 @@ def best_trained(records, script):
     """Return the runs of the script's protocol that is best on validation images, a list, empty without a record.
 
     If a protocol held no images out, the longest protocol is taken, then the one with the most seeds. The accuracy on
-    the test images never counts.
+    the test images never counts. Networks of which only a part is quantised are not that of the script.
     """
     def rank(runs):
         validation = [run['last']['validation_accuracy'] for run in runs]
         return 0 if None in validation else statistics.mean(validation), runs[0]['stages'][0]['epochs'], len(runs)
 
-    return max(by_protocol([record for record in records if record['script'] == script]), key=rank, default=[])
+    whole = [record for record in records
+             if record['script'] == script and record['choices'].get('quantize', 'both') == 'both']
+    return max(by_protocol(whole), key=rank, default=[])
 
 
 def test_accuracy(runs):
