@@ -13,6 +13,7 @@ from twta import TwtaError, UsageError
 from twta.graph.tf1 import tf
 from twta.training import teacher as teacher_module
 from twta.training.blocks import read_blocks
+from twta.training.records import without_places
 
 FLAGS = QUICK[2:]
 
@@ -81,6 +82,7 @@ def test_a_resumed_run_keeps_its_teacher(teacher, tmp_path, monkeypatch, capsys)
     assert any((alone[name] != value).any() for name, value in whole.items() if name.endswith('/W'))
     record = json.loads((tmp_path / 'whole' / 'record.json').read_text())
     assert record['name'].endswith('-taught') and len(record['flags']['teacher']) == 64
+    assert without_places(record) == record  # as twta.report --add takes it in
 
 
 def test_teachers_that_do_not_fit(teacher, finished_run, tmp_path):

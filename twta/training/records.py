@@ -29,10 +29,10 @@ def write_record(run_dir, config, state, parameters, loss, confusion, best):
 
 
 def without_places(config):
-    """Return config.json without the command and without every path but the name of the weights."""
+    """Return config.json, or a record, without the command and every path but the name of the weights."""
     flags = {name: value for name, value in config['flags'].items() if name not in PLACES}
     flags['weights'] = Path(flags['weights']).name if flags['weights'] else None
-    if flags.get('teacher'):
+    if isinstance(flags.get('teacher'), dict):  # in a record it is the SHA-256 already
         flags['teacher'] = flags['teacher']['sha256']
     data = {name: value for name, value in config['data'].items() if name != 'folder'}
     return {**{name: value for name, value in config.items() if name != 'command'}, 'flags': flags, 'data': data}
