@@ -175,17 +175,11 @@ class NumbaEngine(CompiledEngine):
         lanes = order_of_lanes(filters[blocks], groups.shape[1])
         weights = ternary_words(layer, lanes, source.cell, offsets.shape[1])
         offsets = offsets.ravel().astype(np.int64)
-        span = 8 // math.gcd(8, math.prod(out[:2]))
-        x_at = positions(span, source.image, out, layer.stride * source.row, layer.stride * source.cell)
         outputs = outputs_of(filters, target)[blocks]
         descriptions = describe_blocks(layer, filters[blocks], groups * source.group, outputs)
-        values = {'kind': groups.shape[1], 'x': address(source.data), 'x_image': source.image, 'x_plane': source.plane,
-                  'x_at': self.keep(x_at), 'w': self.keep(weights), 'w_block': weights[0].nbytes, 'words': len(offsets),
-                  'words_at': self.keep(offsets), 'blocks': self.keep(descriptions), 'n_blocks': len(blocks),
-                  'y': address(target.data), 'y_image': target.image, 'y_plane': target.plane,
-                  'y_at': self.keep(target.places(span)),
-                  'positions': math.prod(out[:2]), 'span': span}
-        return [values[column] for column in kernels.COLUMNS]
+        return self.row(layer, source, out, target, span=8 // math.gcd(8, math.prod(out[:2])), kind=groups.shape[1],
+                        w=self.keep(weights), w_block=weights[0].nbytes, words=len(offsets),
+                        words_at=self.keep(offsets), blocks=self.keep(descriptions), n_blocks=len(blocks))
 
     def lay_out_pooling(self, layer, source, out, target):
         """Return a row of the table as lay_out does, for pooling_kernels."""
@@ -201,13 +195,20 @@ class NumbaEngine(CompiledEngine):
         thresholds = np.packbits(bits, axis=-1, bitorder='little').view(np.int64)
         outputs = np.full(8 * thresholds.shape[-1], -1)
         outputs[:target.order.size // 8] = outputs_of(target.order.reshape(-1, 8), target)
-        values = {'kind': kernels.POOLING, 'x': address(source.data), 'x_image': source.image, 'x_plane': source.plane,
-                  'x_at': self.keep(positions(1, 0, out, layer.stride * source.row, layer.stride * source.cell)),
-                  'w': self.keep(masks), 'w_block': masks.shape[-1], 'words': cells,
-                  'words_at': self.keep(offsets.astype(np.int64)),
-                  'blocks': self.keep(np.append(thresholds, outputs)), 'n_blocks': 1,
-                  'y': address(target.data), 'y_image': target.image, 'y_plane': target.plane,
-                  'y_at': self.keep(target.places(1)), 'positions': math.prod(out[:2]), 'span': 1}
+        return self.row(layer, source, out, target, span=1, kind=kernels.POOLING, w=self.keep(masks),
+                        w_block=masks.shape[-1], words=cells, words_at=self.keep(offsets.astype(np.int64)),
+                        blocks=self.keep(np.append(thresholds, outputs)), n_blocks=1)
+
+    def row(self, layer, source, out, target, span, **values):
+        """Return a row of the table, by column: `values`, and what both kinds of layers have in common; see lay_out.
+
+        span    number of images that the positions' offsets cover
+        """
+        x_at = positions(span, source.image, out, layer.stride * source.row, layer.stride * source.cell)
+        values |= {'x': address(source.data), 'x_image': source.image, 'x_plane': source.plane,
+                   'x_at': self.keep(x_at), 'y': address(target.data), 'y_image': target.image,
+                   'y_plane': target.plane, 'y_at': self.keep(target.places(span)),
+                   'positions': math.prod(out[:2]), 'span': span}
         return [values[column] for column in kernels.COLUMNS]
 
     def run(self, images):

@@ -26,7 +26,7 @@ FOLDER = RESULTS / 'pictures'
 FILTERS = 'TWTA_4_4_MNIST', 'TWTA_3_3_CIFAR10_Group_V2'
 MISCLASSIFIED = SPIKING = 'TWTA_4_4_MNIST'  # its errors are shown, and its spikes, layer by layer
 LINES = {'constant': '--', 'short': '-'}  # style of a curve, by schedule
-OF_OPTIONS = '-.', (0, (8, 2, 1, 2, 1, 2)), (0, (2, 2, 6, 2))  # the same of networks with options
+OF_OPTIONS = '-.', (0, (8, 2, 1, 2, 1, 2)), (0, (2, 2, 6, 2))  # the same of networks with options or a teacher
 LAYERS = 'TWTA_3_3_CIFAR10_Group_V2'  # its costs are shown layer by layer
 FAMILIES = {'FP': ('float32', 'tab:grey', 's'), 'TWTA': ('TWTA', 'tab:blue', 'o'), 'TWBA': ('TWBA', 'tab:orange', '^'),
             'BWBA': ('BWBA', 'tab:red', 'v')}
@@ -104,13 +104,13 @@ def draw_curves(title, records):
     networks = [record for record in records
                 if record['script'].startswith(('FP', 'TWTA')) and record['curve'][key][-1] is not None]
     scripts = list(dict.fromkeys(record['script'] for record in networks))
-    variants = {}  # options: number
+    variants = {}  # options and whether a teacher helped: number
     for first, *_ in by_protocol([record for record in networks if len(record['stages']) == 1]):
         stage = first['stages'][0]
         style = LINES.get(name_schedule(stage['schedule'], stage['augmentation']), ':')
-        options = ', '.join(list_options(first['choices']))
-        if options:  # another network of the same script and colour
-            style = OF_OPTIONS[variants.setdefault(options, len(variants)) % len(OF_OPTIONS)]
+        variant = *list_options(first['choices']), bool(first['flags'].get('teacher'))
+        if variant != (False,):  # another network of the same script and colour
+            style = OF_OPTIONS[variants.setdefault(variant, len(variants)) % len(OF_OPTIONS)]
         axes.plot(first['curve']['epoch'], [100 * value for value in first['curve'][key]],
                   color=f'C{scripts.index(first["script"])}', linewidth=1,
                   linestyle=style,
