@@ -222,6 +222,17 @@ def test_a_worker_that_is_alone_waits_no_longer_than_the_patience(tmp_path):
     assert f'{addresses[0]}: this worker cannot use the port' in without_port.err.read_text()
 
 
+def test_a_silent_worker_is_named_if_it_has_ended():
+    with socket.socket() as listening:
+        listening.bind(('127.0.0.1', 0))
+        listening.listen()
+        there = f'127.0.0.1:{listening.getsockname()[1]}'
+        assert cluster.describe_silence(45, Workers((there, *free_addresses(1)), 1)) == (
+            'another worker has not answered for 45 seconds')
+        assert cluster.describe_silence(45, Workers((there, *free_addresses(1)), 0)) == (
+            'worker 1 has ended, or cannot be reached any more')
+
+
 @pytest.mark.parametrize('names', [['the script'], ['--epochs', 'the SHA-256 of the data'], ['the hash of the code']])
 def test_what_differs_is_named(monkeypatch, names):
     ours, theirs = {'--epochs': 3, **dict.fromkeys(names, 'ours')}, {'--epochs': 3, **dict.fromkeys(names, 'theirs')}

@@ -98,6 +98,17 @@ def find_others(workers, deadline):
             until(deadline, f'worker {task} at {address}', partial(knock, *split(address)))
 
 
+def find_lost(workers):
+    """Return the index of the first other worker that no longer listens; None if all do."""
+    for task, address in enumerate(workers.addresses):
+        if task != workers.task:
+            try:
+                knock(*split(address))
+            except OSError:
+                return task
+    return None
+
+
 def knock(host, port):
     """Raise OSError if nothing listens there."""
     socket.create_connection((host, port), timeout=5).close()

@@ -29,6 +29,7 @@ from twta.workers import Workers
 
 GRACE = 10  # seconds after `patience` in which TensorFlow itself may notice; then a thread ends the process
 FACTS = 1 << 14  # bytes of the facts that workers compare
+GONE = 'has ended, or cannot be reached any more'
 REMEDY = 'run the same command again on every worker, with --resume auto'
 FIRST_KEY = 1_000_000  # of the collectives outside of the network's graph
 LOST = (tf.errors.UnavailableError, tf.errors.DeadlineExceededError, tf.errors.AbortedError, tf.errors.CancelledError,
@@ -118,7 +119,7 @@ class Cluster(Alone):
         try:
             yield
         except LOST as error:
-            raise LostWorkerError(f'{describe_loss(error, self.patience)}; {REMEDY}') from None
+            raise LostWorkerError(f'{describe_loss(error, self.patience, self.workers)}; {REMEDY}') from None
         finally:
             self.deadline = math.inf
 
@@ -126,8 +127,7 @@ class Cluster(Alone):
         """End the process if it waits for too long: parts of TensorFlow's runtime know no timeout."""
         while time.monotonic() < self.deadline:
             time.sleep(1)
-        complain(f'{Path(sys.argv[0]).name}: error: another worker has not answered for {self.patience + GRACE:g} '
-                 f'seconds; {REMEDY}')
+        complain(f'{Path(sys.argv[0]).name}: error: {describe_silence(self.patience + GRACE, self.workers)}; {REMEDY}')
         os._exit(AGAIN)
 
     def add_up(self, values):
@@ -235,12 +235,18 @@ class Cluster(Alone):
         return step
 
 
-def describe_loss(error, patience):
+def describe_loss(error, patience, workers):
     """Return in words what has happened to another worker."""
     if isinstance(error, tf.errors.DeadlineExceededError):
-        return f'another worker has not answered for {patience:g} seconds'
+        return describe_silence(patience, workers)
     if isinstance(error, tf.errors.UnavailableError):
         named = re.search(r'remote target \S+/task:(\d+)', error.message)
-        return f'{f"worker {named[1]}" if named else "another worker"} has ended, or cannot be reached any more'
+        return f'{f"worker {named[1]}" if named else "another worker"} {GONE}'
     causes = [line.strip() for line in error.message.splitlines() if 'ollective' in line and 'Node: ' not in line]
     return f'the workers do not fit together, or one was started again ({(causes or [error.message])[-1][:200]})'
+
+
+def describe_silence(seconds, workers):
+    """Return in words what has happened if no answer has come for so long: TensorFlow may miss that a worker ended."""
+    lost = server.find_lost(workers)
+    return f'another worker has not answered for {seconds:g} seconds' if lost is None else f'worker {lost} {GONE}'
