@@ -341,7 +341,7 @@ def seconds(run):
 
 def profile(name, repetitions):
     """Print the time per image of each part of the packed engine: batch 200, one thread, best of the repetitions."""
-    from twta.packed import encoder_kernels, kernels
+    from twta.packed import encoder_kernels, kernels, passes
     from twta.packed.numba_engine import NumbaEngine
 
     packed, _ = build(name)
@@ -366,7 +366,7 @@ def profile(name, repetitions):
                          row['n_groups'], 0, row['positions'])
     print(f'{packed.layers[0].name:12} {"":7} {row["words"]:5} {row["positions"]:9} {taken:7.1f}')
     for index, (layer, _, _, out) in list(enumerate(file_format.shapes(packed)))[1:]:
-        row = dict(zip(kernels.COLUMNS, engine.table[index], strict=True))
+        row = dict(zip(passes.COLUMNS, engine.table[index], strict=True))
         taken = microseconds(kernels.run_layer, engine.table[index], 0, 200, 0, row['n_blocks'], 0, row['positions'])
         products = fan_in(layer.weights)
         print(f'{layer.name:12} {row["kind"]:7} {row["words"]:5} {row["positions"]:9} {taken:7.1f} '
@@ -375,7 +375,28 @@ def profile(name, repetitions):
     taken = microseconds(kernels.classify, last.data, last.image, *engine.classifier, 0, 200, logits)
     print(f'{"classifier":33} {taken:7.1f}')
     print(f'{"in all":33} {microseconds(engine.logits, images):7.1f}')
+    profile_paired(packed, images, microseconds)
     profile_sliced(packed, images, microseconds)
+
+
+def profile_paired(packed, images, microseconds):
+    """Print the same of the paired engine, if it can run the network here."""
+    from twta.packed import paired_engine, paired_kernels, passes
+
+    if not paired_engine.can_run(packed):
+        return
+    engine = paired_engine.PairedEngine(packed, threads=1)
+    engine.logits(images)
+    print('\npaired kernels\nlayer        vectors pairs positions      us  ternary GMAC/s')
+    for index, (layer, _, _, out) in enumerate(file_format.shapes(packed), 1):
+        row = dict(zip(passes.COLUMNS, engine.table[index], strict=True))
+        taken = microseconds(paired_kernels.run_layer, engine.table[index], 0, 200, 0, row['n_blocks'], 0,
+                             row['positions'])
+        is_ternary = row['kind'] != paired_kernels.CODES
+        speed = f'{np.prod(out) * fan_in(layer.weights) / taken / 1000:15,.0f}' if is_ternary else ''
+        print(f'{layer.name if is_ternary else "codes":12} {row["kind"] if is_ternary else "":7} {row["words"]:5} '
+              f'{row["positions"]:9} {taken:7.1f} {speed}')
+    print(f'{"in all":35} {microseconds(engine.logits, images):7.1f}')
 
 
 def profile_sliced(packed, images, microseconds):

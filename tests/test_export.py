@@ -14,7 +14,7 @@ from twta.data import datasets
 from twta.export import folding, formats, spatial
 from twta.export.pack import make_header, pack, read_out
 from twta.graph.tf1 import tf
-from twta.packed import cost, engines, file_format, numba_engine, numpy_engine, sliced_engine
+from twta.packed import cost, engines, file_format, numba_engine, numpy_engine, paired_engine, sliced_engine
 from twta.training.blocks import Block
 
 TERNARY = [name for name in SCRIPTS if name.startswith('TWTA')]
@@ -72,7 +72,8 @@ def test_hostile_parameters_on_200_images(name, choices):
     dataset = sample_of(name)
     images = dataset.test.images[:200 if name in TERNARY else 50]
     packed, maps, logits = packed_and_graph(name, dataset, hostile, len(images), **choices)
-    for fast in (numba_engine.NumbaEngine(packed), sliced_engine.SlicedEngine(packed)):
+    paired = [paired_engine.PairedEngine(packed)] if paired_engine.can_run(packed) else []
+    for fast in (numba_engine.NumbaEngine(packed), sliced_engine.SlicedEngine(packed), *paired):
         assert_same_maps(packed, fast, images, maps)
         np.testing.assert_allclose(fast.logits(images), logits, rtol=1e-4, atol=1e-4)
     assert_same_maps(packed, numpy_engine.NumpyEngine(packed), images[:8], maps)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import NETWORKS, ROOT, random_images, random_packed
 
-from twta.packed import __main__, file_format, images, numpy_engine
+from twta.packed import __main__, file_format, images, numpy_engine, vectors
 
 
 def standalone_main(arguments):
@@ -99,8 +99,8 @@ FORK = """
 import multiprocessing, sys, threading, time
 from conftest import NETWORKS, random_images, random_packed
 from twta.packed import engines
-packed = random_packed(*NETWORKS['dense'])
-engine, x = engines.open_engine(packed, 'numba'), random_images(packed, 300)
+packed = random_packed(*NETWORKS['strides'])
+engine, x = engines.open_engine(packed, 'numba'), random_images(packed, int(sys.argv[2]))
 def classes(_):
     return engines.logits(engine, x).argmax(1).tolist()
 if sys.argv[1] == 'after':
@@ -114,16 +114,19 @@ with multiprocessing.get_context('fork').Pool(2) as pool:
 """
 
 
-AVX2 = {'NUMBA_CPU_NAME': 'haswell', 'NUMBA_CPU_FEATURES': ''}  # then 300 images go to the sliced engine
+AVX2 = {'NUMBA_CPU_NAME': 'haswell', 'NUMBA_CPU_FEATURES': ''}
 INTEL = pytest.param(AVX2, marks=pytest.mark.skipif(platform.machine() not in ('x86_64', 'AMD64'), reason='needs x86'))
 
 
-@pytest.mark.parametrize('settings', [{}, INTEL], ids=['this processor', 'AVX2'])
+@pytest.mark.parametrize('settings, count', [({}, 9), pytest.param(AVX2, 9, marks=INTEL.marks),
+                                             pytest.param(AVX2, 256, marks=INTEL.marks)],
+                         ids=['this processor', 'AVX2, paired engine', 'AVX2, sliced engine'])
 @pytest.mark.parametrize('moment', ['before', 'after', 'while it compiles'])
-def test_a_fork_at_any_moment_of_the_first_use_of_an_engine(moment, settings, tmp_path):
+def test_a_fork_at_any_moment_of_the_first_use_of_an_engine(moment, settings, count, tmp_path):
     caches = {'NUMBA_CACHE_DIR': str(tmp_path)} if moment == 'while it compiles' else {}
-    finished = subprocess.run([sys.executable, '-c', FORK, moment], capture_output=True, text=True, timeout=200,
-                              env={**os.environ, **settings, **caches, 'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'})
+    finished = subprocess.run([sys.executable, '-c', FORK, moment, str(count)], capture_output=True, text=True,
+                              timeout=200, env={**os.environ, **settings, **caches,
+                                                'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'})
     assert finished.stdout.split() == ['True', 'True'], finished.stderr
 
 
@@ -131,11 +134,12 @@ BOTH = """
 import sys
 import numpy as np
 from conftest import NETWORKS, random_images, random_packed
-from twta.packed import numba_engine, numpy_engine, sliced_engine
+from twta.packed import numba_engine, numpy_engine, paired_engine, sliced_engine
 packed = random_packed(*NETWORKS['dense'])
 x = random_images(packed, 3)
 for name in sys.argv[1:]:
-    engine = {'numba': numba_engine.NumbaEngine, 'sliced': sliced_engine.SlicedEngine}[name](packed)
+    engine = {'numba': numba_engine.NumbaEngine, 'sliced': sliced_engine.SlicedEngine,
+              'paired': paired_engine.PairedEngine}[name](packed)
     for found, expected in zip(engine.activations(x), numpy_engine.NumpyEngine(packed).activations(x)):
         np.testing.assert_array_equal(found, expected)
 """
@@ -144,7 +148,8 @@ for name in sys.argv[1:]:
 @pytest.mark.slow
 def test_engines_that_two_processes_have_compiled(tmp_path):
     """Each has its own machine code of what both use; one process takes both from the cache."""
-    for engines in (['numba'], ['sliced'], ['numba', 'sliced'], ['sliced', 'numba']):
+    paired = ['paired'] if vectors.has_avx2() else []
+    for engines in (['numba'], ['sliced'], paired, ['numba', 'sliced', *paired], [*paired, 'sliced', 'numba']):
         subprocess.run([sys.executable, '-c', BOTH, *engines], check=True, env={
             **os.environ, 'NUMBA_CACHE_DIR': str(tmp_path), 'PYTHONPATH': f'{ROOT}:{ROOT / "tests"}'})
 

@@ -10,6 +10,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,18 +26,32 @@ from twta.packed import (
     kernels,
     numba_engine,
     numpy_engine,
+    paired_engine,
+    paired_kernels,
+    passes,
     pool,
     sliced_engine,
     sliced_kernels,
+    vectors,
 )
 from twta.packed.file_format import Layer
 
 pytestmark = pytest.mark.processor
 
 
+avx2 = pytest.mark.skipif(not vectors.has_avx2(), reason='needs AVX2')
+PAIRED = pytest.param(paired_engine.PairedEngine, marks=avx2)
+FAST = [numba_engine.NumbaEngine, sliced_engine.SlicedEngine, PAIRED]
+
+
 @pytest.fixture(params=NETWORKS)
 def packed(request):
     return random_packed(*NETWORKS[request.param])
+
+
+def with_border(packed, border):
+    """Return a packed network whose ternary layers have this border."""
+    return packed._replace(layers=(packed.layers[0], *(layer._replace(border=border) for layer in packed.layers[1:])))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -45,7 +60,7 @@ def packed(request):
 
 @pytest.mark.parametrize('count', [1, 2, 21])
 @pytest.mark.parametrize('threads', [1, 2, None])
-@pytest.mark.parametrize('fast', [numba_engine.NumbaEngine, sliced_engine.SlicedEngine])
+@pytest.mark.parametrize('fast', FAST)
 def test_engines_have_the_same_activations_and_logits(packed, count, threads, fast, monkeypatch):
     if threads:
         monkeypatch.setattr(numba_engine, 'SHARED', 0)  # else a network as small as this gets one thread
@@ -58,7 +73,7 @@ def test_engines_have_the_same_activations_and_logits(packed, count, threads, fa
     np.testing.assert_allclose(fast.logits(x), logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('fast', [numba_engine.NumbaEngine, sliced_engine.SlicedEngine])
+@pytest.mark.parametrize('fast', FAST)
 @pytest.mark.filterwarnings('ignore:overflow encountered')
 @pytest.mark.parametrize('scale', [1, 1e-30, 1e30, 3e37])
 @pytest.mark.parametrize('crop', [0, 9])
@@ -83,7 +98,7 @@ def test_encoder_sums_on_and_beside_the_thresholds(fast, scale, crop):
 
 
 @pytest.mark.filterwarnings('ignore:overflow encountered')
-@pytest.mark.parametrize('fast', [numba_engine.NumbaEngine, sliced_engine.SlicedEngine])
+@pytest.mark.parametrize('fast', FAST)
 @pytest.mark.parametrize('limit', [1e38, 3.3e38])
 def test_one_filter_of_the_encoder_overflows_float32(fast, limit):
     """Its doubt is not lost among filters that are certain."""
@@ -98,37 +113,40 @@ def test_one_filter_of_the_encoder_overflows_float32(fast, limit):
 
 
 @pytest.mark.parametrize('threads', [2, 3, 7])
-def test_threads_that_share_an_image(threads, monkeypatch):
+@pytest.mark.parametrize('fast', [numba_engine.NumbaEngine, PAIRED])
+def test_threads_that_share_an_image(fast, threads, monkeypatch):
     """Layers that are shared by positions, by blocks, and not at all; more shares than there may be threads."""
     monkeypatch.setattr(numba_engine, 'SHARED', 0)
     monkeypatch.setattr(pool.numba, 'set_num_threads', lambda number: None)
     packed = random_packed((24, 24, 1), 0, [(64, 5, 1, 'SAME', 1), (64, 3, 1, 'SAME', 2), (128, 4, 4, 'VALID', 2),
                                             (256, 6, 1, 'VALID', 1), (24, 1, 1, 'VALID', 1)])
-    engine = numba_engine.NumbaEngine(packed, 1)
+    engine = fast(packed, 1)
     engine.threads = engine.cores = threads
     x = random_images(packed, 1)
     expected = numpy_engine.NumpyEngine(packed).activations(x)
+    zeros = 64 if fast is paired_engine.PairedEngine else 0
     for _ in range(20):
         for planes in engine.planes:
-            planes.data[:] = 0
+            planes.data[:] = zeros
         for found, right in zip(engine.activations(x), expected, strict=True):
             np.testing.assert_array_equal(found, right)
 
 
 @pytest.mark.parametrize('border', [-1, 0, 1])
-def test_all_images_of_a_vector(packed, border):
+@pytest.mark.parametrize('fast', [sliced_engine.SlicedEngine, PAIRED])
+def test_all_images_of_a_vector(fast, packed, border):
     """256 images, with a border that is no zero."""
-    packed = packed._replace(layers=(packed.layers[0], *(layer._replace(border=border) for layer in packed.layers[1:])))
+    packed = with_border(packed, border)
     x = random_images(packed, 256)
-    for found, expected in zip(sliced_engine.SlicedEngine(packed).activations(x),
-                               numpy_engine.NumpyEngine(packed).activations(x), strict=True):
-        np.testing.assert_array_equal(found, expected)
+    for found, right in zip(fast(packed).activations(x), numpy_engine.NumpyEngine(packed).activations(x), strict=True):
+        np.testing.assert_array_equal(found, right)
 
 
-@pytest.mark.parametrize('filters', [40, 300, 3000])
+@pytest.mark.parametrize('filters', [40, 125, 126, 127, 253, 300, 3000])
 @pytest.mark.parametrize('sign', [-1, 1])
-def test_sums_of_every_size(filters, sign):
-    """Every variant of the sliced kernels: products all +1 or -1, thresholds at the sum and beyond it."""
+@pytest.mark.parametrize('fast', [sliced_engine.SlicedEngine, PAIRED])
+def test_sums_of_every_size(fast, filters, sign):
+    """Every variant of the kernels: products all +1 or -1, thresholds at the sum and beyond it."""
     packed = random_packed((2, 2, 1), 0, [(filters, 2, 1, 'VALID', 1), (6, 1, 1, 'VALID', 1)])
     encoder, layer = packed.layers
     encoder = encoder._replace(upper=np.full(filters, -np.inf, np.float32), lower=np.full(filters, -np.inf, np.float32))
@@ -137,23 +155,121 @@ def test_sums_of_every_size(filters, sign):
     beyond = np.array([0, 1] * 3)
     upper, lower = (sign * count + beyond, [-filters - 1] * 6) if sign > 0 else ([filters + 1] * 6, -count - beyond)
     layer = layer._replace(weights=weights, upper=np.array(upper, np.int32), lower=np.array(lower, np.int32))
-    engine = sliced_engine.SlicedEngine(packed._replace(layers=(encoder, layer)))
+    engine = fast(packed._replace(layers=(encoder, layer)))
     found = engine.activations(random_images(packed, 3))[1]
     assert (found == sign * (1 - beyond)).all()
 
 
-def test_many_images_go_to_the_engine_for_many(packed, monkeypatch):
+def test_a_number_of_images_goes_to_the_engine_for_it(packed, monkeypatch):
     engine, x = engines.open_engine(packed, 'numba'), random_images(packed, 403)
     expected = numpy_engine.NumpyEngine(packed).logits(x)
-    for counts, name in ((True, 'numba'), (False, 'sliced')):
+    for counts, suits, names in ((True, True, 'numba numba numba numba'), (False, False, 'numba numba sliced sliced'),
+                                 (False, True, 'paired paired paired sliced')):
         monkeypatch.setattr(numba_engine, 'counts_in_vectors', lambda counts=counts: counts)
-        np.testing.assert_allclose(engines.logits(engine, x), expected, rtol=1e-5, atol=1e-5)
-        assert engines.engine_for(engine, engines.MANY).name == name
-        assert engines.engine_for(engine, engines.MANY - 1).name == 'numba'
+        monkeypatch.setattr(paired_engine, 'suits', lambda packed, suits=suits: suits)
+        if 'paired' in names and not vectors.has_avx2():
+            continue
+        engine.others.clear()
+        numbers = 1, engines.MANY - 1, engines.MANY, engines.VERY_MANY
+        assert [engines.engine_for(engine, number).name for number in numbers] == names.split()
+        for number in (3, 403):
+            np.testing.assert_allclose(engines.logits(engine, x[:number]), expected[:number], rtol=1e-5, atol=1e-5)
     assert engines.engine_for(numpy_engine.NumpyEngine(packed), 256).name == 'numpy'
 
 
-@pytest.mark.parametrize('fast', [numba_engine.NumbaEngine, sliced_engine.SlicedEngine])
+@avx2
+def test_networks_that_suit_the_paired_engine(monkeypatch):
+    """They fill its vectors, and their sums have 16 bits."""
+    for filters, groups, fits in ((64, 1, True), (36, 1, True), (65, 1, False), (34, 1, False), (8, 1, False),
+                                  (64, 2, True), (64, 4, False), (64, 64, False)):
+        packed = random_packed((8, 8, 1), 0, [(64, 1, 1, 'SAME', 1), (filters, 3, 1, 'SAME', groups)])
+        assert paired_engine.suits(packed) == fits, (filters, groups)
+    assert not paired_engine.suits(random_packed((8, 8, 1), 0, [(64, 1, 1, 'SAME', 1)]))
+    monkeypatch.setattr(numba_engine, 'counts_in_vectors', lambda: False)
+    for fan_in in (32000, 32001):
+        packed = random_packed((4, 4, 1), 0, [(1, 1, 1, 'SAME', 1), (32, 1, 1, 'VALID', 1)])
+        weights = np.ones((fan_in, 1, 1, 32), np.int8)
+        packed = packed._replace(layers=(packed.layers[0], packed.layers[1]._replace(weights=weights, padding='SAME')))
+        assert paired_engine.can_run(packed) == (fan_in == 32000)
+        assert engines.engine_for(engines.open_engine(packed, 'numba'), 1).name == 'numba'
+        if fan_in > 32000:
+            with pytest.raises(ValueError, match='sums of 16 bits'):
+                paired_engine.PairedEngine(packed)
+
+
+@avx2
+def test_a_network_whose_maps_are_too_large_when_filled_up():
+    dense = random_packed((32, 32, 1), 0, [(256, 3, 1, 'SAME', 1), (256, 3, 1, 'SAME', 64), (256, 3, 2, 'SAME', 1)])
+    assert paired_engine.can_run(dense)
+    assert not paired_engine.can_run(random_packed((64, 64, 1), 0, [
+        (512, 1, 1, 'SAME', 1), (512, 1, 1, 'SAME', 256), (64, 5, 4, 'SAME', 1)]))
+
+
+@avx2
+@pytest.mark.parametrize('filters', [32, 36])
+def test_the_largest_sums_and_thresholds_beyond_16_bits(filters):
+    limits = np.iinfo(np.int32)
+    for sign in (-1, 1):
+        packed = random_packed((1, 1, 1), 0, [(32000, 1, 1, 'SAME', 1), (filters, 1, 1, 'SAME', 1)])
+        encoder, layer = packed.layers
+        encoder = encoder._replace(upper=np.full(32000, -np.inf, np.float32), lower=np.full(32000, -np.inf, np.float32))
+        upper = np.resize([sign * 32000, sign * 32000 + 1, limits.max, limits.min, 0], filters).astype(np.int32)
+        lower = np.resize([limits.min, sign * 32000, sign * 32000 - 1, -32001, limits.min], filters).astype(np.int32)
+        lower = np.minimum(lower, upper - 1.0).clip(limits.min).astype(np.int32)
+        layer = layer._replace(weights=np.full_like(layer.weights, sign), upper=upper, lower=lower)
+        packed = packed._replace(layers=(encoder, layer))
+        x = random_images(packed, 2)
+        for found, expected in zip(paired_engine.PairedEngine(packed, 1).activations(x),
+                                   numpy_engine.NumpyEngine(packed).activations(x), strict=True):
+            np.testing.assert_array_equal(found, expected)
+
+
+@avx2
+def test_threads_that_begin_together_open_one_engine(monkeypatch):
+    monkeypatch.setattr(numba_engine, 'counts_in_vectors', lambda: False)
+    monkeypatch.setattr(paired_engine, 'suits', lambda packed: True)
+    engine = engines.open_engine(random_packed(*NETWORKS['strides']), 'numba')
+    with ThreadPoolExecutor(4) as threads:
+        assert len(set(threads.map(lambda _: engines.engine_for(engine, 1), range(4)))) == 1
+
+
+@avx2
+def test_without_avx2_there_is_no_paired_engine(monkeypatch):
+    packed = random_packed((8, 8, 1), 0, [(64, 1, 1, 'SAME', 1), (64, 3, 1, 'SAME', 1)])
+    assert paired_engine.suits(packed)
+    monkeypatch.setattr(paired_engine, 'has_avx2', lambda: False)
+    assert not paired_engine.suits(packed)
+    with pytest.raises(ValueError, match='wants AVX2'):
+        paired_engine.PairedEngine(packed)
+
+
+@avx2
+@pytest.mark.parametrize('border', [-1, 0, 1])
+@pytest.mark.parametrize('layers', [
+    [(64, 3, 1, 'SAME', 1), (128, 4, 2, 'SAME', 2), (256, 3, 1, 'SAME', 8), (64, 2, 2, 'VALID', 4)],  # no odd ones
+    [(35, 2, 1, 'SAME', 1), (30, 3, 1, 'SAME', 5), (66, 3, 2, 'SAME', 6), (33, 1, 1, 'SAME', 11)],  # odd ones
+    [(18, 1, 1, 'SAME', 1), (18, 3, 1, 'SAME', 3), (27, 3, 1, 'SAME', 9), (70, 2, 1, 'SAME', 1)]])  # most are alone
+def test_pairs_of_groups_that_are_read_by_other_groups(layers, border):
+    packed = random_packed((9, 10, 2), 0, layers)
+    packed = with_border(packed, border)
+    x = random_images(packed, 5)
+    expected = numpy_engine.NumpyEngine(packed).activations(x)
+    engine = paired_engine.PairedEngine(packed, 1)
+    for count in (1, 5):
+        for found, right in zip(engine.activations(x[:count]), expected, strict=True):
+            np.testing.assert_array_equal(found, right[:count])
+
+
+@avx2
+def test_a_pair_has_one_writer_and_one_reader():
+    order = paired_engine.order_of(24, 2, 4, 8)
+    assert order.shape == (16, 2)
+    assert order[:8].tolist() == [[0, 4], [8, -1], [1, 5], [9, -1], [2, 6], [10, -1], [3, 7], [11, -1]]
+    assert sorted(order[order >= 0]) == list(range(24))
+    assert paired_engine.order_of(5, 1, 1, 4).tolist() == [[0, 1], [2, 3], [4, -1], [-1, -1]]
+
+
+@pytest.mark.parametrize('fast', FAST)
 def test_copies_of_an_engine_have_memory_of_their_own(packed, fast):
     engine, x = fast(packed), random_images(packed, 5)
     x.setflags(write=False)
@@ -179,11 +295,12 @@ def test_networks_that_are_too_large_for_the_sliced_engine(monkeypatch):
 
 
 def test_the_cache_of_numba_is_that_of_these_kernels():
-    """Numba looks only at the file of the outermost function; sliced_kernels compiles functions of kernels, too."""
-    assert all(module.run.py_func.__qualname__ == f'run_{pool.SOURCES}' for module in (kernels, sliced_kernels))
+    """Numba looks only at the file of the outermost function; the others compile functions of kernels, too."""
+    for module in (kernels, paired_kernels, sliced_kernels):
+        assert module.run.py_func.__qualname__ == f'run_{pool.SOURCES}'
 
 
-@pytest.mark.parametrize('fast', [numba_engine.NumbaEngine, sliced_engine.SlicedEngine])
+@pytest.mark.parametrize('fast', FAST)
 def test_an_engine_does_not_remember_earlier_images(packed, fast):
     engine = fast(packed)
     first = engine.logits(random_images(packed, 9, seed=1))
@@ -199,7 +316,7 @@ def test_batches_of_any_length(packed):
     np.testing.assert_array_equal(together[-3:], engine.logits(x[-3:]))
 
 
-@pytest.mark.parametrize('fast', [numba_engine.NumbaEngine, sliced_engine.SlicedEngine])
+@pytest.mark.parametrize('fast', FAST)
 def test_kernels_refuse_images_that_would_overrun_their_buffers(packed, fast):
     engine = fast(packed)
     height, width, channels = packed.image
@@ -215,7 +332,7 @@ def test_eight_filters_that_read_several_groups(sources):
     packed = random_packed((6, 6, 3), 0, [(64, 3, 1, 'SAME', 1), (128, 2, 1, 'SAME', 8),
                                           (64, 3, 1, 'SAME', 2 * sources)])
     engine = engines.open_engine(packed, 'numba')
-    assert engine.table[1, kernels.COLUMNS.index('kind')] == sources
+    assert engine.table[1, passes.COLUMNS.index('kind')] == sources
     x = random_images(packed, 5)
     for found, expected in zip(engine.activations(x), numpy_engine.NumpyEngine(packed).activations(x), strict=True):
         np.testing.assert_array_equal(found, expected)

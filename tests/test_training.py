@@ -9,6 +9,7 @@ from conftest import MNIST_SCRIPTS, QUICK, ROOT, load_script, log, loss_and_grad
 from twta import UsageError, command_line
 from twta.data import datasets
 from twta.graph import fast
+from twta.graph.session import find_gpus
 from twta.graph.tf1 import tf, tl
 from twta.ternary_layers import Conv2dLayer
 from twta.training import checkpoints, schedule
@@ -146,6 +147,7 @@ def test_a_run_writes_its_files(finished_run):
     assert config['script'] == 'TWTA_5_5_MNIST' and config['flags']['batch_size'] == 100
     assert config['data']['published'] is False and len(config['data']['sha256']) == 64
     assert config['versions']['tensorflow'] == tf.__version__ and config['code']
+    assert bool(config['gpu']) == bool(find_gpus())
     result = json.loads((finished_run / 'result.json').read_text())
     assert result['epoch'] == 4 and result['test_images'] == 300 and 0 <= result['test_accuracy'] <= 1
     assert (finished_run / 'curve.png').read_bytes().startswith(b'\x89PNG')

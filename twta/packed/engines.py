@@ -1,9 +1,14 @@
 """The engines that run a packed network.
 
 numba    bit planes and compiled kernels (twta.packed.numba_engine)
-sliced   vectors with a bit per image (twta.packed.sliced_engine): replaces the numba engine in batches of 144 and more,
-         on x86 processors that have no population count of vectors
+paired   pairs of products from tables (twta.packed.paired_engine)
+sliced   vectors with a bit per image (twta.packed.sliced_engine)
 numpy    plain arrays, slower; the reference for what a packed network computes (twta.packed.numpy_engine)
+
+Two replace the numba engine on x86 processors that have no population count of vectors. The paired engine does so for
+any number of images, if the processor has AVX2 and the layers fill its vectors (paired_engine.suits). The sliced engine
+is faster than the numba engine in batches of 144 and more, and faster than the paired engine in batches of 208 and
+more.
 
 Their activations are the same; their logits differ by rounding.
 """
@@ -15,7 +20,8 @@ from twta import TwtaError, UsageError, in_a_line
 from twta.packed.numpy_engine import NumpyEngine, check_images
 from twta.terminal import complain
 
-MANY = 144  # images from which on the sliced engine is the faster one: it computes 256 in any case
+MANY = 144  # images from which on the sliced engine is faster than the numba engine: it computes 256 in any case
+VERY_MANY = 208  # images from which on it is faster than the paired engine: 168 to 255 by network, this is the median
 
 
 def open_engine(packed, engine='auto', threads=None):
@@ -53,20 +59,37 @@ def logits(engine, images):
 
 
 def engine_for(engine, count):
-    """Return the engine for so many images: `engine`, or in place of a numba engine a sliced one."""
-    if engine.name != 'numba' or count < MANY:
-        return engine
-    from twta.packed import numba_engine, sliced_engine  # here: numba is optional
+    """Return the engine for so many images: `engine`, or in place of a numba engine the sliced or the paired one.
 
-    if engine.sliced:
-        return engine.sliced
-    if numba_engine.counts_in_vectors() or not sliced_engine.suits(engine.packed):
+    The other two are for x86 processors that have no population count of vectors.
+    """
+    if engine.name != 'numba':
         return engine
+    from twta.packed import numba_engine  # here: numba is optional
+    from twta.packed.pool import POOL
+
+    if numba_engine.counts_in_vectors():
+        return engine
+    names = ('sliced', 'paired') if count >= VERY_MANY else ('paired', 'sliced') if count >= MANY else ('paired',)
+    for name in names:  # the fastest first
+        with POOL['opening']:  # one is enough for all threads
+            if name not in engine.others:
+                engine.others[name] = open_other(name, engine)
+        if engine.others[name]:
+            return engine.others[name]
+    return engine
+
+
+def open_other(name, engine):
+    """Return the sliced or the paired engine in place of a numba engine; None if it is too large now, or slower."""
+    from twta.packed import paired_engine, sliced_engine
+
+    module, kind = ((sliced_engine, sliced_engine.SlicedEngine) if name == 'sliced' else
+                    (paired_engine, paired_engine.PairedEngine))
     try:
-        engine.sliced = sliced_engine.SlicedEngine(engine.packed, engine.threads)
+        return kind(engine.packed, engine.threads) if module.suits(engine.packed) else None
     except MemoryError:
-        return engine
-    return engine.sliced
+        return None
 
 
 def warm_engine(packed, engine, threads, count=1):

@@ -22,8 +22,8 @@ from numba import njit, prange, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from twta.packed import encoder_kernels
-from twta.packed.encoder_kernels import encode, prepare
+from twta.packed.encoder_kernels import prepare
+from twta.packed.passes import KIND, alone, named, sharing
 from twta.packed.pool import compiled
 from twta.packed.pooling_kernels import pool
 from twta.packed.vectors import (
@@ -31,20 +31,16 @@ from twta.packed.vectors import (
     LONG,
     accumulator,
     concatenate,
-    fetch_add,
     load,
     offset_address,
     population_count,
-    read,
     splat,
     store_bits,
     vector,
 )
 
 LANES = 8
-STRIP = 8  # positions per call
-SHARE = 1 << 11  # the least work for a thread that shares an image, in words over all blocks and positions
-WORDS_OF_BLOCKS = 18  # the least words of a block for sharing blocks: each thread then reads what the others wrote
+STRIP = 8  # positions per call; threads that share an image get whole strips
 # The kernels' kinds: the number of groups of channels that a block reads, and the block's bytes
 BYTES = {1: 1, 2: 2, 4: 4, 8: 1}
 
@@ -55,17 +51,6 @@ UPPER, LOWER = 0, 128  # thresholds of the filters, int64, or int32 if the block
 OUTPUTS = 256  # one int64 per byte; its offset at the first position, in an image of the output
 SOURCES = 320  # one to eight int64; offsets of the groups of channels that it reads, in an image of the input
 BLOCK = 384  # bytes of a description
-
-# The columns of the table of layers, int64; one row per layer
-COLUMNS = (
-    'kind',  # groups of channels that a block reads: 1, 2, 4 or 8; or POOLING
-    'x', 'x_image', 'x_plane', 'x_at',  # input: address, bytes per image and per plane, address of positions' offsets
-    'w', 'w_block',  # weights: address, bytes per block
-    'words', 'words_at',  # words under the kernel: number, address of their offsets from a position of the input
-    'blocks', 'n_blocks',  # descriptions of the blocks: address, number
-    'y', 'y_image', 'y_plane', 'y_at',  # output: as for the input
-    'positions', 'span')  # positions per image; number of images that x_at and y_at cover
-KIND, WORDS, N_BLOCKS, POSITIONS = (COLUMNS.index(name) for name in ('kind', 'words', 'n_blocks', 'positions'))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -139,10 +124,11 @@ def strip(positions, kind):
     return strip
 
 
-def block_of(kind):
-    """Return a function that computes a block at positions begin to end - 1."""
-    width = STRIP // kind  # more positions do not fit in the registers
-    wide, narrow = strip(width, kind), strip(1, kind)
+def block_of(wide, narrow, width, name):
+    """Return a function of a name that computes a block at positions begin to end - 1.
+
+    wide, narrow    intrinsics for strips of `width` positions and of one
+    """
 
     def block_at(begin, end, x, x_plane, x_at, w, words, words_at, block, y, y_plane, y_at):
         whole = begin + (end - begin) // width * width
@@ -155,13 +141,12 @@ def block_of(kind):
             for p in range(whole, end):
                 narrow(x, x_plane, x_at + 8 * p, w, words, words_at, block, y, y_plane, y_at + 8 * p)
 
-    # two cached functions may bring each its own code under one name, and the first is taken for both: so no two kinds
-    # have one name
-    block_at.__qualname__ = f'block_at_{kind}'
-    return njit(block_at)
+    return named(block_at, name)
 
 
-block_1, block_2, block_4, block_8 = (block_of(kind) for kind in BYTES)
+# more positions of several groups do not fit in the registers
+block_1, block_2, block_4, block_8 = (
+    block_of(strip(STRIP // kind, kind), strip(1, kind), STRIP // kind, f'block_at_{kind}') for kind in BYTES)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -178,7 +163,7 @@ def run_layer(row, first, last, first_block, last_block, begin, end):
         pool(row, first, last, begin, end)
         return
     (kind, x, x_image, x_plane, x_at, w, w_block, words, words_at, blocks, _, y, y_image, y_plane, y_at, count,
-     span) = row
+     span, _) = row
     if begin > 0 or end < count:
         span = 1
     for b in range(first_block, last_block):
@@ -223,55 +208,7 @@ def classify(planes, bytes_per_image, weights, affine, first, last, logits):
             logits[n, k] = np.float32(dot(features, weights[k])) * affine[0, k] + affine[1, k]
 
 
-@njit
-def share(row, encoder, largest, count, counters, layer, part):
-    """Compute the part-th share of a layer, on so many images, and all that nobody has begun; then wait for the others.
-
-    So nobody waits for a thread that does not run. A thread mostly has the same positions in all layers: what it wrote
-    is in its own cache. Layer 0 is the encoder.
-
-    counters    int64 [layers, 1 + threads, 8], zeros: the shares that are done, and whether each was begun
-    """
-    threads = counters.shape[1] - 1
-    if layer:
-        blocks, positions, words = row[N_BLOCKS], row[POSITIONS], row[WORDS] * row[KIND]
-    else:
-        blocks, positions, words = (encoder[encoder_kernels.N_GROUPS], encoder[encoder_kernels.POSITIONS],
-                                    encoder[encoder_kernels.WORDS])
-    strips = -(-positions // STRIP)
-    by_strips = strips >= 4 * threads
-    cuts = strips if by_strips else blocks
-    shares = max(1, min(threads, cuts, blocks * positions * words // SHARE))
-    if not by_strips and words < WORDS_OF_BLOCKS:
-        shares = 1
-    done = counters[layer].ctypes.data
-    for k in range(part, part + shares):
-        k %= shares
-        if fetch_add(done + 64 * (1 + k), 1) > 0:
-            continue
-        begin, end = k * cuts // shares, (k + 1) * cuts // shares
-        if by_strips:
-            first_block, last_block, begin, end = 0, blocks, STRIP * begin, min(STRIP * end, positions)
-        else:
-            first_block, last_block, begin, end = begin, end, 0, positions
-        if layer:
-            run_layer(row, 0, count, first_block, last_block, begin, end)
-        else:
-            encode(encoder, largest, 0, count, first_block, last_block, begin, end)
-        fetch_add(done, 1)
-    while read(done) < shares:
-        pass
-
-
-@njit
-def run_images(images, first, last, crop, largest, x, before, encoder, table, planes, bytes_per_image, weights, affine,
-               logits):
-    """Write the logits of images first to last - 1; the arguments are those of run."""
-    largest = prepare(images, first, last, crop, x, before, largest)
-    encode(encoder, largest, first, last, 0, encoder[encoder_kernels.N_GROUPS], 0, encoder[encoder_kernels.POSITIONS])
-    for layer in range(1, len(table)):
-        run_layer(table[layer], first, last, 0, table[layer, N_BLOCKS], 0, table[layer, POSITIONS])
-    classify(planes, bytes_per_image, weights, affine, first, last, logits)
+share, run_images = sharing(run_layer, STRIP, 'planes'), alone(run_layer, classify, 'planes')
 
 
 @partial(compiled, parallel=True)

@@ -25,7 +25,7 @@ import numba
 import numpy as np
 
 from twta import processor
-from twta.packed import file_format, kernels
+from twta.packed import file_format, kernels, passes
 from twta.packed.encoder import Encoder, Memory, address, aligned, positions
 from twta.packed.numpy_engine import check_images
 from twta.packed.pool import POOL, call, count_threads
@@ -103,6 +103,7 @@ class CompiledEngine(Memory):
     packed, threads, batch    network, number of threads, most images
     encoder                   Encoder
     planes                    of each layer's activations; they have unpack(n)
+    kernels                   module whose function `run` computes them, except in the sliced engine
     """
 
     def __reduce__(self):
@@ -130,19 +131,30 @@ class CompiledEngine(Memory):
             self.run(images)
             return [planes.unpack(len(images)) for planes in self.planes]
 
+    def run(self, images):
+        """Return logits, float32 [n, classes], and leave the activations in self.planes."""
+        images, crop, largest = self.take(images)
+        threads = self.threads if len(images) * self.products >= SHARED else 1
+        if len(images) < threads:
+            threads = min(threads, self.cores)  # threads that share an image wait for each other
+        encoder, last = self.encoder, self.planes[-1]
+        logits = np.empty((len(images), len(self.packed.classes)), np.float32)
+        call(self.kernels, threads, images, crop, largest, encoder.x, encoder.before, encoder.row, self.table, threads,
+             CHUNK, last.data, last.image, *self.classifier, logits)
+        return logits
+
 
 class NumbaEngine(CompiledEngine):
     """The engine on bit planes, compiled by numba; threads None: one per available core."""
 
-    name = 'numba'
+    name, kernels = 'numba', kernels
 
     def __init__(self, packed, threads=None):
         self.packed = packed
         self.threads, self.cores = count_threads(threads), processor.available_cores()
-        self.sliced = None  # twta.packed.engines puts the sliced engine there
+        self.others = {}  # twta.packed.engines puts the engines there that replace this one
         shapes = list(file_format.shapes(packed))
-        shape, padded = shapes[0][1], file_format.border(shapes[0][1], packed.layers[0])[1]
-        self.batch = max(1, min(256, MEMORY // ((12 if packed.stem else 4) * math.prod(padded) * shape[2])))
+        self.batch = batch_of(packed)
         out = shapes[-1][3]
         self.planes = [Planes(self.batch, out, 1, (0, 0), out[:2])]
         for (_, _, _, out), (reader, *_) in reversed(list(itertools.pairwise(shapes))):
@@ -153,7 +165,7 @@ class NumbaEngine(CompiledEngine):
         filters = first.order.reshape(-1, 8)
         self.encoder = Encoder(packed, self.batch, filters, outputs_of(filters, first),
                                (address(first.data), first.image, first.plane, first.places))
-        rows = [np.zeros(len(kernels.COLUMNS), np.int64)]
+        rows = [np.zeros(len(passes.COLUMNS), np.int64)]
         for (layer, _, _, out), source, target in zip(shapes[1:], self.planes, self.planes[1:], strict=False):
             lay_out = self.lay_out_pooling if has_a_channel_each(layer) else self.lay_out
             rows.append(lay_out(layer, source, out, target))
@@ -179,7 +191,8 @@ class NumbaEngine(CompiledEngine):
         descriptions = describe_blocks(layer, filters[blocks], groups * source.group, outputs)
         return self.row(layer, source, out, target, span=8 // math.gcd(8, math.prod(out[:2])), kind=groups.shape[1],
                         w=self.keep(weights), w_block=weights[0].nbytes, words=len(offsets),
-                        words_at=self.keep(offsets), blocks=self.keep(descriptions), n_blocks=len(blocks))
+                        words_at=self.keep(offsets), blocks=self.keep(descriptions), n_blocks=len(blocks),
+                        cost=groups.shape[1] * len(offsets))
 
     def lay_out_pooling(self, layer, source, out, target):
         """Return a row of the table as lay_out does, for pooling_kernels."""
@@ -197,7 +210,7 @@ class NumbaEngine(CompiledEngine):
         outputs[:target.order.size // 8] = outputs_of(target.order.reshape(-1, 8), target)
         return self.row(layer, source, out, target, span=1, kind=kernels.POOLING, w=self.keep(masks),
                         w_block=masks.shape[-1], words=cells, words_at=self.keep(offsets.astype(np.int64)),
-                        blocks=self.keep(np.append(thresholds, outputs)), n_blocks=1)
+                        blocks=self.keep(np.append(thresholds, outputs)), n_blocks=1, cost=0)
 
     def row(self, layer, source, out, target, span, **values):
         """Return a row of the table, by column: `values`, and what both kinds of layers have in common; see lay_out.
@@ -209,19 +222,14 @@ class NumbaEngine(CompiledEngine):
                    'x_at': self.keep(x_at), 'y': address(target.data), 'y_image': target.image,
                    'y_plane': target.plane, 'y_at': self.keep(target.places(span)),
                    'positions': math.prod(out[:2]), 'span': span}
-        return [values[column] for column in kernels.COLUMNS]
+        return [values[column] for column in passes.COLUMNS]
 
-    def run(self, images):
-        """Return logits, float32 [n, classes], and leave the activations in self.planes."""
-        images, crop, largest = self.take(images)
-        threads = self.threads if len(images) * self.products >= SHARED else 1
-        if len(images) < threads:
-            threads = min(threads, self.cores)  # threads that share an image wait for each other
-        encoder, last = self.encoder, self.planes[-1]
-        logits = np.empty((len(images), len(self.packed.classes)), np.float32)
-        call(kernels, threads, images, crop, largest, encoder.x, encoder.before, encoder.row, self.table, threads,
-             CHUNK, last.data, last.image, *self.classifier, logits)
-        return logits
+
+def batch_of(packed):
+    """Return the largest number of images per call."""
+    layer, shape, *_ = next(file_format.shapes(packed))
+    padded = file_format.border(shape, layer)[1]
+    return max(1, min(256, MEMORY // ((12 if packed.stem else 4) * math.prod(padded) * shape[2])))
 
 
 def has_a_channel_each(layer):

@@ -17,8 +17,9 @@ from numba.np.ufunc import parallel as numba_threads
 from twta import files, in_a_line, processor
 from twta.terminal import complain
 
-POOL = {'lock': threading.Lock(), 'is_used': False, 'is_lost': False}
-KERNELS = 'vectors.py', 'encoder_kernels.py', 'pooling_kernels.py', 'kernels.py', 'sliced_kernels.py'
+POOL = {'lock': threading.Lock(), 'opening': threading.Lock(), 'is_used': False, 'is_lost': False}
+KERNELS = 'vectors.py', 'encoder_kernels.py', 'pooling_kernels.py', 'passes.py', 'kernels.py', 'paired_kernels.py', \
+    'sliced_kernels.py'
 # numba's cache looks at the file of the outermost function only, so a digest of all kernels is in its name
 SOURCES = hashlib.sha256(b''.join(Path(__file__).with_name(name).read_bytes()
                                   for name in KERNELS)).hexdigest()[:8]
@@ -26,7 +27,7 @@ SOURCES = hashlib.sha256(b''.join(Path(__file__).with_name(name).read_bytes()
 
 def after_fork():
     is_used = POOL['is_used'] or getattr(numba_threads, '_is_initialized', False)  # by other code than ours
-    POOL.update(lock=threading.Lock(), is_lost=POOL['is_lost'] or is_used)
+    POOL.update(lock=threading.Lock(), opening=threading.Lock(), is_lost=POOL['is_lost'] or is_used)
     global_compiler_lock.release()
 
 

@@ -44,7 +44,7 @@ def reach(counter, thresholds, reached):
 
 @njit
 def pool(row, first, last, begin, end):
-    """Compute positions begin to end - 1 of a layer, a row of kernels.COLUMNS, on images first to last - 1.
+    """Compute positions begin to end - 1 of a layer, a row of passes.COLUMNS, on images first to last - 1.
 
     These columns have other meanings here:
 
@@ -55,7 +55,7 @@ def pool(row, first, last, begin, end):
               or less than the second; then of an int64 per byte of the words: its offset in an image of the output,
               -1 if it has none
     """
-    _, x, x_image, x_plane, x_at, w, words, cells, cells_at, constants, _, y, y_image, y_plane, y_at, _, _ = row
+    _, x, x_image, x_plane, x_at, w, words, cells, cells_at, constants, _, y, y_image, y_plane, y_at, _, _, _ = row
     bits = bits_of(cells)
     masks = carray(pointer(w), (cells, 2, words))
     thresholds = carray(pointer(constants), (2, bits, words))

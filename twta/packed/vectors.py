@@ -2,9 +2,12 @@
 
 LLVM compiles them to AVX-512, AVX2, SSE2 or NEON. Addresses are int64.
 """
-from llvmlite import ir
+import functools
+
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
+from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
@@ -16,6 +19,21 @@ def processor_of_code():
     """Return the architecture that numba compiles for, such as 'x86_64', and its features, such as '+avx512f'."""
     triple, _, features = cpu_target.target_context.codegen().magic_tuple()
     return triple.split('-')[0], features.split(',')
+
+
+@functools.cache
+@global_compiler_lock  # a fork waits for it: see twta.packed.pool
+def has_avx2():
+    """Return whether numba compiles for AVX2.
+
+    If the features are those that the processor's name implies, only the code tells.
+    """
+    triple, name, features = cpu_target.target_context.codegen().magic_tuple()
+    if not triple.startswith('x86_64'):
+        return False
+    machine = binding.Target.from_triple(triple).create_target_machine(cpu=name, features=features)
+    code = 'define <32 x i8> @sum(<32 x i8> %a, <32 x i8> %b) { %c = add <32 x i8> %a, %b ret <32 x i8> %c }'
+    return 'vpaddb\t%ymm' in machine.emit_assembly(binding.parse_assembly(code))
 
 
 def vector(kind, lanes):
@@ -98,6 +116,15 @@ def peek(context, address):
 
 
 @intrinsic
+def peek_byte(context, address):
+    """Return the byte at an address."""
+    def emit(context, builder, signature, arguments):
+        return builder.zext(load(builder, arguments[0], BYTE, 1), LONG)
+
+    return types.int64(types.int64), emit
+
+
+@intrinsic
 def read(context, address):
     """Return the int64 at an address, to which other threads write."""
     def emit(context, builder, signature, arguments):
@@ -115,6 +142,7 @@ def fetch_add(context, address, number):
 
     return types.int64(types.int64, types.int64), emit
 
+
 @intrinsic
 def poke(context, address, word):
     """Store the lowest byte of a word at an address."""
@@ -124,6 +152,17 @@ def poke(context, address, word):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.uint64), emit
+
+
+@intrinsic
+def poke_four(context, address, four):
+    """Store the four bytes of a uint32 at an address."""
+    def emit(context, builder, signature, arguments):
+        address, four = arguments
+        builder.store(four, builder.inttoptr(address, INT.as_pointer())).align = 1
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.uint32), emit
 
 
 @intrinsic

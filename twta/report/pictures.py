@@ -27,6 +27,7 @@ FILTERS = 'TWTA_4_4_MNIST', 'TWTA_3_3_CIFAR10_Group_V2'
 MISCLASSIFIED = SPIKING = 'TWTA_4_4_MNIST'  # its errors are shown, and its spikes, layer by layer
 LINES = {'constant': '--', 'short': '-'}  # style of a curve, by schedule
 OF_OPTIONS = '-.', (0, (8, 2, 1, 2, 1, 2)), (0, (2, 2, 6, 2))  # the same of networks with options or a teacher
+TIMED = {'TWTA_4_4_MNIST': (97.5, 99.8), 'TWTA_3_3_CIFAR10_Group_V2': (40, 90)}  # accuracy by minutes: the limits
 LAYERS = 'TWTA_3_3_CIFAR10_Group_V2'  # its costs are shown layer by layer
 FAMILIES = {'FP': ('float32', 'tab:grey', 's'), 'TWTA': ('TWTA', 'tab:blue', 'o'), 'TWBA': ('TWBA', 'tab:orange', '^'),
             'BWBA': ('BWBA', 'tab:red', 'v')}
@@ -51,6 +52,7 @@ def sources(records):
     found['misclassified'] = draw_misclassified, PRETRAINED / f'{MISCLASSIFIED}.twta'
     found[f'cost-layers-{LAYERS}'] = draw_cost_layers, PRETRAINED / f'{LAYERS}.twta'
     found[f'spikes-{SPIKING}'] = draw_spikes, RESULTS / 'spikes' / f'{SPIKING}-spatial.json'
+    found['minutes'] = draw_minutes, [record for record in records if record['script'] in TIMED and is_timed(record)]
     found['scaling'] = scaling.draw, ROOT / 'benchmarks' / 'scaling.json'
     found['growth'] = growth.draw, ROOT / 'benchmarks' / 'growth.json'
     return found
@@ -60,6 +62,12 @@ def is_short(record):
     """Return whether the run was of the short protocol, with nothing changed."""
     short = SHORT[record['dataset']]
     return (protocol(record), record['epochs']) == (schedule(short), short['epochs'])
+
+
+def is_timed(record):
+    """Return whether the minutes of a run compare with others: one stage, the whole network quantised, on two cores."""
+    return (record['choices'].get('quantize', 'both') == 'both' and len(record['stages']) == 1 and record['seed'] == 0
+            and not record.get('gpu'))
 
 
 def write_all(records, data_dir):
@@ -123,6 +131,31 @@ def draw_curves(title, records):
     axes.grid(alpha=0.3, which='both')
     figure.legend(fontsize=8, loc='outside lower center', ncols=2)
     figure.suptitle(f'{title}: {kind} by epoch, one seed each')
+    return figure
+
+
+def draw_minutes(records):
+    """Draw accuracy by minutes of training: a panel per network, a line per protocol.
+
+    The accuracy is on validation images; on training images, as augmented, if none were held out. Every epoch of a run
+    counts the median of their seconds: other work ran beside some epochs.
+    """
+    figure = Figure(figsize=(10, 4.5), layout='constrained')
+    for axes, (script, limits) in zip(figure.subplots(1, len(TIMED)), TIMED.items(), strict=True):
+        for record in records:
+            if record['script'] == script:
+                curve = record['curve']
+                kind = 'validation' if record['data']['validation_images'] else 'training'
+                label = f'{protocol(record)}, {record["epochs"]} epochs'
+                axes.plot(np.median(curve['seconds']) / 60 * np.array(curve['epoch']),
+                          [100 * value for value in curve[f'{kind}_accuracy']], linewidth=1, label=label)
+                axes.set(xlabel='minutes of training', ylabel=f'{kind} accuracy (%)', xscale='log', ylim=limits)
+        axes.set_title(script, fontsize=9)
+        label_log(axes)
+        axes.grid(alpha=0.3, which='both')
+        axes.legend(fontsize=7, loc='lower right')
+    figure.suptitle('Accuracy by minutes of training on 2 cores of an AMD EPYC, seed 0; CIFAR-10 JPEG-recompressed',
+                    fontsize=10)
     return figure
 
 

@@ -98,14 +98,19 @@ def accuracies(records, pattern):
         epochs = ' + '.join(str(stage['epochs']) for stage in runs[0]['stages'])
         rows.append((runs[0]['script'], protocol(runs[0]), epochs, seeds(runs),
                      percent([run['last']['validation_accuracy'] for run in runs]), f'**{test_accuracy(runs)}**',
-                     percent(best), published(runs[0]['script']),
-                     f'{statistics.median(run["wall_seconds"] for run in runs) / 60:.0f} min'))
+                     percent(best), published(runs[0]['script']), training_time(runs)))
     yield from table(('network', 'schedule, learning rate', 'epochs', 'seed', 'validation, %', 'test, %',
                       'test at best validation, %', 'published', 'training'), rows)
     done = {row[0] for row in rows}
     absent = [script for script in find_scripts() if re.match(pattern, script) and script not in done]
     if absent:
         yield from ('', f'Not run: {", ".join(f"{script} (published: {published(script)})" for script in absent)}.')
+
+
+def training_time(runs):
+    gpus = {run['gpu'] for run in runs if run.get('gpu')}  # records of older versions do not tell
+    minutes = f'{statistics.median(run["wall_seconds"] for run in runs) / 60:.0f} min'
+    return ', '.join((minutes, *(f'on {gpu}' for gpu in sorted(gpus))))
 
 
 def published(script):

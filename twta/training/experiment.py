@@ -310,9 +310,11 @@ def describe_run(experiment, args, state, precision):
     flags = {**vars(args), 'choices': experiment.options, 'weights': state.weights, 'teacher': state.teacher,
              'workers': args.workers.count}
     del flags['options'], flags['is_auto'], flags['patience']
+    gpu = find_gpu(args.gpu)
     return {'script': experiment.script, 'command': sys.argv, 'flags': flags,
             'stages': [stage.to_json() for stage in state.stages], 'seed': state.seed, 'precision': precision.name,
-            'data': results.describe_data(experiment.dataset), **results.environment()}
+            'gpu': describe(gpu) if gpu else None, 'data': results.describe_data(experiment.dataset),
+            **results.environment()}
 
 
 def prepare(experiment, network, session, weights, is_auto):
