@@ -163,28 +163,18 @@ def test_sums_of_every_size(fast, filters, sign):
 def test_a_number_of_images_goes_to_the_engine_for_it(packed, monkeypatch):
     engine, x = engines.open_engine(packed, 'numba'), random_images(packed, 403)
     expected = numpy_engine.NumpyEngine(packed).logits(x)
-    for counts, suits, is_sparse, names in ((True, True, True, 'numba numba numba numba'),
-                                            (False, False, False, 'numba numba sliced sliced'),
-                                            (False, True, True, 'paired paired paired sliced'),
-                                            (False, True, False, 'paired paired paired paired')):
-        engine.is_sparse = is_sparse
+    for counts, suits, names in ((True, True, 'numba numba numba'), (False, False, 'numba numba sliced'),
+                                 (False, True, 'paired paired paired')):
         monkeypatch.setattr(numba_engine, 'counts_in_vectors', lambda counts=counts: counts)
         monkeypatch.setattr(paired_engine, 'suits', lambda packed, suits=suits: suits)
         if 'paired' in names and not vectors.has_avx2():
             continue
         engine.others.clear()
-        numbers = 1, engines.MANY - 1, engines.MANY, engines.VERY_MANY
+        numbers = 1, engines.MANY - 1, engines.MANY
         assert [engines.engine_for(engine, number).name for number in numbers] == names.split()
         for number in (3, 403):
             np.testing.assert_allclose(engines.logits(engine, x[:number]), expected[:number], rtol=1e-5, atol=1e-5)
     assert engines.engine_for(numpy_engine.NumpyEngine(packed), 256).name == 'numpy'
-
-
-def test_binary_weights_are_not_sparse():
-    packed = random_packed(*NETWORKS['many words'])
-    assert numba_engine.NumbaEngine(packed).is_sparse
-    binary = [layer._replace(weights=np.where(layer.weights, layer.weights, 1)) for layer in packed.layers[1:]]
-    assert not numba_engine.NumbaEngine(packed._replace(layers=(packed.layers[0], *binary))).is_sparse
 
 
 @avx2

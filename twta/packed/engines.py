@@ -6,9 +6,9 @@ sliced   vectors with a bit per image (twta.packed.sliced_engine)
 numpy    plain arrays, slower; the reference for what a packed network computes (twta.packed.numpy_engine)
 
 Two replace the numba engine on x86 processors that have no population count of vectors. The paired engine does so for
-any number of images, if the processor has AVX2 and the layers fill its vectors (paired_engine.suits). The sliced engine
-is faster than the numba engine in batches of 144 and more, and than the paired engine in batches of 208 and more, if
-many weights are 0.
+any number of images, if the processor has AVX2 and the layers fill its vectors (paired_engine.suits). Else the sliced
+engine does so in batches of 144 and more. (In batches of 256 the sliced engine may be 10 % faster than the paired one.
+But it wants the caches for itself, compiles for some seconds more, and gains nothing with binary weights.)
 
 Their activations are the same; their logits differ by rounding.
 """
@@ -21,17 +21,20 @@ from twta.packed.numpy_engine import NumpyEngine, check_images
 from twta.terminal import complain
 
 MANY = 144  # images from which on the sliced engine is faster than the numba engine: it computes 256 in any case
-VERY_MANY = 208  # images from which on it is faster than the paired engine: 168 to 255 by network, this is the median
 
 
 def open_engine(packed, engine='auto', threads=None):
     """Return an engine for a packed network: 'numba', 'numpy', or 'auto', which is numba if it is installed.
 
-    threads    of the numba engine; None: one per core
+    threads    of the numba engine, at least 1; None: one per core
 
     An engine has name, batch (the largest number of images per call), logits(images) and activations(images).
-    Raises UsageError if engine is 'numba' and numba cannot be imported.
+    Raises UsageError if engine is 'numba' and numba cannot be imported, or if an argument is none of these.
     """
+    if engine not in ('auto', 'numba', 'numpy'):
+        raise UsageError(f"engine {engine!r}: no such engine, valid are 'auto', 'numba' and 'numpy'")
+    if threads is not None and threads < 1:
+        raise UsageError(f'threads {threads}: valid are 1 and more')
     if engine != 'numpy':
         try:
             from twta.packed.numba_engine import NumbaEngine  # here: numba is optional, and its import compiles
@@ -70,10 +73,7 @@ def engine_for(engine, count):
 
     if numba_engine.counts_in_vectors():
         return engine
-    names = ['paired']  # the fastest first
-    if count >= MANY:
-        names.insert(0 if count >= VERY_MANY and engine.is_sparse else 1, 'sliced')
-    for name in names:
+    for name in ('paired', 'sliced') if count >= MANY else ('paired',):
         with POOL['opening']:  # one is enough for all threads
             if name not in engine.others:
                 engine.others[name] = open_other(name, engine)
@@ -95,7 +95,7 @@ def open_other(name, engine):
 
 
 def warm_engine(packed, engine, threads, count=1):
-    """Return open_engine's engine after first images have compiled it; print to stderr how long that took.
+    """Return open_engine's engine after first images have compiled it; print to stderr which computes, and its wait.
 
     count    number of images to come
 
@@ -106,17 +106,19 @@ def warm_engine(packed, engine, threads, count=1):
     try:
         try:
             found = open_engine(packed, engine, threads)
-            for number in {1, min(count, found.batch)}:
-                engine_for(found, number).logits(first)
+            for number in sorted({1, min(count, found.batch)}):
+                used = engine_for(found, number)
+                used.logits(first)
         except (ValueError, ImportError, RuntimeError) as error:  # for example of a variable NUMBA_...
             if engine == 'numba':
                 raise UsageError(f'--engine numba: {error}; use --engine numpy') from None
             complain(f'numba, which is much faster, cannot be used: {in_a_line(str(error))}')
-            found = NumpyEngine(packed)
+            used = found = NumpyEngine(packed)
             found.logits(first)
     except MemoryError:
         raise TwtaError(f'{packed.network}: too little memory for its maps') from None
     threads = f', {found.threads} thread{"s" if found.threads > 1 else ""}' if found.name == 'numba' else ''
     taken = time.perf_counter() - start
-    complain(f'engine: {found.name}{threads}, ready after {taken:.1f} s')
+    kernels = f', {used.name} kernels' if used is not found else ''
+    complain(f'engine: {found.name}{kernels}{threads}, ready after {taken:.1f} s')
     return found

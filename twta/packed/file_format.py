@@ -24,6 +24,7 @@ import hashlib
 import json
 import math
 import struct
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -243,6 +244,7 @@ def read(path):
 
     Raises TwtaError if it cannot be read, is no .twta file, is damaged, is of a newer version or contradicts itself.
     """
+    path = Path(path)
     try:
         if path.stat().st_size > LARGEST_FILE:
             raise InvalidFile(f'larger than {LARGEST_FILE:,} bytes')

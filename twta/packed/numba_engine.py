@@ -38,7 +38,6 @@ if numba.version_info[:2] < (0, 61):  # its LLVM is older than the one for which
     raise ImportError(f'numba {numba.__version__} is too old, 0.61 is needed')
 MEMORY = 1 << 28  # bytes; limit of a batch of prepared images
 SHARED = 1 << 25  # products; a call with fewer gains nothing from threads and runs in one
-SPARSE = 0.8  # share of weights that are not 0; below, leaving out the others pays (twta.packed.sliced_engine)
 CHUNK = 16  # images that pass through all layers together: activations stay in the cache, weights are reused
 
 
@@ -154,8 +153,6 @@ class NumbaEngine(CompiledEngine):
         self.packed = packed
         self.threads, self.cores = count_threads(threads), processor.available_cores()
         self.others = {}  # twta.packed.engines puts the engines there that replace this one
-        weights = [layer.weights for layer in packed.layers[1:]]
-        self.is_sparse = sum(map(np.count_nonzero, weights)) < SPARSE * sum(layer.size for layer in weights)
         shapes = list(file_format.shapes(packed))
         self.batch = batch_of(packed)
         out = shapes[-1][3]

@@ -9,9 +9,12 @@ from twta.packed import file_format
 
 def check_images(images, packed, most):
     """Raise ValueError if images are not uint8 [n, *packed.image], or more than `most`."""
+    if not isinstance(images, np.ndarray):
+        raise ValueError(f'images are a {type(images).__name__}, not an array of numpy')
     if images.dtype != np.uint8 or images.shape[1:] != tuple(packed.image) or len(images) > most:
+        limit = f', n at most {most}' if len(images) > most else ''
         raise ValueError(f'images {images.dtype} {list(images.shape)}, not uint8 [n, '
-                         f'{", ".join(map(str, packed.image))}], n at most {most}')
+                         f'{", ".join(map(str, packed.image))}]{limit}')
 
 
 def prepare(images, crop):

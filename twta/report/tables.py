@@ -74,6 +74,11 @@ def test_accuracy(runs):
     return percent([run['last']['test_accuracy'] for run in runs])
 
 
+def choices(record):
+    """Return in words what of a run is not the script's default: options and teacher."""
+    return *list_options(record['choices']), *(['with a teacher'] if record['flags'].get('teacher') else [])
+
+
 def is_recompressed(runs):
     return not all(run['data']['published'] for run in runs)
 
@@ -84,7 +89,7 @@ def scripts(records):
     for script, file in find_scripts().items():
         runs = best_trained(records, script)
         if runs and script.startswith(('TWTA', 'FP')):
-            note = ', JPEG' if is_recompressed(runs) else ''
+            note = ''.join(f', {word}' for word in choices(runs[0])) + (', JPEG' if is_recompressed(runs) else '')
             rows.append((f'[{script}]({file.relative_to(ROOT)})', architecture(file), f'{runs[0]["parameters"]:,}',
                          f'{test_accuracy(runs)} ({runs[0]["epochs"]} epochs{note})', PUBLISHED.get(script, '')))
     return table(('script', 'architecture', 'parameters', 'test %', 'published %'), rows)
@@ -146,8 +151,8 @@ def docstrings(records):
         if runs:
             images = ' on JPEG-recompressed images' if is_recompressed(runs) else ''
             several = f'{len(runs)} seeds' if len(runs) > 1 else '1 seed'
-            accuracy = (f'{test_accuracy(runs)} % test{images} ({runs[0]["epochs"]} epochs, {several}; published '
-                        f'{published(script)})')
+            words = ', '.join((f'{runs[0]["epochs"]} epochs', *choices(runs[0]), several))
+            accuracy = f'{test_accuracy(runs)} % test{images} ({words}; published {published(script)})'
         if script in images_per_second:
             speed = f'{images_per_second[script]:,.0f} images/s in training (bfloat16, 2 cores of an AMD EPYC)'
         text = file.read_text()
