@@ -3,7 +3,7 @@
 
 Architecture: 64C3-64C3-64C3-2P2-128C3-128C3-2P2-256C3-256C3-2P2-512C3-512C3
 Source:       github.com/edwardzcl/TWTA
-Accuracy:     81.38 % test on JPEG-recompressed images (40 epochs, 1 seed; published not given)
+Accuracy:     85.29 % test on JPEG-recompressed images (40 epochs, rest -1, with a teacher, 1 seed; published not given)
 Speed:        418 images/s in training (bfloat16, 2 cores of an AMD EPYC)
 
     python CIFAR10/TWTA_3_3_CIFAR10_VGG13.py --resume False --learning_rate 0.01 --mode training

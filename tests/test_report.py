@@ -29,7 +29,8 @@ def a_record(seed, accuracy, **changes):
     return {'script': 'TWTA_4_4_MNIST', 'dataset': 'mnist', 'seed': seed, 'epochs': 30, 'choices': {},
             'stages': [{**stage, **changes}], 'wall_seconds': 60 * (seed + 1), 'precision': 'bfloat16',
             'last': {'validation_accuracy': accuracy - 0.001, 'test_accuracy': accuracy}, 'best_validation': None,
-            'data': {'validation_images': 10000, 'published': True}, 'flags': {'weights': None}}
+            'data': {'validation_images': 10000, 'published': True}, 'flags': {'weights': None},
+            'curve': {'training_accuracy': [accuracy]}}
 
 
 def test_runs_that_differ_in_their_seed_alone_share_a_row():
@@ -74,6 +75,9 @@ def test_validation_images_choose_the_protocol_that_stands_for_a_script():
     several[0]['stages'] = several[1]['stages'] = [{**several[0]['stages'][0], 'learning_rate': 0.5}]
     assert tables.best_trained([*long, *several], 'TWTA_4_4_MNIST') == several
     assert tables.best_trained(long, 'TWTA_5_5_MNIST') == []
+    fitted = runs(None, 0.6, 150, 1)
+    fitted[0].update(stages=[{**fitted[0]['stages'][0], 'learning_rate': 0.1}], curve={'training_accuracy': [0.999]})
+    assert tables.best_trained([*long, *fitted], 'TWTA_4_4_MNIST') == fitted
     teacher = [{**run, 'choices': {'quantize': 'nothing'}} for run in runs(0.95, 0.95, 30, 1)]
     assert tables.best_trained([*teacher, *best], 'TWTA_4_4_MNIST') == best
 
