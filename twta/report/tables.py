@@ -59,7 +59,8 @@ def best_trained(records, script):
     """Return the runs of the script's protocol that is best on validation images, a list, empty without a record.
 
     If a protocol held no images out, the longest protocol is taken, then the one with the most seeds, then the one with
-    the highest accuracy on training images. The accuracy on the test images never counts. Networks of which only a part is quantised are not that of the script.
+    the highest accuracy on training images. The accuracy on the test images never counts. Networks of which only a part
+    is quantised are not that of the script.
     """
     def rank(runs):
         validation = [run['last']['validation_accuracy'] for run in runs]
