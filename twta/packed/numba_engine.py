@@ -170,7 +170,7 @@ class NumbaEngine(CompiledEngine):
             lay_out = self.lay_out_pooling if has_a_channel_each(layer) else self.lay_out
             rows.append(lay_out(layer, source, out, target))
         self.table = np.array(rows, np.int64)
-        self.products = sum(math.prod(out) * file_format.fan_in(layer.weights) for layer, _, _, out in shapes)
+        self.products = products_of(packed)
         self.classifier = lay_out_classifier(packed, out, 8 * self.planes[-1].cell)
 
     def lay_out(self, layer, source, out, target):
@@ -230,6 +230,11 @@ def batch_of(packed):
     layer, shape, *_ = next(file_format.shapes(packed))
     padded = file_format.border(shape, layer)[1]
     return max(1, min(256, MEMORY // ((12 if packed.stem else 4) * math.prod(padded) * shape[2])))
+
+
+def products_of(packed):
+    """Return the number of products per image, the encoder's included."""
+    return sum(math.prod(out) * file_format.fan_in(layer.weights) for layer, _, _, out in file_format.shapes(packed))
 
 
 def has_a_channel_each(layer):

@@ -17,7 +17,7 @@ import numpy as np
 from twta import processor
 from twta.packed import file_format, paired_kernels, passes
 from twta.packed.encoder import Encoder, address, aligned, positions
-from twta.packed.numba_engine import CompiledEngine, Planes, batch_of, lay_out_classifier, outputs_of
+from twta.packed.numba_engine import CompiledEngine, Planes, batch_of, lay_out_classifier, outputs_of, products_of
 from twta.packed.paired_kernels import LANES
 from twta.packed.pool import count_threads
 from twta.packed.vectors import has_avx2
@@ -43,9 +43,9 @@ def suits(packed):
 
     It is faster unless too many of its products only fill up pairs and blocks.
     """
-    computed, products = (sum(2 * positions * size for size, positions, _ in sizes_of(packed)),
-                          sum(products for *_, products in sizes_of(packed)))
-    return computed < FILLED_UP * products and can_run(packed)
+    sizes = list(sizes_of(packed))
+    computed = sum(2 * positions * size for size, positions, _ in sizes)
+    return computed < FILLED_UP * sum(products for *_, products in sizes) and can_run(packed)
 
 
 def maps_of(packed):
@@ -144,7 +144,7 @@ class PairedEngine(CompiledEngine):
         for (layer, *_), source, target in zip(shapes[1:], self.planes, self.planes[1:], strict=False):
             rows.append(self.lay_out(layer, source, target))
         self.table = np.array(rows, np.int64)
-        self.products = sum(math.prod(out) * file_format.fan_in(layer.weights) for layer, _, _, out in shapes)
+        self.products = products_of(packed)
         last = self.planes[-1]
         weights, affine = lay_out_classifier(packed, last.shape, last.shape[2] + 1)  # of channel -1: 0
         weights = weights.reshape(len(weights), -1, last.shape[2] + 1)[..., last.order.ravel()]

@@ -88,6 +88,11 @@ def protocol(record):
     return ', '.join(words)
 
 
+def is_whole(record):
+    """Return whether the run quantised all that its script does: see --quantize."""
+    return record['choices'].get('quantize', 'both') == 'both'
+
+
 def by_protocol(records):
     """Return lists of records; records in one list differ in their seed alone."""
     groups = {}

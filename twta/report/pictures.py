@@ -17,7 +17,17 @@ from twta.files import replacing
 from twta.options import SHORT
 from twta.packed import cost, engines, file_format
 from twta.report import growth, scaling
-from twta.report.evidence import PRETRAINED, RECOMPRESSED, RESULTS, ROOT, TITLES, by_protocol, protocol, schedule
+from twta.report.evidence import (
+    PRETRAINED,
+    RECOMPRESSED,
+    RESULTS,
+    ROOT,
+    TITLES,
+    by_protocol,
+    is_whole,
+    protocol,
+    schedule,
+)
 from twta.spikes import conversion
 from twta.terminal import say
 from twta.training.records import list_options, name_schedule
@@ -66,8 +76,7 @@ def is_short(record):
 
 def is_timed(record):
     """Return whether the minutes of a run compare with others: one stage, the whole network quantised, on two cores."""
-    return (record['choices'].get('quantize', 'both') == 'both' and len(record['stages']) == 1 and record['seed'] == 0
-            and not record.get('gpu'))
+    return is_whole(record) and len(record['stages']) == 1 and record['seed'] == 0 and not record.get('gpu')
 
 
 def write_all(records, data_dir):

@@ -5,7 +5,7 @@ import statistics
 
 from twta import TwtaError
 from twta.report import evidence, scaling, speeds
-from twta.report.evidence import ROOT, by_protocol, protocol
+from twta.report.evidence import ROOT, by_protocol, is_whole, protocol
 from twta.report.markdown import table
 from twta.report.speeds import benchmark
 from twta.scripts import find_scripts
@@ -68,8 +68,7 @@ def best_trained(records, script):
         return (0 if None in validation else statistics.mean(validation), runs[0]['stages'][0]['epochs'], len(runs),
                 training)
 
-    whole = [record for record in records
-             if record['script'] == script and record['choices'].get('quantize', 'both') == 'both']
+    whole = [record for record in records if record['script'] == script and is_whole(record)]
     return max(by_protocol(whole), key=rank, default=[])
 
 
