@@ -85,6 +85,23 @@ def test_a_resumed_run_keeps_its_teacher(teacher, tmp_path, monkeypatch, capsys)
     assert without_places(record) == record  # as twta.report --add takes it in
 
 
+@pytest.mark.parametrize('rest', [0, -1])
+def test_a_training_begins_with_weights_in_full_precision(teacher, tmp_path, rest):
+    """At the smallest rate nearly nothing moves: the first epoch ends with the parameters of the twin, beta lowered."""
+    flags = '--weights', teacher / 'model.npz', '--rest', rest
+    start(tmp_path, *FLAGS, '--epochs', 1, *flags, '--learning_rate', 1e-12)
+    begun, twin = (dict(np.load(run_dir / 'model.npz')) for run_dir in (tmp_path, teacher))
+    for name, value in twin.items():
+        if 'moving' not in name:
+            lowered = rest if name.endswith('beta:0') and not name.startswith('classify') else 0
+            np.testing.assert_allclose(begun[name], value + lowered, rtol=0, atol=1e-6, err_msg=name)
+    assert json.loads((tmp_path / 'record.json').read_text())['name'].endswith('-begun-rest_-1' if rest else '-begun')
+    with pytest.raises(UsageError, match=r'weights in .* were trained with --(quantize nothing|rest 0); give that'):
+        start(tmp_path, *flags, '--mode', 'inference')
+    with pytest.raises(UsageError, match=r'--pooling max: the weights in .* were trained with --pooling conv'):
+        start(tmp_path, *FLAGS, *flags[:2], '--pooling', 'max')
+
+
 def test_teachers_that_do_not_fit(teacher, finished_run, tmp_path):
     with pytest.raises(UsageError, match=r'trained with --quantize both; give the model\.npz in the run directory'):
         taught(tmp_path / 'a', finished_run)

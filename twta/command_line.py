@@ -150,7 +150,7 @@ def add_network(add, options):
         add(f'--{name}', **OPTIONS[name][1])
     add('--weights', type=path, metavar='NPZ',
         help='a model.npz to start from, to evaluate or to export, in place of a checkpoint; repeat the flags of the '
-             'network that it was trained with')
+             'network that it was trained with. A training may also start from that of --quantize nothing')
     add('--teacher', type=path, metavar='NPZ',
         help='model.npz of the same script trained with --quantize nothing: training then follows its probabilities '
              'and the sums in its layers too, image by image (distillation); a resumed run keeps its teacher')

@@ -83,9 +83,13 @@ def protocol(record):
     if record['data']['published'] != IS_PUBLISHED[record['dataset']]:
         words.append('the published files' if record['data']['published'] else 'NOT the published files')
     words += [] if record['precision'] == 'bfloat16' else [record['precision']]
-    words += ['from other weights'] if record['flags']['weights'] else []
-    words += ['with a teacher'] if record['flags'].get('teacher') else []
-    return ', '.join(words)
+    return ', '.join([*words, *helpers(record)])
+
+
+def helpers(record):
+    """Return in words what a network began with or learned from beside its images."""
+    return (['from other weights'] if record['flags']['weights'] else []) + (
+        ['with a teacher'] if record['flags'].get('teacher') else [])
 
 
 def is_whole(record):

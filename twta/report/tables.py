@@ -77,8 +77,8 @@ def test_accuracy(runs):
 
 
 def choices(record):
-    """Return in words what of a run is not the script's default: options and teacher."""
-    return *list_options(record['choices']), *(['with a teacher'] if record['flags'].get('teacher') else [])
+    """Return in words what of a run is not the script's default: options, first weights and teacher."""
+    return *list_options(record['choices']), *evidence.helpers(record)
 
 
 def is_recompressed(runs):
@@ -115,9 +115,11 @@ def accuracies(records, pattern):
 
 
 def training_time(runs):
-    gpus = {run['gpu'] for run in runs if run.get('gpu')}  # records of older versions do not tell
+    """Return the median time of the training steps in words, with what is not 2 cores of an AMD EPYC with bfloat16."""
+    # records of older versions do not tell GPU and kind
+    devices = {run.get('gpu') or run['machine'].get('kind') for run in runs} - {None, 'AVX-512 with BF16'}
     minutes = f'{statistics.median(run["wall_seconds"] for run in runs) / 60:.0f} min'
-    return ', '.join((minutes, *(f'on {gpu}' for gpu in sorted(gpus))))
+    return ', '.join((minutes, *(f'on {device}' for device in sorted(devices))))
 
 
 def published(script):

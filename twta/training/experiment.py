@@ -29,7 +29,7 @@ from twta.training.evaluation import describe_network, evaluate, save
 from twta.training.loop import follow_epochs, train_epochs
 from twta.training.schedule import describe_stage, next_stage
 from twta.training.state import State
-from twta.training.weights import read_weights, set_weights
+from twta.training.weights import quantized, read_weights, set_weights
 
 ALONE = cluster.Alone()
 COMMON = ('epochs', 'learning_rate', 'schedule', 'augmentation', 'protocol', 'batch_size', 'seed', 'validation',
@@ -122,7 +122,7 @@ def open_experiment(script, model, args, workers=ALONE):
     options = state.options if state else with_defaults(args.options)
     weights = None if args.resume else args.weights  # with --resume auto, the run has begun with them
     if weights:
-        check_options_of_weights(weights, options)
+        check_options_of_weights(weights, options, args.mode == 'training')
     dataset = datasets.load(args.dataset, args.data_dir, state.validation if state else args.validation)
     return Experiment(script, functools.partial(model, **options), options, args.dataset, dataset, args.run_dir,
                       args.gpu, weights, checkpoint, source, state, args.verbose)
@@ -155,11 +155,15 @@ def open_run(script, args):
     return which, source, state
 
 
-def check_options_of_weights(weights, options):
-    """Raise UsageError if the config.json beside the weights tells of other options; other weights have none there."""
-    trained_with = run_directory.read_config(weights.parent)['flags'].get('choices', {})
+def check_options_of_weights(weights, options, is_training):
+    """Raise UsageError if the config.json beside the weights tells of other options; other weights have none there.
+
+    A training may begin with the weights of the network in full precision.
+    """
+    trained_with = run_directory.read_options(weights.parent)
+    free = ('quantize', 'rest') if is_training and trained_with.get('quantize') == 'nothing' else ()
     for flag, value in options.items():
-        if trained_with.get(flag, value) != value:
+        if flag not in free and trained_with.get(flag, value) != value:
             raise UsageError(f'--{flag} {value}: the weights in {weights} were trained with --{flag} '
                              f'{trained_with[flag]}; give that')
 
@@ -186,6 +190,8 @@ def train(experiment, args, defaults, precision, workers):
         follow(dataset, network, of_teacher, state, workers)
         return
     weights = read_weights(experiment.weights, network.net) if experiment.weights else {}
+    if weights and run_directory.read_options(experiment.weights.parent).get('quantize') == 'nothing':
+        weights = quantized(weights, network.net, experiment.options['rest'])
     run_directory.check_is_ours(run_dir)
     files.make_folder(run_dir)
     with (contextlib.nullcontext() if args.resume else run_directory.locked(run_dir), network.graph.as_default(),

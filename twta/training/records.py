@@ -46,10 +46,13 @@ def by_sign(history):
 
 
 def name_run(state):
-    """Return SCRIPT-DATASET-SEED-PROTOCOL and the options that are not default, e.g. TWTA_4_4_MNIST-mnist-0-short30."""
+    """Return SCRIPT-DATASET-SEED-PROTOCOL and the options that are not default, e.g. TWTA_4_4_MNIST-mnist-0-short30.
+
+    PROTOCOL has '-begun' if the run began with --weights, '-taught' if it had a teacher.
+    """
     stages = '+'.join(f'{name_schedule(stage.schedule, stage.augmentation)}{stage.epochs}' for stage in state.stages)
-    taught = '-taught' if state.teacher else ''
-    return f'{state.script}-{state.dataset}-{state.seed}-{stages}{taught}{name_options(state.options)}'
+    begun, taught = '-begun' if state.weights else '', '-taught' if state.teacher else ''
+    return f'{state.script}-{state.dataset}-{state.seed}-{stages}{begun}{taught}{name_options(state.options)}'
 
 
 def name_options(options):

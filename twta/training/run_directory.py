@@ -96,6 +96,11 @@ def read_config(run_dir):
     return config
 
 
+def read_options(run_dir):
+    """Return the options of the network of a run, by name; {} if its config.json does not tell them."""
+    return read_config(run_dir)['flags'].get('choices', {})
+
+
 def write_log(path, history):
     """Write log.csv, a row per epoch. It is rewritten as a whole, so no epoch is missing or there twice."""
     write_csv(path, FIELDS, [{field: row[field] for field in FIELDS} for row in history])

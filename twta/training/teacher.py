@@ -54,7 +54,7 @@ def model_of(path, model):
 
     Raises UsageError if config.json beside the file does not tell that it was trained with --quantize nothing.
     """
-    trained_with = run_directory.read_config(path.parent)['flags'].get('choices', {})
+    trained_with = run_directory.read_options(path.parent)
     if trained_with.get('quantize') != 'nothing':
         reason = (f'trained with --quantize {trained_with["quantize"]}' if 'quantize' in trained_with else
                   'config.json beside it does not tell that it was trained with --quantize nothing')

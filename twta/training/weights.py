@@ -4,6 +4,7 @@ import numpy as np
 from twta import TwtaError, files
 from twta.files import replacing
 from twta.graph.tf1 import tl
+from twta.training.blocks import read_blocks
 
 
 def save_weights(path, net, session):
@@ -37,6 +38,16 @@ def read_weights(path, net, flag='--weights', scope=''):
     if wrong:
         raise TwtaError(f'{flag} {path}: {wrong[0]} holds NaN, infinity or a negative variance')
     return {scope + name: value for name, value in weights.items()}
+
+
+def quantized(weights, net, rest):
+    """Return the parameters that a network begins with if its weights come from its twin in full precision.
+
+    weights    of the twin, by variable name
+    rest       of the network. With -1, -1 stands for ReLU's 0: beta is 1 lower before each ternary activation
+    """
+    lowered = {block.batch_norm.beta.name for block in read_blocks(net) if block.levels}
+    return {name: value + rest if name in lowered else value for name, value in weights.items()}
 
 
 def is_sound(name, value):
