@@ -114,7 +114,7 @@ def draw_curves(title, records):
 
     The accuracy is on validation images. If no run of the data set has any, it is on training images, as augmented.
     """
-    figure = Figure(figsize=(9, 5.2), layout='constrained')
+    figure = Figure(figsize=(10, 5.5), layout='constrained')
     axes = figure.subplots()
     held_out = any(record['data']['validation_images'] for record in records)
     key = 'validation_accuracy' if held_out else 'training_accuracy'
