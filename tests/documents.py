@@ -38,7 +38,7 @@ def test_every_picture_is_shown_and_opaque():
     shown = {path.resolve() for path in shown}
     assert {(pictures.FOLDER / f'{name}.png').resolve() for name in pictures.sources(RECORDS)} <= shown
     for path in shown:
-        assert path.stat().st_size < 250_000
+        assert path.stat().st_size < 200_000
         with Image.open(path) as image:
             assert image.convert('RGBA').getextrema()[3] == (255, 255)
 

@@ -102,6 +102,15 @@ def test_a_training_begins_with_weights_in_full_precision(teacher, tmp_path, res
         start(tmp_path, *FLAGS, *flags[:2], '--pooling', 'max')
 
 
+def test_a_script_without_ternary_layers_begins_with_the_same_weights(teacher, tmp_path):
+    start(tmp_path, *FLAGS, '--epochs', 1, '--learning_rate', 1e-12, '--weights', teacher / 'model.npz',
+          script='FP_5_5_MNIST')
+    begun, twin = (dict(np.load(run_dir / 'model.npz')) for run_dir in (tmp_path, teacher))
+    for name in twin:
+        if 'moving' not in name:
+            np.testing.assert_allclose(begun[name], twin[name], rtol=0, atol=1e-6, err_msg=name)
+
+
 def test_teachers_that_do_not_fit(teacher, finished_run, tmp_path):
     with pytest.raises(UsageError, match=r'trained with --quantize both; give the model\.npz in the run directory'):
         taught(tmp_path / 'a', finished_run)

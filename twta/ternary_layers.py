@@ -103,7 +103,7 @@ class BatchNormLayer(tl.layers.Layer):
 
     def __init__(self, prev_layer, is_train, name='bn', beta_init=0):
         super().__init__(prev_layer=prev_layer, name=name)
-        self.prev_layer = prev_layer
+        self.prev_layer, self.beta_init = prev_layer, beta_init
         x = self.inputs = prev_layer.outputs
         channels = int(x.shape[-1])
         with tf.variable_scope(name):

@@ -92,6 +92,12 @@ def helpers(record):
         ['with a teacher'] if record['flags'].get('teacher') else [])
 
 
+def unusual_device(record):
+    """Return the GPU or the kind of processor that a run trained on, or None: AVX-512 with BF16, or an older record."""
+    device = record.get('gpu') or record.get('machine', {}).get('kind')
+    return None if device == 'AVX-512 with BF16' else device
+
+
 def is_whole(record):
     """Return whether the run quantised all that its script does: see --quantize."""
     return record['choices'].get('quantize', 'both') == 'both'

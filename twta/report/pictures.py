@@ -27,6 +27,7 @@ from twta.report.evidence import (
     is_whole,
     protocol,
     schedule,
+    unusual_device,
 )
 from twta.spikes import conversion
 from twta.terminal import say
@@ -75,8 +76,8 @@ def is_short(record):
 
 
 def is_timed(record):
-    """Return whether the minutes of a run compare with others: one stage, the whole network quantised, on two cores."""
-    return is_whole(record) and len(record['stages']) == 1 and record['seed'] == 0 and not record.get('gpu')
+    """Return whether the minutes of a run compare with others: one stage, all quantised, on the usual cores."""
+    return is_whole(record) and len(record['stages']) == 1 and record['seed'] == 0 and not unusual_device(record)
 
 
 def write_all(records, data_dir):
@@ -114,7 +115,7 @@ def draw_curves(title, records):
 
     The accuracy is on validation images. If no run of the data set has any, it is on training images, as augmented.
     """
-    figure = Figure(figsize=(10, 5.5), layout='constrained')
+    figure = Figure(figsize=(10, 4.8), layout='constrained')
     axes = figure.subplots()
     held_out = any(record['data']['validation_images'] for record in records)
     key = 'validation_accuracy' if held_out else 'training_accuracy'

@@ -116,8 +116,7 @@ def accuracies(records, pattern):
 
 def training_time(runs):
     """Return the median time of the training steps in words, with what is not 2 cores of an AMD EPYC with bfloat16."""
-    # records of older versions do not tell GPU and kind
-    devices = {run.get('gpu') or run['machine'].get('kind') for run in runs} - {None, 'AVX-512 with BF16'}
+    devices = set(map(evidence.unusual_device, runs)) - {None}
     minutes = f'{statistics.median(run["wall_seconds"] for run in runs) / 60:.0f} min'
     return ', '.join((minutes, *(f'on {device}' for device in sorted(devices))))
 

@@ -161,7 +161,7 @@ def check_options_of_weights(weights, options, is_training):
     A training may begin with the weights of the network in full precision.
     """
     trained_with = run_directory.read_options(weights.parent)
-    free = ('quantize', 'rest') if is_training and trained_with.get('quantize') == 'nothing' else ()
+    free = ('quantize', 'rest') if is_training and run_directory.is_full_precision(weights.parent) else ()
     for flag, value in options.items():
         if flag not in free and trained_with.get(flag, value) != value:
             raise UsageError(f'--{flag} {value}: the weights in {weights} were trained with --{flag} '
@@ -189,9 +189,7 @@ def train(experiment, args, defaults, precision, workers):
     if not workers.writes:
         follow(dataset, network, of_teacher, state, workers)
         return
-    weights = read_weights(experiment.weights, network.net) if experiment.weights else {}
-    if weights and run_directory.read_options(experiment.weights.parent).get('quantize') == 'nothing':
-        weights = quantized(weights, network.net, experiment.options['rest'])
+    weights = first_weights(experiment.weights, network.net) if experiment.weights else {}
     run_directory.check_is_ours(run_dir)
     files.make_folder(run_dir)
     with (contextlib.nullcontext() if args.resume else run_directory.locked(run_dir), network.graph.as_default(),
@@ -233,6 +231,12 @@ def train(experiment, args, defaults, precision, workers):
             if state.history and run_dir.exists():
                 results.save_picture(run_dir / 'curve.png', run_directory.draw_curve,
                                      f'{experiment.script} on {dataset.title}', state.history)
+
+
+def first_weights(path, net):
+    """Return the parameters of --weights as the network begins with them, by variable name."""
+    weights = read_weights(path, net)
+    return quantized(weights, net) if run_directory.is_full_precision(path.parent) else weights
 
 
 def follow(dataset, network, of_teacher, state, workers):

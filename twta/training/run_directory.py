@@ -101,6 +101,11 @@ def read_options(run_dir):
     return read_config(run_dir)['flags'].get('choices', {})
 
 
+def is_full_precision(run_dir):
+    """Return whether config.json of a run tells that it was trained with --quantize nothing."""
+    return read_options(run_dir).get('quantize') == 'nothing'
+
+
 def write_log(path, history):
     """Write log.csv, a row per epoch. It is rewritten as a whole, so no epoch is missing or there twice."""
     write_csv(path, FIELDS, [{field: row[field] for field in FIELDS} for row in history])

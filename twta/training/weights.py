@@ -40,14 +40,14 @@ def read_weights(path, net, flag='--weights', scope=''):
     return {scope + name: value for name, value in weights.items()}
 
 
-def quantized(weights, net, rest):
+def quantized(weights, net):
     """Return the parameters that a network begins with if its weights come from its twin in full precision.
 
-    weights    of the twin, by variable name
-    rest       of the network. With -1, -1 stands for ReLU's 0: beta is 1 lower before each ternary activation
+    weights    of the twin, by variable name. Its betas began at 0: those of the network are as far from beta_init as
+               they are from 0. So with --rest -1, -1 stands for ReLU's 0
     """
-    lowered = {block.batch_norm.beta.name for block in read_blocks(net) if block.levels}
-    return {name: value + rest if name in lowered else value for name, value in weights.items()}
+    offsets = {block.batch_norm.beta.name: block.batch_norm.beta_init for block in read_blocks(net) if block.batch_norm}
+    return {name: value + offsets.get(name, 0) for name, value in weights.items()}
 
 
 def is_sound(name, value):
