@@ -17,15 +17,15 @@ DATASETS = ('cifar10', 'shapes')  # the first is the default
 LEARNING_RATE = 1e-3
 EPOCHS = 200
 BATCH_SIZE = 200
-OPTIONS = ('k', 'B')
+OPTIONS = ('k', 'B', 'quantize')
 
 
-def model(x, is_train, k, B):
+def model(x, is_train, k, B, **options):
     """Return the last layer of the network on images x [batch, 24, 24, 3]; its outputs are the logits [batch, 10]."""
     from twta.quantizers import median_quantizer  # here, so that --help need not wait for TensorFlow
     from twta.ternary_layers import Network
 
-    net = Network(x, is_train, activation=median_quantizer(k, B))
+    net = Network(x, is_train, activation=median_quantizer(k, B), **options)
     net.encode(64, 3)                          # 24 * 24 * 64, full-precision weights
     net.conv(64, 3)                            # 24 * 24 * 64
     net.conv(64, 3)                            # 24 * 24 * 64

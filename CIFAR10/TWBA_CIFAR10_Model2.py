@@ -17,16 +17,16 @@ DATASETS = ('cifar10', 'shapes')  # the first is the default
 LEARNING_RATE = 1e-2
 EPOCHS = 200
 BATCH_SIZE = 200
-OPTIONS = ('levels',)
+OPTIONS = ('levels', 'quantize')
 
 
-def model(x, is_train, levels):
+def model(x, is_train, levels, **options):
     """Return the last layer of the network on images x [batch, 24, 24, 3]; its outputs are the logits [batch, 10]."""
     from twta import quantizers  # here, so that --help need not wait for TensorFlow
     from twta.ternary_layers import Network
 
     activation = {2: quantizers.binarize_activations, 3: quantizers.three_level_activations}[levels]
-    net = Network(x, is_train, quantizers.ternarize_weights, activation)
+    net = Network(x, is_train, quantizers.ternarize_weights, activation, **options)
     net.stem(32, 3)                                # 24 * 24 * 32, full-precision weights, ReLU
     net.encode(64, 3)                              # 24 * 24 * 64, full-precision weights
     net.conv(256, 4, stride=2, groups=2)           # 12 * 12 * 256

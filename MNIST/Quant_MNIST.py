@@ -17,15 +17,15 @@ DATASETS = ('mnist', 'digits')  # the first is the default
 LEARNING_RATE = 1e-4
 EPOCHS = 200
 BATCH_SIZE = 128
-OPTIONS = ('k', 'B')
+OPTIONS = ('k', 'B', 'quantize')
 
 
-def model(x, is_train, k, B):
+def model(x, is_train, k, B, **options):
     """Return the last layer of the network on images x [batch, 28, 28, 1]; its outputs are the logits [batch, 10]."""
     from twta.quantizers import median_quantizer  # here, so that --help need not wait for TensorFlow
     from twta.ternary_layers import Network
 
-    net = Network(x, is_train, activation=median_quantizer(k, B))
+    net = Network(x, is_train, activation=median_quantizer(k, B), **options)
     net.encode(16, 5)                         # 28 * 28 * 16, full-precision weights
     net.conv(16, 5, padding='VALID')          # 24 * 24 * 16
     net.pool(16, 2)                           # 12 * 12 * 16

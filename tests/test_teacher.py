@@ -1,4 +1,5 @@
 """Distillation: the loss against numpy, runs with a teacher resumed, teachers that do not fit; --quantize."""
+import functools
 import json
 import shutil
 import signal
@@ -6,13 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import QUICK, assert_same, load_script, start, variables
+from conftest import MNIST_SCRIPTS, QUICK, assert_same, chosen, load_script, start, variables
 from test_faults import in_epoch
 
-from twta import TwtaError, UsageError
+from twta import TwtaError, UsageError, results
 from twta.graph.tf1 import tf
 from twta.training import teacher as teacher_module
 from twta.training.blocks import read_blocks
+from twta.training.build import build_graph
 from twta.training.records import without_places
 
 FLAGS = QUICK[2:]
@@ -119,13 +121,42 @@ def test_teachers_that_do_not_fit(teacher, finished_run, tmp_path):
     with pytest.raises(TwtaError, match=r'--teacher .* is of another network: teacher/'):
         start(tmp_path / 'a', *FLAGS, '--teacher', teacher / 'model.npz', script='TWTA_4_4_MNIST')
     with pytest.raises(UsageError, match='for scripts that have --quantize'):
-        start(tmp_path / 'a', *FLAGS, '--teacher', teacher / 'model.npz', script='TWBA_5_5_MNIST')
+        start(tmp_path / 'a', *FLAGS, '--teacher', teacher / 'model.npz', script='FP_5_5_MNIST')
     with pytest.raises(UsageError, match='no meaning with --mode inference'):
         start(finished_run, '--mode', 'inference', '--teacher', teacher / 'model.npz')
     shutil.copy(teacher / 'model.npz', tmp_path)
     with pytest.raises(UsageError, match=r'config\.json beside it does not tell that it was trained with'):
         taught(tmp_path / 'a', tmp_path)
     assert not (tmp_path / 'a').exists()
+
+
+@pytest.mark.parametrize('name, options', [
+    ('BWBA_5_5_MNIST', {'pooling': 'average'}), ('TWBA_5_5_MNIST', {'levels': 3}), ('Quant_MNIST', {'k': 2}),
+    ('BWBA_CIFAR10_Model2', {}), ('TWBA_CIFAR10_Model2', {'levels': 3}), ('Quant_CIFAR10', {})])
+def test_each_sibling_has_a_twin_in_full_precision(name, options, tmp_path):
+    """It has the student's pooling. What config.json tells beyond the student's options, or wrongly, is left out."""
+    script = load_script(name)
+    options = chosen(script, **options)
+    of_twin = {**options, 'quantize': 'nothing', 'threshold': 'fixed', 'levels': 5, 'k': []}
+    results.write_json(tmp_path / 'config.json', {'flags': {'choices': of_twin}})
+    model = functools.partial(script.model, **options)
+    shape, crop = ((28, 28, 1), 0) if name in MNIST_SCRIPTS else ((32, 32, 3), 24)
+    network = build_graph(model, shape, crop, 0, tf.float32, taught_by=teacher_module.model_of(tmp_path / 'w', model))
+    learners, of_teacher = read_blocks(network.net)[1:-1], read_blocks(network.teacher)[1:-1]
+    assert [block.pooling for block in learners] == [block.pooling for block in of_teacher]
+    assert all(block.levels for block in learners) and not any(block.levels for block in of_teacher)
+    assert not set(network.teacher.all_params) & set(network.graph.get_collection(tf.GraphKeys.TRAINABLE_VARIABLES))
+
+
+def test_a_sibling_learns_from_its_twin(tmp_path):
+    start(tmp_path / 'twin', *FLAGS, '--epochs', 1, '--quantize', 'nothing', script='Quant_MNIST')
+    flags = *FLAGS, '--epochs', 1, '--k', 2, '--teacher', tmp_path / 'twin' / 'model.npz'
+    start(tmp_path / 'run', *flags, '--weights', tmp_path / 'twin' / 'model.npz', script='Quant_MNIST')
+    record = json.loads((tmp_path / 'run' / 'record.json').read_text())
+    assert record['name'].endswith('-taught-begun-k_2') and len(record['flags']['teacher']) == 64
+    start(tmp_path / 'run', '--mode', 'export', '--file', tmp_path / 'net.twta', script='Quant_MNIST')
+    with pytest.raises(UsageError, match='such a network cannot be packed'):
+        start(tmp_path / 'twin', '--mode', 'export', '--file', tmp_path / 'twin.twta', script='Quant_MNIST')
 
 
 def test_a_teacher_by_a_relative_path(teacher, tmp_path, monkeypatch):
@@ -163,10 +194,11 @@ def test_what_is_quantised(session, quantize, ternary, levels):
 @pytest.mark.parametrize('flags, words', [
     (('--quantize', 'weights', '--mode', 'export'), 'such a network cannot be packed'),
     (('--quantize', 'nothing', '--rest', -1), '--rest -1 has no meaning with --quantize nothing'),
-    (('--quantize', 'weights', '--threshold', 'trainable'), '--threshold trainable has no meaning')])
+    (('--quantize', 'weights', '--threshold', 'trainable'), '--threshold trainable has no meaning'),
+    (('--quantize', 'nothing', '--k', 2), '--k 2 has no meaning with --quantize nothing')])
 def test_quantize_beside_other_flags(tmp_path, flags, words):
     with pytest.raises(UsageError, match=words):
-        start(tmp_path / 'a', *flags)
+        start(tmp_path / 'a', *flags, script='Quant_MNIST' if '--k' in flags else 'TWTA_5_5_MNIST')
 
 
 def test_a_network_without_ternary_weights_is_not_packed(tmp_path):

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from twta import UsageError, workers
-from twta.options import NOTHING_TO_PACK, OPTIONS, SHORT, SUFFIXES, WAYS, with_defaults
+from twta.options import NOTHING_TO_PACK, OF_ACTIVATIONS, OPTIONS, SHORT, SUFFIXES, WAYS, with_defaults
 from twta.terminal import Parser, errors_in_a_line, natural, path, positive_integer, positive_number, truth_or_auto
 
 OF_TRAINING = 'epochs', 'learning_rate', 'schedule', 'augmentation', 'protocol', 'batch_size', 'seed', 'validation', \
@@ -232,8 +232,8 @@ def check_network(args, script):
     if chosen.get('quantize', 'both') != 'both' and (args.engine == 'packed' or args.mode == 'export'):
         raise UsageError(f'--quantize {chosen["quantize"]}: such a network cannot be packed; leave it out')
     if chosen.get('quantize') in ('weights', 'nothing'):
-        for flag in ('rest', 'threshold', 'threshold_value'):
-            if args.options[flag] not in (None, OPTIONS[flag][0]):
+        for flag in OF_ACTIVATIONS:
+            if args.options.get(flag) not in (None, OPTIONS[flag][0]):
                 raise UsageError(f'--{flag} {args.options[flag]} has no meaning with --quantize {chosen["quantize"]}: '
                                  'its activations are ReLU; leave one out')
     if script.stem.startswith('FP_') and (args.engine == 'packed' or args.mode == 'export'):

@@ -20,7 +20,7 @@ from twta.data.datasets import Dataset
 from twta.graph import fast
 from twta.graph.session import choose_precision, describe, find_gpu, make_deterministic
 from twta.graph.tf1 import tf
-from twta.options import with_defaults
+from twta.options import OF_ACTIVATIONS, with_defaults
 from twta.results import accuracy
 from twta.terminal import say, stop_signals
 from twta.training import checkpoints, cluster, records, run_directory, teacher
@@ -161,7 +161,7 @@ def check_options_of_weights(weights, options, is_training):
     A training may begin with the weights of the network in full precision.
     """
     trained_with = run_directory.read_options(weights.parent)
-    free = ('quantize', 'rest') if is_training and run_directory.is_full_precision(weights.parent) else ()
+    free = ('quantize', *OF_ACTIVATIONS) if is_training and run_directory.is_full_precision(weights.parent) else ()
     for flag, value in options.items():
         if flag not in free and trained_with.get(flag, value) != value:
             raise UsageError(f'--{flag} {value}: the weights in {weights} were trained with --{flag} '

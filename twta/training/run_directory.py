@@ -10,6 +10,7 @@ import time
 
 from twta import UsageError, files, in_a_line
 from twta.graph.tf1 import tf
+from twta.options import is_option_value
 from twta.results import read_object, write_csv
 from twta.terminal import say
 from twta.training.state import FIELDS
@@ -98,7 +99,8 @@ def read_config(run_dir):
 
 def read_options(run_dir):
     """Return the options of the network of a run, by name; {} if its config.json does not tell them."""
-    return read_config(run_dir)['flags'].get('choices', {})
+    choices = read_config(run_dir)['flags'].get('choices', {})
+    return {name: value for name, value in choices.items() if is_option_value(name, value)}
 
 
 def is_full_precision(run_dir):

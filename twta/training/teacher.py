@@ -59,9 +59,8 @@ def model_of(path, model):
         reason = (f'trained with --quantize {trained_with["quantize"]}' if 'quantize' in trained_with else
                   'config.json beside it does not tell that it was trained with --quantize nothing')
         raise UsageError(f'--teacher {path}: {reason}; give the model.npz in the run directory of such a training')
-    options = with_defaults(dict.fromkeys(model.keywords))
-    pooling = trained_with.get('pooling', model.keywords['pooling'])
-    return functools.partial(model.func, **{**options, 'pooling': pooling, 'quantize': 'nothing', 'exact': False})
+    options = with_defaults({name: trained_with.get(name) for name in model.keywords})
+    return functools.partial(model.func, **options, exact=False)
 
 
 def build(model, x):
