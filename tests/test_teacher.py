@@ -153,7 +153,7 @@ def test_a_sibling_learns_from_its_twin(tmp_path):
     flags = *FLAGS, '--epochs', 1, '--k', 2, '--teacher', tmp_path / 'twin' / 'model.npz'
     start(tmp_path / 'run', *flags, '--weights', tmp_path / 'twin' / 'model.npz', script='Quant_MNIST')
     record = json.loads((tmp_path / 'run' / 'record.json').read_text())
-    assert record['name'].endswith('-taught-begun-k_2') and len(record['flags']['teacher']) == 64
+    assert record['name'].endswith('-begun-taught-k_2') and len(record['flags']['teacher']) == 64
     start(tmp_path / 'run', '--mode', 'export', '--file', tmp_path / 'net.twta', script='Quant_MNIST')
     with pytest.raises(UsageError, match='such a network cannot be packed'):
         start(tmp_path / 'twin', '--mode', 'export', '--file', tmp_path / 'twin.twta', script='Quant_MNIST')
