@@ -155,7 +155,7 @@ def test_a_sibling_learns_from_its_twin(tmp_path):
     record = json.loads((tmp_path / 'run' / 'record.json').read_text())
     assert record['name'].endswith('-begun-taught-k_2') and len(record['flags']['teacher']) == 64
     start(tmp_path / 'run', '--mode', 'export', '--file', tmp_path / 'net.twta', script='Quant_MNIST')
-    with pytest.raises(UsageError, match='such a network cannot be packed'):
+    with pytest.raises(TwtaError, match='has full-precision activations: there is nothing to pack'):
         start(tmp_path / 'twin', '--mode', 'export', '--file', tmp_path / 'twin.twta', script='Quant_MNIST')
 
 
