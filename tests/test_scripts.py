@@ -16,10 +16,10 @@ def size_comments(name):
     return [[int(side) for side in comment.split('*')] if comment else None for comment in comments]
 
 
-def recorded_parameters(name, options):
-    """Return the numbers of parameters in the records of a script with these options: at most one number."""
+def recorded_parameters(name, script):
+    """Return the numbers of parameters in the records of a script with its default options: at most one number."""
     records = [json.loads(path.read_text()) for path in (ROOT / 'results').glob(f'{name}-*.json')]
-    return {record['parameters'] for record in records if record['choices'] == options}
+    return {record['parameters'] for record in records if chosen(script, **record['choices']) == chosen(script)}
 
 
 @pytest.mark.parametrize('name', SCRIPTS)
@@ -32,7 +32,7 @@ def test_sizes_in_comments_and_parameters_in_records(session, name):
         with tf.variable_scope(tf.get_variable_scope(), reuse=not is_train):
             net = script.model(tf.zeros([2, *image_shape(name)]), is_train, **chosen(script))
         assert net.outputs.shape.as_list() == [2, 10]
-        assert recorded_parameters(name, chosen(script)) <= {net.count_params()}
+        assert recorded_parameters(name, script) <= {net.count_params()}
         layers = [layer for layer, *_ in read_blocks(net)]
         assert size_comments(name) == [layer.outputs.shape.as_list()[1:] for layer in layers]
     operations = [op.type for op in tf.get_default_graph().get_operations()]
