@@ -161,7 +161,7 @@ def check_options_of_weights(weights, options, is_training):
     A training may begin with the weights of the network in full precision.
     """
     trained_with = run_directory.read_options(weights.parent)
-    free = ('quantize', *OF_ACTIVATIONS) if is_training and run_directory.is_full_precision(weights.parent) else ()
+    free = ('quantize', *OF_ACTIVATIONS) if is_training and run_directory.is_full_precision(trained_with) else ()
     for flag, value in options.items():
         if flag not in free and trained_with.get(flag, value) != value:
             raise UsageError(f'--{flag} {value}: the weights in {weights} were trained with --{flag} '
@@ -236,7 +236,8 @@ def train(experiment, args, defaults, precision, workers):
 def first_weights(path, net):
     """Return the parameters of --weights as the network begins with them, by variable name."""
     weights = read_weights(path, net)
-    return quantized(weights, net) if run_directory.is_full_precision(path.parent) else weights
+    trained_with = run_directory.read_options(path.parent)
+    return quantized(weights, net) if run_directory.is_full_precision(trained_with) else weights
 
 
 def follow(dataset, network, of_teacher, state, workers):

@@ -103,9 +103,9 @@ def read_options(run_dir):
     return {name: value for name, value in choices.items() if is_option_value(name, value)}
 
 
-def is_full_precision(run_dir):
-    """Return whether config.json of a run tells that it was trained with --quantize nothing."""
-    return read_options(run_dir).get('quantize') == 'nothing'
+def is_full_precision(options):
+    """Return whether the options of a run, from read_options, tell that it was trained with --quantize nothing."""
+    return options.get('quantize') == 'nothing'
 
 
 def write_log(path, history):

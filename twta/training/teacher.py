@@ -55,7 +55,7 @@ def model_of(path, model):
     Raises UsageError if config.json beside the file does not tell that it was trained with --quantize nothing.
     """
     trained_with = run_directory.read_options(path.parent)
-    if not run_directory.is_full_precision(path.parent):
+    if not run_directory.is_full_precision(trained_with):
         reason = (f'trained with --quantize {trained_with["quantize"]}' if 'quantize' in trained_with else
                   'config.json beside it does not tell that it was trained with --quantize nothing')
         raise UsageError(f'--teacher {path}: {reason}; give the model.npz in the run directory of such a training')
