@@ -113,6 +113,25 @@ def test_a_script_without_ternary_layers_begins_with_the_same_weights(teacher, t
             np.testing.assert_allclose(begun[name], twin[name], rtol=0, atol=1e-6, err_msg=name)
 
 
+def test_weights_of_an_fp_script_are_in_full_precision(teacher, tmp_path):
+    """A ternary training begins with them as with --quantize nothing, and learns from them; it is not evaluated so."""
+    start(tmp_path / 'fp', *FLAGS, '--epochs', 1, script='FP_5_5_MNIST')
+    fp = '--weights', tmp_path / 'fp' / 'model.npz'
+    start(tmp_path / 'run', *FLAGS, '--epochs', 1, '--learning_rate', 1e-12, '--rest', -1, *fp, '--teacher', fp[1])
+    begun, twin = (dict(np.load(tmp_path / name / 'model.npz')) for name in ('run', 'fp'))
+    np.testing.assert_allclose(begun['conv3/bn/beta:0'], twin['conv3/bn/beta:0'] - 1, rtol=0, atol=1e-6)
+    with pytest.raises(UsageError, match=r'were trained with --quantize nothing; give that'):
+        start(tmp_path / 'run', '--mode', 'inference', *fp)
+    start(tmp_path / 'run', '--mode', 'inference', *fp, '--quantize', 'nothing')
+
+
+def test_weights_of_another_script_are_not_evaluated(finished_run, tmp_path):
+    flags = '--weights', finished_run / 'model.npz'
+    for mode in ('--mode', 'inference'), ('--mode', 'export', '--file', tmp_path / 'net.twta'):
+        with pytest.raises(UsageError, match=r'trained by TWTA_5_5_MNIST; use that script'):
+            start(tmp_path / 'a', *flags, *mode, script='TWBA_5_5_MNIST')
+
+
 def test_teachers_that_do_not_fit(teacher, finished_run, tmp_path):
     with pytest.raises(UsageError, match=r'trained with --quantize both; give the model\.npz in the run directory'):
         taught(tmp_path / 'a', finished_run)
@@ -124,7 +143,15 @@ def test_teachers_that_do_not_fit(teacher, finished_run, tmp_path):
         start(tmp_path / 'a', *FLAGS, '--teacher', teacher / 'model.npz', script='FP_5_5_MNIST')
     with pytest.raises(UsageError, match='no meaning with --mode inference'):
         start(finished_run, '--mode', 'inference', '--teacher', teacher / 'model.npz')
+    with pytest.raises(UsageError, match=r'this training writes its own model\.npz there; choose another --run_dir'):
+        taught(teacher, teacher)
     shutil.copy(teacher / 'model.npz', tmp_path)
+    config = json.loads((teacher / 'config.json').read_text())
+    config['flags']['dataset'] = 'mnist'
+    results.write_json(tmp_path / 'config.json', config)
+    with pytest.raises(UsageError, match=r'trained on --dataset mnist; give one that was trained on digits'):
+        taught(tmp_path / 'a', tmp_path)
+    (tmp_path / 'config.json').unlink()
     with pytest.raises(UsageError, match=r'config\.json beside it does not tell that it was trained with'):
         taught(tmp_path / 'a', tmp_path)
     assert not (tmp_path / 'a').exists()
@@ -137,7 +164,7 @@ def test_each_sibling_has_a_twin_in_full_precision(name, options, tmp_path):
     """It has the student's pooling. What config.json tells beyond the student's options, or wrongly, is left out."""
     script = load_script(name)
     options = chosen(script, **options)
-    of_twin = {**options, 'quantize': 'nothing', 'threshold': 'fixed', 'levels': 5, 'k': []}
+    of_twin = {**options, 'quantize': 'nothing', 'threshold': 'fixed', 'levels': 5, 'k': [], 'B': '1' * 5000}
     results.write_json(tmp_path / 'config.json', {'flags': {'choices': of_twin}})
     model = functools.partial(script.model, **options)
     shape, crop = ((28, 28, 1), 0) if name in MNIST_SCRIPTS else ((32, 32, 3), 24)
@@ -195,6 +222,7 @@ def test_what_is_quantised(session, quantize, ternary, levels):
     (('--quantize', 'weights', '--mode', 'export'), 'such a network cannot be packed'),
     (('--quantize', 'nothing', '--rest', -1), '--rest -1 has no meaning with --quantize nothing'),
     (('--quantize', 'weights', '--threshold', 'trainable'), '--threshold trainable has no meaning'),
+    (('--quantize', 'nothing', '--rest', -1, '--pooling', 'max'), '--rest -1 has no meaning with --quantize nothing'),
     (('--quantize', 'nothing', '--k', 2), '--k 2 has no meaning with --quantize nothing')])
 def test_quantize_beside_other_flags(tmp_path, flags, words):
     with pytest.raises(UsageError, match=words):

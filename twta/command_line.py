@@ -150,10 +150,11 @@ def add_network(add, options):
         add(f'--{name}', **OPTIONS[name][1])
     add('--weights', type=path, metavar='NPZ',
         help='a model.npz to start from, to evaluate or to export, in place of a checkpoint; repeat the flags of the '
-             'network that it was trained with. A training may also start from that of --quantize nothing')
+             'network that it was trained with. A training may also start from the same network in full precision')
     add('--teacher', type=path, metavar='NPZ',
-        help='model.npz of the same script trained with --quantize nothing: training then follows its probabilities '
-             'and the sums in its layers too, image by image (distillation); a resumed run keeps its teacher')
+        help='model.npz of the same network trained with --quantize nothing: training then follows its probabilities '
+             'and the sums in its layers too, image by image (distillation); a resumed run keeps its teacher. FP '
+             'scripts have none')
     add('--checkpoint', choices=('last', 'best'), default='last',
         help='which checkpoint inference and export read: the last, or the best on the validation images; without '
              'validation images best is the last (default: last)')
@@ -176,7 +177,7 @@ def add_export(add):
              'current folder; if it is absent, packed reads the file in pretrained/, for the default data set only)')
     add('--format', choices=tuple(SUFFIXES), default='twta',
         help='format for export: the packed file, plain arrays, a C header, ONNX, QONNX (FINN, Brevitas), or NIR '
-             '(spiking networks) (default: twta)')
+             '(spiking networks); html, a page that runs it (default: twta)')
     add('--threads', type=positive_integer, metavar='N',
         help='threads for --engine packed (default: one per core that the process may use)')
     add('--report', action='store_true',
@@ -223,6 +224,11 @@ def has_checkpoint(run_dir):
 def check_network(args, script):
     """Check the options of the network against each other."""
     chosen = with_defaults(args.options)
+    if chosen.get('quantize') in ('weights', 'nothing'):
+        for flag in OF_ACTIVATIONS:
+            if args.options.get(flag) not in (None, OPTIONS[flag][0]):
+                raise UsageError(f'--{flag} {args.options[flag]} has no meaning with --quantize {chosen["quantize"]}: '
+                                 'its activations are ReLU; leave one out')
     if chosen.get('levels') == 3 and chosen.get('pooling') == 'max':
         raise UsageError('--levels 3 with --pooling max: such a network cannot be exported; use --pooling average or '
                          'conv')
@@ -231,11 +237,6 @@ def check_network(args, script):
                          'average')
     if chosen.get('quantize', 'both') != 'both' and (args.engine == 'packed' or args.mode == 'export'):
         raise UsageError(f'--quantize {chosen["quantize"]}: such a network cannot be packed; leave it out')
-    if chosen.get('quantize') in ('weights', 'nothing'):
-        for flag in OF_ACTIVATIONS:
-            if args.options.get(flag) not in (None, OPTIONS[flag][0]):
-                raise UsageError(f'--{flag} {args.options[flag]} has no meaning with --quantize {chosen["quantize"]}: '
-                                 'its activations are ReLU; leave one out')
     if script.stem.startswith('FP_') and (args.engine == 'packed' or args.mode == 'export'):
         raise UsageError(f'{script.stem} {NOTHING_TO_PACK}')
     if 'k' in chosen and chosen['B'] * 2 ** chosen['k'] > 8:
@@ -316,6 +317,9 @@ def check_files(args, script):
     is_written = args.mode != 'inference'  # inference prints the accuracy in any case
     if is_written and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise UsageError(f'--{written} {getattr(args, written)}: nothing can be written to {there}; choose another')
+    if args.teacher and not args.resume and args.teacher.resolve().parent == args.run_dir:
+        raise UsageError(f'--teacher {args.teacher}: this training writes its own model.npz there; choose another '
+                         '--run_dir')
     if args.resume and not has_checkpoint(args.run_dir):
         make = command(script, '--resume False --mode training', 'dataset', 'data_dir', 'run_dir', args=args)
         raise UsageError(f'no checkpoint in {args.run_dir}; make one with: {make}')

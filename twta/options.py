@@ -34,8 +34,9 @@ OPTIONS = {  # network options by flag: default, arguments of the parser; each s
              'state of rest of the activations. 0: as published; -1: every beta begins at -1 and ternary layers pad '
              'with -1: activations begin as a ReLU in three steps and learn faster (default: 0)'}),
     'quantize': ('both', {'choices': ('both', 'weights', 'activations', 'nothing'), 'help':
-                 'what is quantised. Without quantised activations they are ReLU; without quantised weights they are '
-                 'in full precision. nothing: the teacher of --teacher, and what quantisation costs (default: both)'}),
+                 'what is quantised. Activations that are not quantised are ReLU; weights that are not quantised are '
+                 'in full precision. nothing trains a teacher for --teacher, or shows what quantisation costs '
+                 '(default: both)'}),
     'levels': (2, {'type': partial(natural, least=2, most=3), 'metavar': '{2,3}', 'help':
                'number of activation levels. 2: {0, 1}, binary; 3: {0, 0.5, 1}, as in the published code (default: '
                '2)'}),
@@ -44,7 +45,7 @@ OPTIONS = {  # network options by flag: default, arguments of the parser; each s
           'step into a separate neuron with its own weights, in its layer and in the next'}),
     'B': (2, {'type': partial(natural, least=1, most=8), 'metavar': 'B', 'help': 'largest activation (default: 2)'}),
 }
-OF_ACTIVATIONS = 'rest', 'threshold', 'threshold_value', 'levels', 'k', 'B'  # of quantised ones only
+OF_ACTIVATIONS = 'rest', 'threshold', 'threshold_value', 'levels', 'k', 'B'  # without meaning if they are not quantised
 
 
 def with_defaults(options):

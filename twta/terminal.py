@@ -144,8 +144,9 @@ def number(text, least, most):
 
 
 def natural(text, least=0, most=2 ** 31 - 1):
-    if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from {least} to {most}')
+    is_whole = text.isascii() and text.isdigit() and len(text) <= 99  # int() refuses thousands of digits
+    if not (is_whole and least <= int(text) <= most):
+        raise argparse.ArgumentTypeError(f'{text[:99]!r} is not a whole number from {least} to {most}')
     return int(text)
 
 

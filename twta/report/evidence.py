@@ -93,7 +93,10 @@ def helpers(record):
 
 
 def unusual_device(record):
-    """Return the GPU or the kind of processor that a run trained on, or None: AVX-512 with BF16, or an older record."""
+    """Return the GPU or the kind of processor that a run trained on; None if it is the usual one, or an older record.
+
+    The usual one is a processor with AVX-512 and BF16.
+    """
     device = record.get('gpu') or record.get('machine', {}).get('kind')
     return None if device == 'AVX-512 with BF16' else device
 

@@ -57,7 +57,8 @@ def sources(records):
             found[f'cost-{name}'] = draw_cost, title, alike
     for script in FILTERS:
         found[f'filters-{script}'] = draw_filters, PRETRAINED / f'{script}.twta'
-        runs = [record for record in records if record['script'] == script and record['shares'] and is_short(record)]
+        runs = [record for record in records
+                if record['script'] == script and is_whole(record) and is_short(record) and record['shares']]
         if runs:
             found[f'shares-{script}'] = draw_fractions, runs[0]
     found['misclassified'] = draw_misclassified, PRETRAINED / f'{MISCLASSIFIED}.twta'

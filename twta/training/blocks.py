@@ -43,9 +43,10 @@ def read_blocks(layer):
 
 
 def value_fractions(net):
-    """Return which fractions of a network's quantised values are negative and positive.
+    """Return which fractions of values are negative and positive, in the layers with quantised activations.
 
-    By kind, 'weights' or 'activations', and name of the layer: a tensor [negative, positive].
+    By kind, 'weights' or 'activations', and name of the layer: a tensor [negative, positive]. The weights of the
+    encoder and of the classifier are left out; with --quantize activations the others are in full precision too.
     """
     blocks = [block for block in read_blocks(net) if block.levels]
     found = {'weights': {block.layer.name: block.layer.quantized for block in blocks[1:] if not block.pooling},

@@ -122,7 +122,7 @@ def open_experiment(script, model, args, workers=ALONE):
     options = state.options if state else with_defaults(args.options)
     weights = None if args.resume else args.weights  # with --resume auto, the run has begun with them
     if weights:
-        check_options_of_weights(weights, options, args.mode == 'training')
+        check_weights(weights, script, options, args.mode == 'training')
     dataset = datasets.load(args.dataset, args.data_dir, state.validation if state else args.validation)
     return Experiment(script, functools.partial(model, **options), options, args.dataset, dataset, args.run_dir,
                       args.gpu, weights, checkpoint, source, state, args.verbose)
@@ -155,13 +155,17 @@ def open_run(script, args):
     return which, source, state
 
 
-def check_options_of_weights(weights, options, is_training):
-    """Raise UsageError if the config.json beside the weights tells of other options; other weights have none there.
+def check_weights(weights, script, options, is_training):
+    """Raise UsageError if the config.json beside the weights tells of another network; other weights have none there.
 
-    A training may begin with the weights of the network in full precision.
+    A training may begin with weights of another script, or with those of the network in full precision.
     """
     trained_with = run_directory.read_options(weights.parent)
-    free = ('quantize', *OF_ACTIVATIONS) if is_training and run_directory.is_full_precision(trained_with) else ()
+    is_full_precision = run_directory.is_full_precision(trained_with)
+    trained_by = run_directory.read_config(weights.parent).get('script', script)
+    if trained_by != script and not is_training and not is_full_precision:
+        raise UsageError(f'--weights {weights}: trained by {str(trained_by)[:40]}; use that script')
+    free = ('quantize', *OF_ACTIVATIONS) if is_training and is_full_precision else ()
     for flag, value in options.items():
         if flag not in free and trained_with.get(flag, value) != value:
             raise UsageError(f'--{flag} {value}: the weights in {weights} were trained with --{flag} '

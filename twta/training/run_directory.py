@@ -98,13 +98,18 @@ def read_config(run_dir):
 
 
 def read_options(run_dir):
-    """Return the options of the network of a run, by name; {} if its config.json does not tell them."""
-    choices = read_config(run_dir)['flags'].get('choices', {})
-    return {name: value for name, value in choices.items() if is_option_value(name, value)}
+    """Return the options of the network of a run, by name; values that are not valid are left out.
+
+    {} if its config.json does not tell them. An FP script has no --quantize: what it trains is --quantize nothing.
+    """
+    config = read_config(run_dir)
+    options = {'quantize': 'nothing'} if str(config.get('script')).startswith('FP_') else {}
+    choices = config['flags'].get('choices', {})
+    return options | {name: value for name, value in choices.items() if is_option_value(name, value)}
 
 
 def is_full_precision(options):
-    """Return whether the options of a run, from read_options, tell that it was trained with --quantize nothing."""
+    """Return whether the options of a run, from read_options, tell that it is in full precision."""
     return options.get('quantize') == 'nothing'
 
 

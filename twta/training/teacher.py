@@ -1,4 +1,4 @@
-"""The teacher of --teacher: a full-precision network of the same script, whose values a network learns to give.
+"""The teacher of --teacher: the same network in full precision, whose values a network learns to give.
 
 It learns the teacher's probabilities ("Distilling the Knowledge in a Neural Network", arXiv:1503.02531, section 2) and,
 layer by layer, its hints: the sums that the teacher's activations get ("FitNets", arXiv:1412.6550, section 2.2; both
@@ -32,7 +32,8 @@ def find(state, flag):
 
     flag    path of --teacher, or None
 
-    Raises UsageError if the run has another teacher, or if its file is gone or has changed.
+    Raises UsageError if the run has another teacher, if its file is gone or has changed, or if it was trained on
+    another data set.
     """
     if not state.teacher:
         if flag:
@@ -43,6 +44,10 @@ def find(state, flag):
         reason = 'is another file now' if path.is_file() else 'no such file'
         raise UsageError(f'--teacher {path}: {reason}, but the run learns from one with the SHA-256 '
                          f'{state.teacher["sha256"]}; give its path')
+    trained_on = run_directory.read_config(path.parent)['flags'].get('dataset', state.dataset)
+    if trained_on != state.dataset:
+        raise UsageError(f'--teacher {path}: trained on --dataset {str(trained_on)[:40]}; give one that was trained on '
+                         f'{state.dataset}')
     return path
 
 
