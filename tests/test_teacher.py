@@ -175,8 +175,9 @@ def test_each_sibling_has_a_twin_in_full_precision(name, options, tmp_path):
     assert not set(network.teacher.all_params) & set(network.graph.get_collection(tf.GraphKeys.TRAINABLE_VARIABLES))
 
 
-def test_a_sibling_learns_from_its_twin(tmp_path):
+def test_a_sibling_learns_from_its_twin(tmp_path, capsys):
     start(tmp_path / 'twin', *FLAGS, '--epochs', 1, '--quantize', 'nothing', script='Quant_MNIST')
+    assert 'network: Quant_MNIST, quantize nothing, 159,824 parameters' in capsys.readouterr().out  # k, B say nothing
     flags = *FLAGS, '--epochs', 1, '--k', 2, '--teacher', tmp_path / 'twin' / 'model.npz'
     start(tmp_path / 'run', *flags, '--weights', tmp_path / 'twin' / 'model.npz', script='Quant_MNIST')
     record = json.loads((tmp_path / 'run' / 'record.json').read_text())

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from twta import UsageError, workers
-from twta.options import NOTHING_TO_PACK, OF_ACTIVATIONS, OPTIONS, SHORT, SUFFIXES, WAYS, with_defaults
+from twta.options import NOTHING_TO_PACK, OPTIONS, SHORT, SUFFIXES, WAYS, has_meaning, with_defaults
 from twta.terminal import Parser, errors_in_a_line, natural, path, positive_integer, positive_number, truth_or_auto
 
 OF_TRAINING = 'epochs', 'learning_rate', 'schedule', 'augmentation', 'protocol', 'batch_size', 'seed', 'validation', \
@@ -224,11 +224,10 @@ def has_checkpoint(run_dir):
 def check_network(args, script):
     """Check the options of the network against each other."""
     chosen = with_defaults(args.options)
-    if chosen.get('quantize') in ('weights', 'nothing'):
-        for flag in OF_ACTIVATIONS:
-            if args.options.get(flag) not in (None, OPTIONS[flag][0]):
-                raise UsageError(f'--{flag} {args.options[flag]} has no meaning with --quantize {chosen["quantize"]}: '
-                                 'its activations are ReLU; leave one out')
+    for flag, value in args.options.items():
+        if value not in (None, OPTIONS[flag][0]) and not has_meaning(flag, chosen):
+            raise UsageError(f'--{flag} {value} has no meaning with --quantize {chosen["quantize"]}: its activations '
+                             'are ReLU; leave one out')
     if chosen.get('levels') == 3 and chosen.get('pooling') == 'max':
         raise UsageError('--levels 3 with --pooling max: such a network cannot be exported; use --pooling average or '
                          'conv')

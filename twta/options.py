@@ -56,6 +56,11 @@ def with_defaults(options):
     return options
 
 
+def has_meaning(name, options):
+    """Return whether an option has a meaning beside the others: some have none if the activations are ReLU."""
+    return name not in OF_ACTIVATIONS or options.get('quantize') not in ('weights', 'nothing')
+
+
 def is_option_value(name, value):
     """Return whether `name` is an option and `value` is one of its valid values."""
     if name not in OPTIONS:

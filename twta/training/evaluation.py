@@ -5,6 +5,7 @@ import numpy as np
 
 from twta import results
 from twta.graph.session import open_session
+from twta.options import has_meaning
 from twta.terminal import say
 from twta.training import checkpoints
 from twta.training.build import build_graph
@@ -67,5 +68,6 @@ def describe_network(experiment, net, source):
     if experiment.is_verbose:
         net.print_layers()
         net.print_params(details=False)
-    options = ''.join(f', {name} {value}' for name, value in experiment.options.items())
+    options = ''.join(f', {name} {value}' for name, value in experiment.options.items()
+                      if has_meaning(name, experiment.options))
     say(f'network: {experiment.script}{options}, {net.count_params():,} parameters, {source}')
