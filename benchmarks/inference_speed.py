@@ -17,7 +17,7 @@ Engines:
 The int8 engines clip activations to [-1, 1] and keep 8 bits of them. They do not ternarise, and they do not shuffle
 channels between groups: this is slightly less work than the network asks for, and the predictions differ. Engines that
 are not installed are left out. Images are random and weights are the initial ones; neither changes the time. The
-engines take turns in one process, so that a slow minute slows all of them.
+engines take turns in one process, which each number of threads has of its own: a slow minute slows all of them.
 
 Columns:
 

@@ -113,7 +113,7 @@ def test_a_script_without_ternary_layers_begins_with_the_same_weights(teacher, t
             np.testing.assert_allclose(begun[name], twin[name], rtol=0, atol=1e-6, err_msg=name)
 
 
-def test_weights_of_an_fp_script_are_in_full_precision(teacher, tmp_path):
+def test_weights_of_an_fp_script_are_in_full_precision(tmp_path):
     """A ternary training begins with them as with --quantize nothing, and learns from them; it is not evaluated so."""
     start(tmp_path / 'fp', *FLAGS, '--epochs', 1, script='FP_5_5_MNIST')
     fp = '--weights', tmp_path / 'fp' / 'model.npz'
@@ -123,6 +123,8 @@ def test_weights_of_an_fp_script_are_in_full_precision(teacher, tmp_path):
     with pytest.raises(UsageError, match=r'were trained with --quantize nothing; give that'):
         start(tmp_path / 'run', '--mode', 'inference', *fp)
     start(tmp_path / 'run', '--mode', 'inference', *fp, '--quantize', 'nothing')
+    with pytest.raises(UsageError, match=r'of a network in full precision, which cannot be packed'):
+        start(tmp_path / 'run', '--mode', 'export', '--file', tmp_path / 'net.twta', *fp)
 
 
 def test_weights_of_another_script_are_not_evaluated(finished_run, tmp_path):
@@ -130,6 +132,10 @@ def test_weights_of_another_script_are_not_evaluated(finished_run, tmp_path):
     for mode in ('--mode', 'inference'), ('--mode', 'export', '--file', tmp_path / 'net.twta'):
         with pytest.raises(UsageError, match=r'trained by TWTA_5_5_MNIST; use that script'):
             start(tmp_path / 'a', *flags, *mode, script='TWBA_5_5_MNIST')
+    start(tmp_path / 'a', *FLAGS, '--epochs', 1, *flags, script='TWBA_5_5_MNIST')  # a training may begin with them
+    shutil.copy(finished_run / 'model.npz', tmp_path)
+    results.write_json(tmp_path / 'config.json', {'script': ['TWTA_5_5_MNIST']})  # tells nothing
+    start(tmp_path / 'a', '--mode', 'inference', '--weights', tmp_path / 'model.npz', script='TWBA_5_5_MNIST')
 
 
 def test_teachers_that_do_not_fit(teacher, finished_run, tmp_path):
@@ -144,7 +150,9 @@ def test_teachers_that_do_not_fit(teacher, finished_run, tmp_path):
     with pytest.raises(UsageError, match='no meaning with --mode inference'):
         start(finished_run, '--mode', 'inference', '--teacher', teacher / 'model.npz')
     with pytest.raises(UsageError, match=r'this training writes its own model\.npz there; choose another --run_dir'):
-        taught(teacher, teacher)
+        taught(shutil.copytree(teacher, tmp_path / 'twin'), tmp_path / 'twin')
+    with pytest.raises(UsageError, match='was started without a teacher'):  # it is finished
+        start(tmp_path / 'twin', '--resume', 'auto', *FLAGS, '--epochs', 2, '--teacher', teacher / 'model.npz')
     shutil.copy(teacher / 'model.npz', tmp_path)
     config = json.loads((teacher / 'config.json').read_text())
     config['flags']['dataset'] = 'mnist'

@@ -316,7 +316,7 @@ def check_files(args, script):
     is_written = args.mode != 'inference'  # inference prints the accuracy in any case
     if is_written and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
         raise UsageError(f'--{written} {getattr(args, written)}: nothing can be written to {there}; choose another')
-    if args.teacher and not args.resume and args.teacher.resolve().parent == args.run_dir:
+    if args.teacher and args.teacher.resolve().parent == args.run_dir:
         raise UsageError(f'--teacher {args.teacher}: this training writes its own model.npz there; choose another '
                          '--run_dir')
     if args.resume and not has_checkpoint(args.run_dir):

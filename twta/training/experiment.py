@@ -122,7 +122,7 @@ def open_experiment(script, model, args, workers=ALONE):
     options = state.options if state else with_defaults(args.options)
     weights = None if args.resume else args.weights  # with --resume auto, the run has begun with them
     if weights:
-        check_weights(weights, script, options, args.mode == 'training')
+        check_weights(weights, script, options, args.mode)
     dataset = datasets.load(args.dataset, args.data_dir, state.validation if state else args.validation)
     return Experiment(script, functools.partial(model, **options), options, args.dataset, dataset, args.run_dir,
                       args.gpu, weights, checkpoint, source, state, args.verbose)
@@ -155,17 +155,20 @@ def open_run(script, args):
     return which, source, state
 
 
-def check_weights(weights, script, options, is_training):
+def check_weights(weights, script, options, mode):
     """Raise UsageError if the config.json beside the weights tells of another network; other weights have none there.
 
     A training may begin with weights of another script, or with those of the network in full precision.
     """
     trained_with = run_directory.read_options(weights.parent)
     is_full_precision = run_directory.is_full_precision(trained_with)
-    trained_by = run_directory.read_config(weights.parent).get('script', script)
-    if trained_by != script and not is_training and not is_full_precision:
-        raise UsageError(f'--weights {weights}: trained by {str(trained_by)[:40]}; use that script')
-    free = ('quantize', *OF_ACTIVATIONS) if is_training and is_full_precision else ()
+    trained_by = run_directory.read_config(weights.parent)['script']
+    can_be_the_same = is_full_precision and ('quantize' in options or script.startswith('FP_'))
+    if mode != 'training' and trained_by not in ('', script) and not can_be_the_same:
+        raise UsageError(f'--weights {weights}: trained by {trained_by[:40]}; use that script')
+    if mode == 'export' and is_full_precision:
+        raise UsageError(f'--weights {weights}: of a network in full precision, which cannot be packed; give others')
+    free = ('quantize', *OF_ACTIVATIONS) if mode == 'training' and is_full_precision else ()
     for flag, value in options.items():
         if flag not in free and trained_with.get(flag, value) != value:
             raise UsageError(f'--{flag} {value}: the weights in {weights} were trained with --{flag} '
@@ -276,9 +279,12 @@ def is_done(state, args, defaults):
     """Return whether the stage that --resume auto repeats has its epochs and its record.
 
     Raises UsageError if a flag is not that of the last stage of the run: it may be a slip, or ask for another stage.
+    So is --teacher, if the run has another one.
     """
     if not state.stages:
         return False
+    if args.teacher:
+        teacher.find(state, args.teacher)
     stage = state.stages[-1]
     for flag, value in given_flags(args, defaults).items():
         if value != getattr(stage, flag):

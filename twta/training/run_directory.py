@@ -89,8 +89,10 @@ def warn_of_changes(run_dir, precision, args):
 
 
 def read_config(run_dir):
-    """Return config.json of a run; its flags are empty if they are not what a run writes."""
+    """Return config.json of a run; its flags and the name of its script are empty if they are not what a run writes."""
     config = read_object(run_dir / 'config.json')
+    if not isinstance(config.get('script'), str):
+        config['script'] = ''
     flags = config.get('flags')
     if not isinstance(flags, dict) or not isinstance(flags.get('choices'), dict):
         config['flags'] = {}
@@ -103,7 +105,7 @@ def read_options(run_dir):
     {} if its config.json does not tell them. An FP script has no --quantize: what it trains is --quantize nothing.
     """
     config = read_config(run_dir)
-    options = {'quantize': 'nothing'} if str(config.get('script')).startswith('FP_') else {}
+    options = {'quantize': 'nothing'} if config['script'].startswith('FP_') else {}
     choices = config['flags'].get('choices', {})
     return options | {name: value for name, value in choices.items() if is_option_value(name, value)}
 
