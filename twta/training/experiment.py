@@ -160,9 +160,9 @@ def check_weights(weights, script, options, mode):
 
     A training may begin with weights of another script, or with those of the network in full precision.
     """
-    trained_with = run_directory.read_options(weights.parent)
+    config = run_directory.read_config(weights.parent)
+    trained_by, trained_with = config['script'], run_directory.read_options(config)
     is_full_precision = run_directory.is_full_precision(trained_with)
-    trained_by = run_directory.read_config(weights.parent)['script']
     can_be_the_same = is_full_precision and ('quantize' in options or script.startswith('FP_'))
     if mode != 'training' and trained_by not in ('', script) and not can_be_the_same:
         raise UsageError(f'--weights {weights}: trained by {trained_by[:40]}; use that script')
@@ -243,7 +243,7 @@ def train(experiment, args, defaults, precision, workers):
 def first_weights(path, net):
     """Return the parameters of --weights as the network begins with them, by variable name."""
     weights = read_weights(path, net)
-    trained_with = run_directory.read_options(path.parent)
+    trained_with = run_directory.read_options(run_directory.read_config(path.parent))
     return quantized(weights, net) if run_directory.is_full_precision(trained_with) else weights
 
 
@@ -283,14 +283,15 @@ def is_done(state, args, defaults):
     """
     if not state.stages:
         return False
-    if args.teacher:
-        teacher.find(state, args.teacher)
     stage = state.stages[-1]
     for flag, value in given_flags(args, defaults).items():
         if value != getattr(stage, flag):
             raise UsageError(f'--{flag} {value}: --resume auto repeats the last training of the run, which has '
                              f'--{flag} {getattr(stage, flag)}; for another training after it use --resume True')
-    return state.epoch >= stage.last_epoch and run_directory.has_record(args.run_dir, state)
+    has_ended = state.epoch >= stage.last_epoch and run_directory.has_record(args.run_dir, state)
+    if has_ended and args.teacher:  # a run that goes on is asked in train()
+        teacher.find(state, args.teacher)
+    return has_ended
 
 
 def given_flags(args, defaults):

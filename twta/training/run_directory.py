@@ -99,12 +99,11 @@ def read_config(run_dir):
     return config
 
 
-def read_options(run_dir):
-    """Return the options of the network of a run, by name; values that are not valid are left out.
+def read_options(config):
+    """Return the options of the network of a run, by name, from read_config; values that are not valid are left out.
 
-    {} if its config.json does not tell them. An FP script has no --quantize: what it trains is --quantize nothing.
+    {} if it does not tell them. An FP script has no --quantize: what it trains is --quantize nothing.
     """
-    config = read_config(run_dir)
     options = {'quantize': 'nothing'} if config['script'].startswith('FP_') else {}
     choices = config['flags'].get('choices', {})
     return options | {name: value for name, value in choices.items() if is_option_value(name, value)}

@@ -59,7 +59,7 @@ def model_of(path, model):
 
     Raises UsageError if config.json beside the file does not tell that it was trained with --quantize nothing.
     """
-    trained_with = run_directory.read_options(path.parent)
+    trained_with = run_directory.read_options(run_directory.read_config(path.parent))
     if not run_directory.is_full_precision(trained_with):
         reason = (f'trained with --quantize {trained_with["quantize"]}' if 'quantize' in trained_with else
                   'config.json beside it does not tell that it was trained with --quantize nothing')
