@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from twta import UsageError, workers
-from twta.options import NOTHING_TO_PACK, OPTIONS, SHORT, SUFFIXES, WAYS, has_meaning, with_defaults
+from twta.options import NOTHING_TO_PACK, OPTIONS, SHORT, SUFFIXES, WAYS, has_meaning, is_fp, with_defaults
 from twta.terminal import Parser, errors_in_a_line, natural, path, positive_integer, positive_number, truth_or_auto
 
 OF_TRAINING = 'epochs', 'learning_rate', 'schedule', 'augmentation', 'protocol', 'batch_size', 'seed', 'validation', \
@@ -236,7 +236,7 @@ def check_network(args, script):
                          'average')
     if chosen.get('quantize', 'both') != 'both' and (args.engine == 'packed' or args.mode == 'export'):
         raise UsageError(f'--quantize {chosen["quantize"]}: such a network cannot be packed; leave it out')
-    if script.stem.startswith('FP_') and (args.engine == 'packed' or args.mode == 'export'):
+    if is_fp(script.stem) and (args.engine == 'packed' or args.mode == 'export'):
         raise UsageError(f'{script.stem} {NOTHING_TO_PACK}')
     if 'k' in chosen and chosen['B'] * 2 ** chosen['k'] > 8:
         raise UsageError(f'--k {chosen["k"]} --B {chosen["B"]}: {chosen["B"] * 2 ** chosen["k"]} steps, valid are up '

@@ -56,6 +56,11 @@ def with_defaults(options):
     return options
 
 
+def is_fp(script):
+    """Return whether the script of that name trains in full precision: FP scripts have no --quantize and need none."""
+    return script.startswith('FP_')
+
+
 def has_meaning(name, options):
     """Return whether an option has a meaning beside the others: some have none if the activations are ReLU."""
     return name not in OF_ACTIVATIONS or options.get('quantize') not in ('weights', 'nothing')

@@ -20,7 +20,7 @@ from twta.data.datasets import Dataset
 from twta.graph import fast
 from twta.graph.session import choose_precision, describe, find_gpu, make_deterministic
 from twta.graph.tf1 import tf
-from twta.options import OF_ACTIVATIONS, with_defaults
+from twta.options import OF_ACTIVATIONS, is_fp, with_defaults
 from twta.results import accuracy
 from twta.terminal import say, stop_signals
 from twta.training import checkpoints, cluster, records, run_directory, teacher
@@ -163,7 +163,7 @@ def check_weights(weights, script, options, mode):
     config = run_directory.read_config(weights.parent)
     trained_by, trained_with = config['script'], run_directory.read_options(config)
     is_full_precision = run_directory.is_full_precision(trained_with)
-    can_be_the_same = is_full_precision and ('quantize' in options or script.startswith('FP_'))
+    can_be_the_same = is_full_precision and ('quantize' in options or is_fp(script))
     if mode != 'training' and trained_by not in ('', script) and not can_be_the_same:
         raise UsageError(f'--weights {weights}: trained by {trained_by[:40]}; use that script')
     if mode == 'export' and is_full_precision:

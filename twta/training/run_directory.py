@@ -10,7 +10,7 @@ import time
 
 from twta import UsageError, files, in_a_line
 from twta.graph.tf1 import tf
-from twta.options import is_option_value
+from twta.options import is_fp, is_option_value
 from twta.results import read_object, write_csv
 from twta.terminal import say
 from twta.training.state import FIELDS
@@ -104,7 +104,7 @@ def read_options(config):
 
     {} if it does not tell them. An FP script has no --quantize: what it trains is --quantize nothing.
     """
-    options = {'quantize': 'nothing'} if config['script'].startswith('FP_') else {}
+    options = {'quantize': 'nothing'} if is_fp(config['script']) else {}
     choices = config['flags'].get('choices', {})
     return options | {name: value for name, value in choices.items() if is_option_value(name, value)}
 
