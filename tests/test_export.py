@@ -11,10 +11,11 @@ from conftest import ROOT, SCRIPTS, graph_of, hostile, random_packed, run_script
 
 from twta import TwtaError, command_line
 from twta.data import datasets
-from twta.export import folding, formats, spatial
+from twta.export import folding, formats, nir_format, spatial
 from twta.export.pack import make_header, pack, read_out
 from twta.graph.tf1 import tf
 from twta.packed import cost, engines, file_format, numba_engine, numpy_engine, paired_engine, sliced_engine
+from twta.spikes import conversion, simulation
 from twta.training.blocks import Block
 
 TERNARY = [name for name in SCRIPTS if name.startswith('TWTA')]
@@ -295,6 +296,21 @@ def deployed(request):
     name, rest = request.param
     dataset = sample_of(name)
     return packed_and_graph(name, dataset, hostile, 1, rest=rest)[0], dataset.test.images[:40]
+
+
+@pytest.mark.parametrize('name, pooling', [
+    ('TWTA_4_4_MNIST', 'conv'), ('TWTA_4_4_MNIST', 'average'), ('TWTA_3_3_CIFAR10_Group_V2', 'conv')])
+def test_networks_of_rest_count_from_rest(name, pooling):
+    """Layers that do not pad (dense layers, averages) do not forbid it; the activations stay the same."""
+    dataset = sample_of(name)
+    packed = packed_and_graph(name, dataset, hostile, 1, rest=-1, pooling=pooling)[0]
+    assert file_format.borders(packed) == {-1} and nir_format.check(packed, core=True) is None
+    images = dataset.test.images[:3]
+    logits, maps = numpy_engine.NumpyEngine(packed).run(images)
+    plain, steps = conversion.open_simulator(packed, 'rest', None)
+    predicted, spikes, _, _ = simulation.simulate(plain, images, steps)
+    np.testing.assert_array_equal(predicted, logits.argmax(1))
+    assert sum(spikes) == sum(int((fired + 1).sum()) for fired in maps)
 
 
 def test_npz_holds_what_a_loop_needs(deployed, tmp_path):

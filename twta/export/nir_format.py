@@ -19,7 +19,7 @@ import itertools
 import numpy as np
 
 from twta.export.rewrite import count_from_rest, fires_negatively, without_groups
-from twta.packed.file_format import after, shapes
+from twta.packed.file_format import after, borders, shapes
 from twta.packed.numpy_engine import NumpyEngine, prepare
 
 VERSION = '1.0.8'  # of nir
@@ -28,7 +28,7 @@ VERSION = '1.0.8'  # of nir
 def neurons(packed):
     """Return the network whose spikes are written, without groups; for --rest -1 its form that counts from rest."""
     packed = packed._replace(layers=tuple(map(without_groups, packed.layers)))
-    return count_from_rest(packed) if packed.layers[-1].border else packed
+    return count_from_rest(packed) if -1 in borders(packed) else packed
 
 
 def build_nodes(packed, core, dialect):
@@ -154,7 +154,7 @@ def check(packed, core):
     if packed.stem and not core:
         return (f'{packed.network} has a ReLU before the encoder, which NIR has not; export a .twta file, then use '
                 'python -m twta.export FILE.twta --format nir --core')
-    borders = {layer.border for layer in packed.layers[1:]}
-    if borders not in ({0}, {-1}, set()):
-        return f'{packed.network} pads with {sorted(borders)}, but NIR pads with 0; use qonnx or onnx'
+    values = borders(packed)
+    if values not in ({0}, {-1}, set()):
+        return f'{packed.network} pads with {sorted(values)}, but NIR pads with 0; use qonnx or onnx'
     return None

@@ -3,7 +3,7 @@ import numpy as np
 
 from twta import TwtaError
 from twta.export.spatial import above_lower, spatial
-from twta.packed.file_format import fan_in
+from twta.packed.file_format import borders, fan_in
 
 
 def without_groups(layer):
@@ -27,20 +27,20 @@ def count_from_rest(packed, temporal=False):
     """Return a network of --rest -1 as unsigned spikes: neurons count events a + 1 in {0, 1, 2} instead of a.
 
     Each activation becomes two neurons with the same weights w: one fires if a >= 0, the other if a = 1. A sum over w
-    (a + 1) is larger by the sum of w, so each threshold is, too. The border, -1, becomes 0. All activations are the
-    same, exactly; logits differ by rounding.
+    (a + 1) is larger by the sum of w, so each threshold is, too. Padding with -1 becomes padding with 0. All
+    activations are the same, exactly; logits differ by rounding.
 
     temporal    keep one neuron per activation, which fires up to twice: its layer has upper [2, filters], for
                 twta.spikes
 
-    Raises TwtaError if the border of a layer is not -1, or if groups cannot be divided among neurons: see
+    Raises TwtaError if a layer pads with anything but -1, or if groups cannot be divided among neurons: see
     without_groups.
     """
+    if others := borders(packed) - {-1}:
+        raise TwtaError(f'{packed.network} was not trained with --rest -1 (it pads with {others.pop()}): its spikes '
+                        'cannot be counted from rest; use --conversion spatial')
     layers = []
     for index, layer in enumerate(packed.layers):
-        if index and layer.border != -1:
-            raise TwtaError(f'{packed.network} was not trained with --rest -1 ({layer.name} pads with {layer.border}): '
-                            'its spikes cannot be counted from rest; use --conversion spatial')
         upper = np.stack([above_lower(layer), layer.upper])
         if index:  # the encoder reads the image, which is not counted from rest
             upper += layer.weights.sum((0, 1, 2), dtype=np.int32)
