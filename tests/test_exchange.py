@@ -13,7 +13,7 @@ from onnx.reference.op_run import OpRun
 
 from twta import TwtaError, UsageError
 from twta.export import __main__, formats, nir_format, qonnx_format
-from twta.export.rewrite import count_from_rest, without_groups
+from twta.export.rewrite import borders, count_from_rest, without_groups
 from twta.export.spatial import add_lanes
 from twta.packed import file_format
 from twta.packed.numpy_engine import NumpyEngine
@@ -58,7 +58,7 @@ def test_events_from_the_state_of_rest(packed, tmp_path):
     np.testing.assert_allclose(found_logits, logits, rtol=1e-4, atol=1e-3)
     file_format.write(tmp_path / 'n.twta', events)
     file_format.read(tmp_path / 'n.twta')
-    if file_format.borders(packed):
+    if borders(packed):
         with pytest.raises(TwtaError, match='pads with 0'):
             count_from_rest(with_border(packed, 0))
 

@@ -13,6 +13,7 @@ from twta import TwtaError, command_line
 from twta.data import datasets
 from twta.export import folding, formats, nir_format, spatial
 from twta.export.pack import make_header, pack, read_out
+from twta.export.rewrite import borders
 from twta.graph.tf1 import tf
 from twta.packed import cost, engines, file_format, numba_engine, numpy_engine, paired_engine, sliced_engine
 from twta.spikes import conversion, simulation
@@ -304,7 +305,7 @@ def test_networks_of_rest_count_from_rest(name, pooling):
     """Layers that do not pad (dense layers, averages) do not forbid it; the activations stay the same."""
     dataset = sample_of(name)
     packed = packed_and_graph(name, dataset, hostile, 1, rest=-1, pooling=pooling)[0]
-    assert file_format.borders(packed) == {-1} and nir_format.check(packed, core=True) is None
+    assert borders(packed) == {-1} and nir_format.check(packed, core=True) is None
     images = dataset.test.images[:3]
     logits, maps = numpy_engine.NumpyEngine(packed).run(images)
     plain, steps = conversion.open_simulator(packed, 'rest', None)

@@ -18,8 +18,8 @@ import itertools
 
 import numpy as np
 
-from twta.export.rewrite import count_from_rest, fires_negatively, without_groups
-from twta.packed.file_format import after, borders, shapes
+from twta.export.rewrite import borders, count_from_rest, fires_negatively, without_groups
+from twta.packed.file_format import after, shapes
 from twta.packed.numpy_engine import NumpyEngine, prepare
 
 VERSION = '1.0.8'  # of nir

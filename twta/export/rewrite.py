@@ -3,7 +3,7 @@ import numpy as np
 
 from twta import TwtaError
 from twta.export.spatial import above_lower, spatial
-from twta.packed.file_format import borders, fan_in
+from twta.packed.file_format import border, fan_in, shapes
 
 
 def without_groups(layer):
@@ -21,6 +21,11 @@ def fires_negatively(layer):
     """Return whether any sum makes a filter of the layer -1."""
     least = -np.inf if layer.lower.dtype == np.float32 else -fan_in(layer.weights) - 1
     return bool((layer.lower > least).any())
+
+
+def borders(packed):
+    """Return the set of activations in the cells that the ternary layers pad with; it is empty if none pads."""
+    return {layer.border for layer, shape, _, _ in list(shapes(packed))[1:] if border(shape, layer)[1] != shape[:2]}
 
 
 def count_from_rest(packed, temporal=False):

@@ -133,11 +133,6 @@ def shapes(packed):
         shape = out
 
 
-def borders(packed):
-    """Return the set of activations in the cells that the ternary layers pad with; it is empty if none pads."""
-    return {layer.border for layer, shape, _, _ in list(shapes(packed))[1:] if border(shape, layer)[1] != shape[:2]}
-
-
 def fan_in(weights):
     """Return the number of weights per filter, which is the largest sum of a ternary filter."""
     return math.prod(weights.shape[:3])
