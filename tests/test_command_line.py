@@ -105,6 +105,8 @@ def test_a_flag_without_its_value(flag):
     (['--deterministic=yes'], ['--deterministic', "'yes'"]),
     (['--mode', 'inference', '--deterministic'], ['--deterministic', '--mode inference']),
     (['--mode', 'export', '--deterministic'], ['--deterministic', '--mode export']),
+    (['--mode', 'inference', '--precision', 'float32'], ['--precision float32', '--mode inference']),
+    (['--mode', 'export', '--weights', __file__, '--format', 'npz', '--file', 'model.npz'], ['model.npz', 'weights']),
     (['--mode', 'inference', '--resume', 'False'], ['--resume False', '--mode inference']),
     (['--mode', 'inference', '--epochs', '3'], ['--epochs 3', '--mode inference']),
     (['--mode', 'inference', '--learning_rate', '0.1'], ['--learning_rate 0.1', '--mode inference']),

@@ -13,7 +13,7 @@ from twta import TwtaError, command_line
 from twta.data import datasets
 from twta.export import folding, formats, nir_format, spatial
 from twta.export.pack import make_header, pack, read_out
-from twta.export.rewrite import borders
+from twta.export.rewrite import fires_negatively, is_from_rest
 from twta.graph.tf1 import tf
 from twta.packed import cost, engines, file_format, numba_engine, numpy_engine, paired_engine, sliced_engine
 from twta.spikes import conversion, simulation
@@ -300,12 +300,14 @@ def deployed(request):
 
 
 @pytest.mark.parametrize('name, pooling', [
-    ('TWTA_4_4_MNIST', 'conv'), ('TWTA_4_4_MNIST', 'average'), ('TWTA_3_3_CIFAR10_Group_V2', 'conv')])
+    ('TWTA_4_4_MNIST', 'conv'), ('TWTA_4_4_MNIST', 'average'), ('TWTA_5_5_MNIST', 'conv'),
+    ('TWTA_3_3_CIFAR10_Group_V2', 'conv')])
 def test_networks_of_rest_count_from_rest(name, pooling):
-    """Layers that do not pad (dense layers, averages) do not forbid it; the activations stay the same."""
+    """Layers that do not pad (dense layers, averages; all of 5*5) do not forbid it; the activations stay the same."""
     dataset = sample_of(name)
     packed = packed_and_graph(name, dataset, hostile, 1, rest=-1, pooling=pooling)[0]
-    assert borders(packed) == {-1} and nir_format.check(packed, core=True) is None
+    assert is_from_rest(packed) and nir_format.check(packed, core=True) is None
+    assert not any(map(fires_negatively, nir_format.neurons(packed).layers))
     images = dataset.test.images[:3]
     logits, maps = numpy_engine.NumpyEngine(packed).run(images)
     plain, steps = conversion.open_simulator(packed, 'rest', None)
@@ -353,11 +355,21 @@ def test_c_header(deployed, tmp_path):
     assert run_c(tmp_path, packed).returncode == 0
     changed = packed.layers[1]._replace(upper=packed.layers[1].upper + 1)
     text = (tmp_path / 'network.h').read_text()
-    spoilt = text.replace(formats.c_array('int32_t', f'{packed.network}_1_upper', packed.layers[1].upper),
-                          formats.c_array('int32_t', f'{packed.network}_1_upper', changed.upper))
+    name = f'{packed.network}_1_upper'
+    spoilt = text.replace(formats.c_array('int32_t', name, packed.layers[1].upper),
+                          formats.c_array('int32_t', name, changed.upper))
     assert spoilt != text
     (tmp_path / 'network.h').write_text(spoilt)
     assert run_c(tmp_path, packed).returncode == 1
+
+
+@pytest.mark.skipif(not shutil.which('cc'), reason='needs a C compiler')
+@pytest.mark.parametrize('name', ['int', 'net', 'maps', 'what??/'])
+def test_c_header_of_a_network_or_class_with_an_awkward_name(tmp_path, name):
+    packed = random_packed((5, 5, 1), 0, [(3, 3, 1, 'SAME', 1), (6, 2, 2, 'VALID', 3)])
+    packed = packed._replace(network=name, classes=(name, 'b', 'c'))
+    formats.write('c', tmp_path / 'network.h', packed, np.zeros((1, 5, 5, 1), np.uint8))
+    assert run_c(tmp_path, packed).returncode == 0
 
 
 STRICT = '-Wall', '-Wextra', '-pedantic', '-Werror', '-O1'
@@ -414,7 +426,7 @@ TWO = '''
 #include "second.h"
 int main(void)
 {
-    printf("%s %d %s %d", one_net.name, one_net.layers, network_2_net.name, network_2_net.layers);
+    printf("%s %d %s %d", Network_one_net.name, Network_one_net.layers, Network_2_net.name, Network_2_net.layers);
     return 0;
 }
 '''
@@ -492,8 +504,10 @@ def test_names_that_a_c_header_cannot_hold():
 # Cost
 
 
-def test_additions_are_counted_as_a_slow_loop_does():
-    packed = random_packed((7, 6, 2), 0, [(12, 3, 1, 'SAME', 1), (10, 2, 2, 'SAME', 2), (15, 3, 1, 'SAME', 5)])
+@pytest.mark.parametrize('border', [0, -1])
+def test_additions_are_counted_as_a_slow_loop_does(border):
+    packed = random_packed((7, 6, 2), 0, [(12, 3, 1, 'SAME', 1), (10, 2, 2, 'SAME', 2), (15, 3, 1, 'SAME', 5)],
+                           border=border)
     images = np.random.default_rng(0).integers(0, 256, (3, 7, 6, 2)).astype(np.uint8)
     maps = numpy_engine.NumpyEngine(packed).activations(images)
     rows = cost.measure(numpy_engine.NumpyEngine(packed), images)
@@ -505,8 +519,12 @@ def test_additions_are_counted_as_a_slow_loop_does():
             height, width, channels, filters = layer.weights.shape
             for y, column, f, i, j, c in np.ndindex(*out[:2], filters, height, width, channels):
                 row, place = y * layer.stride + i - top, column * layer.stride + j - left
-                if 0 <= row < shape[0] and 0 <= place < shape[1] and layer.weights[i, j, c, f]:
+                if not layer.weights[i, j, c, f]:
+                    continue
+                if 0 <= row < shape[0] and 0 <= place < shape[1]:
                     count += np.count_nonzero(x[:, row, place, c * layer.groups + f // (filters // layer.groups)])
+                else:
+                    count += len(x) * abs(border)
             assert rows[index]['additions'] == pytest.approx(count / 3)
             assert rows[index]['zero_inputs'] == pytest.approx(np.mean(x == 0))
         assert rows[index]['multiply_adds'] == np.prod(out) * file_format.fan_in(layer.weights)

@@ -59,6 +59,30 @@ def test_the_engine_of_the_page_is_exact(source, tmp_path):
         assert sum(count[index]['spikes'] for count in counts) == np.abs(maps[index]).sum(dtype=int)
 
 
+THIN = """
+const fs = require('fs'), [file, folder] = process.argv.slice(1), engine = require(file);
+const read = name => new Uint8Array(fs.readFileSync(`${folder}/${name}`));
+const net = engine.parse(read("n.twta")), pixels = read("x.bin");
+const encoder = deleted => [...engine.run(net, pixels, deleted).activations[0]];
+const whole = encoder(null);
+console.log(JSON.stringify([whole, encoder(k => k >= whole.length), encoder(() => true)]));
+"""
+
+
+@pytest.mark.skipif(not shutil.which('node'), reason='needs Node.js')
+@pytest.mark.parametrize('rest', [0, -1])
+def test_deleted_spikes_return_to_the_state_of_rest(rest, tmp_path):
+    """From rest, +1 is two spikes: without the second it is 0, without both -1."""
+    packed = random_packed(*NETWORKS['odd'], border=rest)
+    file_format.write(tmp_path / 'n.twta', packed)
+    (tmp_path / 'x.bin').write_bytes(random_images(packed, 1).tobytes())
+    finished = subprocess.run(['node', '-e', THIN, html_format.FOLDER / 'engine.js', tmp_path], capture_output=True,
+                              text=True, check=True)
+    whole, without_second, without_all = map(np.array, json.loads(finished.stdout))
+    assert set(whole) == {-1, 0, 1} and set(without_all) == {rest}
+    np.testing.assert_array_equal(without_second, np.minimum(whole, 0) if rest else whole)
+
+
 @pytest.fixture(scope='module')
 def browser():
     """A Chromium that playwright drives; pip install playwright, apt install chromium."""

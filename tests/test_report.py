@@ -225,7 +225,7 @@ def test_what_cannot_be_added_is_refused(repository, finished_run, tmp_path, mon
     evidence.add(finished_run, None, tmp_path)
     curve = {**record['curve'], 'loss': [0] * record['epochs']}
     (other / 'record.json').write_text(json.dumps({**record, 'curve': curve}))
-    with pytest.raises(UsageError, match='holds another run; remove that file first'):
+    with pytest.raises(UsageError, match=r'holds another run of that name, .*; move that file elsewhere first'):
         evidence.add(other, None, tmp_path)
     monkeypatch.delitem(evidence.TITLES, 'digits')
     with pytest.raises(UsageError, match='a run on digits, valid are mnist, cifar10'):

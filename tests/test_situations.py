@@ -263,6 +263,9 @@ def test_one_command_to_repeat(finished_run, tmp_path, monkeypatch, capsys, numb
         start(tmp_path, *command)
     assert stopped.value.code == 128 + number
     assert capsys.readouterr().out.splitlines()[-1] == 'go on with the same command'
+    start(tmp_path, '--mode', 'inference')
+    result = json.loads((tmp_path / 'result.json').read_text())
+    assert result['epoch'] == 2 and result['part_steps'] > 0
     start(tmp_path, *command)
     assert_same(variables(tmp_path), variables(finished_run))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
@@ -278,6 +281,8 @@ def test_auto_begins_with_weights_and_goes_on_without(finished_run, tmp_path):
     for _ in range(2):
         start(tmp_path, *command)
     assert variables(tmp_path)['run_state']['weights'] == str(finished_run / 'model.npz')
+    with pytest.raises(UsageError, match=r'--weights .*: --resume auto repeats .* began with .*model.npz; leave'):
+        start(tmp_path, *command[:-1], tmp_path / 'model.npz')
     assert not (tmp_path / 'earlier-1').exists() and len(log(tmp_path)) == 1
 
 

@@ -226,7 +226,7 @@ def test_a_run_keeps_its_choices(several_levels, tmp_path):
 
 @pytest.mark.parametrize('name', ['dense', 'odd', 'strides'])
 def test_spikes_from_the_state_of_rest(name):
-    """Count a + 1 spikes per activation a, two steps, and the same classes; refuse networks that pad with 0."""
+    """Count a + 1 spikes per activation a, two steps, and the same classes; refuse other networks."""
     packed = random_packed(*NETWORKS[name], border=-1)
     x = random_images(packed, 7)
     plain, steps = conversion.open_simulator(packed, 'rest', None)
@@ -235,9 +235,8 @@ def test_spikes_from_the_state_of_rest(name):
     np.testing.assert_array_equal(predicted, logits.argmax(1))
     assert steps == 2 and sum(spikes) == sum(int((fired + 1).sum()) for fired in maps)
     assert rows[-1]['negative'] == 0 and rows[-1]['neurons'] == sum(fired[0].size for fired in maps)
-    if name != 'dense':  # which pads nowhere
-        with pytest.raises(TwtaError, match='was not trained with --rest -1'):
-            conversion.open_simulator(random_packed(*NETWORKS[name]), 'rest', None)
+    with pytest.raises(TwtaError, match='was not trained with --rest -1'):
+        conversion.open_simulator(random_packed(*NETWORKS[name]), 'rest', None)
 
 
 def test_a_packed_file_without_tensorflow(finished_run, tmp_path):

@@ -1,6 +1,7 @@
 """Runs on the sample: training, resuming, checkpoints, weights, the files that a run writes."""
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -115,9 +116,13 @@ def test_short_is_one_name_for_four_flags(tmp_path):
 def test_a_run_that_ended_without_its_record_gets_it_on_resuming(finished_run, tmp_path, capsys):
     shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
     expected = json.loads((tmp_path / 'record.json').read_text())
-    for name in ('record.json', 'result.json'):  # as if a kill had hit the evaluation
+    before = {name: (tmp_path / name).read_bytes() for name in ('log.csv', 'model.npz')}
+    for name in ('record.json', 'result.json', *before):  # as if a kill had hit the end of the last epoch
         (tmp_path / name).unlink()
     start(tmp_path, '--resume', 'True')
+    assert (tmp_path / 'log.csv').read_bytes() == before['log.csv']
+    with np.load(tmp_path / 'model.npz') as found, np.load(finished_run / 'model.npz') as weights:
+        assert all((found[name] == weights[name]).all() for name in weights.files)
     assert 'the 4 epochs are done, but have no record' in capsys.readouterr().out
     record = json.loads((tmp_path / 'record.json').read_text())
     for key in ('name', 'last', 'best_validation', 'curve', 'shares', 'confusion', 'stages'):
@@ -127,6 +132,33 @@ def test_a_run_that_ended_without_its_record_gets_it_on_resuming(finished_run, t
         path.write_bytes(path.read_bytes()[:-99])
     start(tmp_path, '--resume', 'True')  # a damaged best checkpoint costs the best epoch only
     assert 'without the best epoch' in capsys.readouterr().out
+    assert json.loads((tmp_path / 'record.json').read_text())['best_validation'] is None
+
+
+def test_a_run_is_not_resumed_on_other_images(finished_run, tmp_path, monkeypatch):
+    """Its record tells of one data set."""
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
+    load = datasets.load
+    monkeypatch.setattr(datasets, 'load', lambda *arguments: load(*arguments)._replace(sha256='of others'))
+    with pytest.raises(UsageError, match=r'not the images that the run in .* was started on; give those'):
+        start(tmp_path, '--resume', 'True', '--epochs', 1)
+    start(tmp_path, '--mode', 'inference')  # is another question
+
+
+def test_the_best_epoch_of_a_history_that_was_left_does_not_count(finished_run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
+    (tmp_path / 'record.json').unlink()
+    read = checkpoints.read_state
+
+    def read_other(source, *arguments):
+        state = read(source, *arguments)
+        if 'best' in Path(source).name:
+            state.history = [{**row, 'loss': 9} for row in state.history]
+        return state
+
+    monkeypatch.setattr(checkpoints, 'read_state', read_other)
+    start(tmp_path, '--resume', 'True')
+    assert 'of epochs that were trained once more' in capsys.readouterr().out
     assert json.loads((tmp_path / 'record.json').read_text())['best_validation'] is None
 
 

@@ -265,6 +265,9 @@ def check_meaning(args):
         if not is_training and value is not None:
             value = ','.join(value) if flag == 'workers' else value
             raise UsageError(f'--{flag} {value} has no meaning with --mode {args.mode}; leave it out')
+    if not is_training and args.precision != 'auto':
+        raise UsageError(f'--precision {args.precision} has no meaning with --mode {args.mode}, which computes in '
+                         'float32; leave it out')
     if not is_training and args.deterministic:
         raise UsageError(f'--deterministic has no meaning with --mode {args.mode}; leave it out')
     if args.checkpoint == 'best' and (is_training or args.weights):
@@ -301,8 +304,8 @@ def check_files(args, script):
         raise UsageError(f'--file {args.file}: no such folder; make it first, or choose another file')
     if args.file and args.file.exists() and not args.file.is_file():
         raise UsageError(f'--file {args.file}: not a file')
-    if is_export and args.file == args.run_dir / 'model.npz':
-        raise UsageError(f'--file {args.file}: the run keeps its weights there; choose another name')
+    if is_export and args.file.name == 'model.npz':
+        raise UsageError(f'--file {args.file}: runs keep their weights in files of that name; choose another')
     if is_packed and not args.file.is_file():
         make = command(script, '--mode export', 'dataset', 'data_dir', 'run_dir', 'file', args=args)
         raise UsageError(f'--file {args.file}: no such file; make it with: {make}')

@@ -31,7 +31,8 @@ def save(run_dir, dataset, loss, confusion, kind, network):
 
     loss, confusion    mean cross-entropy, and confusion matrix [true class, predicted class]
     kind               'last', 'best', 'weights' or 'packed'; but for 'last', the files are result-KIND.json, ...
-    network            of the network: script, choices (its options), weights (as words, or a path), epoch or None
+    network            of the network: script, choices (its options), weights (as words, or a path), epoch or None,
+                       and part_steps of the next epoch, if it has any
     """
     test_accuracy = accuracy(confusion)
     suffix = '' if kind == 'last' else f'-{kind}'
@@ -48,7 +49,8 @@ def save(run_dir, dataset, loss, confusion, kind, network):
     picture = run_dir / f'confusion{suffix}.png'
     epoch = network['epoch']
     title = (f'{network["script"]} on {dataset.title}\n{test_accuracy:.2%} of {len(dataset.test.labels):,} test images'
-             + ', ' + (Path(network['weights']).name if epoch is None else f'after epoch {epoch}'))
+             + ', ' + (Path(network['weights']).name if epoch is None else f'after epoch {epoch}')
+             + (f' and {network["part_steps"]} steps' if 'part_steps' in network else ''))
     if save_picture(picture, draw_confusion, title, dataset.classes, confusion):
         say(f'confusion matrix: {picture}')
 

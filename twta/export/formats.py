@@ -191,7 +191,7 @@ def c_float(value):
 
 def c_text(text):
     """Return a text with _ for each character that a C string or comment in ASCII cannot hold."""
-    return re.sub(r'[^ !#-\[\]-~]', '_', text)
+    return re.sub(r'[^ !#->@-\[\]-~]', '_', text)  # ? begins a trigraph
 
 
 def c_string(text):
@@ -199,9 +199,9 @@ def c_string(text):
 
 
 def c_name(text):
-    """Return a name in C for a text."""
+    """Return a name in C for a text; with a capital at its beginning it is no keyword and no name of reference.c."""
     name = re.sub(r'\W', '_', text, flags=re.ASCII)
-    return name if name[:1].isalpha() else f'network_{name}'
+    return name if name[:1].isupper() else f'Network_{name}'
 
 
 WRITERS = {'npz': write_npz, 'c': write_c}

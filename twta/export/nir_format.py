@@ -15,10 +15,11 @@ The file is HDF5 without v_reset, which older versions of the package nir refuse
 """
 import io
 import itertools
+import math
 
 import numpy as np
 
-from twta.export.rewrite import borders, count_from_rest, fires_negatively, without_groups
+from twta.export.rewrite import borders, count_from_rest, fires_negatively, is_from_rest, without_groups
 from twta.packed.file_format import after, shapes
 from twta.packed.numpy_engine import NumpyEngine, prepare
 
@@ -28,7 +29,7 @@ VERSION = '1.0.8'  # of nir
 def neurons(packed):
     """Return the network whose spikes are written, without groups; for --rest -1 its form that counts from rest."""
     packed = packed._replace(layers=tuple(map(without_groups, packed.layers)))
-    return count_from_rest(packed) if -1 in borders(packed) else packed
+    return count_from_rest(packed) if is_from_rest(packed) else packed
 
 
 def build_nodes(packed, core, dialect):
@@ -45,7 +46,9 @@ def build_nodes(packed, core, dialect):
             kernel = read_halves(layer.weights.astype(np.float32), halves)
             least = [half_below(layer.upper)] + ([half_below(-layer.lower)] if signed else [])
             kernel = np.concatenate([kernel, -kernel], axis=3) if signed else kernel
-            kernel, bias, threshold = encode(kernel, np.concatenate(least), dialect)
+            # a standardised image of n values has none above the square root of n
+            reach = 1 if index or not packed.crop else math.prod(shape) ** 0.5
+            kernel, bias, threshold = encode(kernel, np.concatenate(least), dialect, reach)
             kernel, padding = pad_evenly(kernel, before, after(shape, layer))
             nodes[f'{layer.name}_sums'] = convolution(kernel, bias, shape[:2], layer.stride, padding)
             nodes[layer.name] = {'type': 'IF', **spread(threshold, out[:2])}
@@ -70,8 +73,10 @@ def half_below(upper):
     return (upper - 0.5).astype(np.float32)
 
 
-def encode(kernel, threshold, dialect):
+def encode(kernel, threshold, dialect, reach=1):
     """Return kernel, bias and thresholds, [filters] each, in a dialect.
+
+    reach    the largest value that the layer reads; sums and thresholds are within what follows from it
 
     Thresholds of the encoder may be infinite: the neuron fires never, or always (after nextafter the lowest float).
     """
@@ -79,7 +84,7 @@ def encode(kernel, threshold, dialect):
         return kernel, np.zeros_like(threshold), threshold.clip(-1e30, 1e30)
     is_constant = np.abs(threshold) > 1e30
     known = np.where(is_constant, 0, threshold)
-    largest = np.maximum(np.abs(kernel).sum((0, 1, 2)), np.abs(known))  # sum and threshold are within it
+    largest = np.maximum(reach * np.abs(kernel).sum((0, 1, 2)), np.abs(known))
     scale = (2.0 ** -np.ceil(np.log2(2 * largest + 2))).astype(np.float32)
     bias = np.where(is_constant, np.where(threshold > 0, 0, 2), 1 - known * scale)
     return kernel * np.where(is_constant, 0, scale), bias, np.ones_like(threshold)

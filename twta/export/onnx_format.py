@@ -14,6 +14,8 @@ VERSIONS = {'int8': (17, 8), 'int2': (25, 13)}  # opset and IR by type of the we
 class OnnxBuilder:
     """The nodes and constants of an ONNX graph. Each method adds to them and returns the name of a tensor.
 
+    Names that it makes have a /, which no name of a layer has.
+
     dialect    the type of ternary weights in the file, a key of VERSIONS
     """
 
@@ -26,7 +28,7 @@ class OnnxBuilder:
         """Add an initializer; equal arrays share one."""
         array = np.asarray(array, order='C')
         key = array.dtype.str, array.shape, array.tobytes()
-        return self.constants.setdefault(key, numpy_helper.from_array(array, f'constant_{len(self.constants)}')).name
+        return self.constants.setdefault(key, numpy_helper.from_array(array, f'constant/{len(self.constants)}')).name
 
     def node(self, kind, *inputs, output=None, **attributes):
         """Add a node of a kind of ONNX operator.
@@ -35,7 +37,7 @@ class OnnxBuilder:
         output    name of the result (default: made from kind)
         """
         inputs = [self.constant(item) if isinstance(item, np.ndarray) else item for item in inputs]
-        output = output or f'{kind}_{len(self.nodes)}'
+        output = output or f'{kind}/{len(self.nodes)}'
         self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
         return output
 
@@ -47,7 +49,7 @@ class OnnxBuilder:
         weights = layer.weights.transpose(3, 2, 0, 1)
         if self.dialect == 'int8':
             return self.cast(self.constant(weights), TensorProto.FLOAT)
-        name = f'constant_{len(self.constants)}'
+        name = f'constant/{len(self.constants)}'
         self.constants[name] = helper.make_tensor(name, TensorProto.INT2, weights.shape, weights.ravel())
         return self.cast(name, TensorProto.FLOAT)
 

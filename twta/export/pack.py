@@ -62,9 +62,9 @@ def header_of(experiment):
         experiment.run_dir / name for name in ('config.json', 'log.csv')]
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
     state = experiment.state
-    run, epoch = (name_run(state), state.epoch) if state else (None, None)
+    end = {'run': name_run(state), **state.end()} if state else {'run': None, 'epoch': None}
     return make_header(experiment.script, experiment.dataset_name, experiment.dataset,
-                       {'run': run, 'epoch': epoch, 'choices': experiment.options, 'sha256': hashes})
+                       {**end, 'choices': experiment.options, 'sha256': hashes})
 
 
 def compare(packed, network, session, dataset):

@@ -23,6 +23,11 @@ def fires_negatively(layer):
     return bool((layer.lower > least).any())
 
 
+def is_from_rest(packed):
+    """Return whether the network was trained with --rest -1: its convolutions have -1 as border, padding or not."""
+    return any(layer.border == -1 for layer in packed.layers)
+
+
 def borders(packed):
     """Return the set of activations in the cells that the ternary layers pad with; it is empty if none pads."""
     return {layer.border for layer, shape, _, _ in list(shapes(packed))[1:] if border(shape, layer)[1] != shape[:2]}
@@ -38,12 +43,12 @@ def count_from_rest(packed, temporal=False):
     temporal    keep one neuron per activation, which fires up to twice: its layer has upper [2, filters], for
                 twta.spikes
 
-    Raises TwtaError if a layer pads with anything but -1, or if groups cannot be divided among neurons: see
+    Raises TwtaError if the network was not trained with --rest -1, or if groups cannot be divided among neurons: see
     without_groups.
     """
-    if others := borders(packed) - {-1}:
-        raise TwtaError(f'{packed.network} was not trained with --rest -1 (it pads with {others.pop()}): its spikes '
-                        'cannot be counted from rest; use --conversion spatial')
+    if not is_from_rest(packed) or borders(packed) - {-1}:
+        raise TwtaError(f'{packed.network} was not trained with --rest -1: its spikes cannot be counted from rest; use '
+                        '--conversion spatial')
     layers = []
     for index, layer in enumerate(packed.layers):
         upper = np.stack([above_lower(layer), layer.upper])

@@ -90,7 +90,7 @@ def count_additions(x, layer):
     """Return how many products of non-zero weight and non-zero activation maps x [n, height, width, channels] take."""
     height, width, channels, _ = layer.weights.shape
     counts = np.count_nonzero(layer.weights.reshape(height, width, channels, layer.groups, -1), axis=4)
-    return convolve((x != 0).astype(np.float64), layer._replace(weights=counts)).sum()
+    return convolve((x != 0).astype(np.float64), layer._replace(weights=counts, border=abs(layer.border))).sum()
 
 
 def table(rows):

@@ -40,7 +40,8 @@ KINDS = {str: 'a string that prints in one line', int: 'a whole number', list: '
 LARGEST_FILE = 1 << 28  # bytes; the scripts' largest network is about 200 times smaller
 LARGEST_SIZE = 1 << 16  # limit of every size in the header
 LARGEST_MAPS = 1 << 22  # values; limit of an image, and of the bordered inputs of all layers together
-RESERVED = '', 'input', 'output', 'images', 'logits', 'stem', 'layers', 'classifier'  # no names of layers: of formats
+RESERVED = '', 'input', 'output', 'images', 'logits', 'stem', 'layers', 'classifier', \
+    'file'  # no names of layers: of formats
 POWERS = 3 ** np.arange(5)
 
 

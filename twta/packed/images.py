@@ -41,6 +41,9 @@ def read_picture(path, shape):
     It is turned as its camera says, made grey or coloured as the network needs, cut to the network's proportions about
     its centre, and resized. What is transparent becomes white. Raises TwtaError if it cannot be read.
     """
+    if shape[2] not in (1, 3):
+        raise TwtaError(f'{path}: the network takes images of {shape[2]} channels, a picture has 1 or 3; give a '
+                        '.npy file')
     try:
         from PIL import Image, ImageOps  # here: arrays need no pillow
     except ImportError:

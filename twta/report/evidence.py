@@ -130,7 +130,9 @@ def add(run_dir, file, data_dir):
     path = RESULTS / f'{name}.json'
     earlier = read_record(path) if path.exists() else {}
     if earlier and earlier['curve'] != record['curve']:
-        raise UsageError(f'--add {run_dir}: {path} holds another run; remove that file first')
+        raise UsageError(f'--add {run_dir}: {path} holds another run of that name, which does not '
+                         'tell learning rate, batch size, precision and held-out images; move that file elsewhere '
+                         'first')
     if 'packed' in earlier:
         record['packed'] = earlier['packed']
     if file:

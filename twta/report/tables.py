@@ -65,7 +65,7 @@ def best_trained(records, script):
     def rank(runs):
         validation = [run['last']['validation_accuracy'] for run in runs]
         training = statistics.mean(run['curve']['training_accuracy'][-1] for run in runs)
-        return (0 if None in validation else statistics.mean(validation), runs[0]['stages'][0]['epochs'], len(runs),
+        return (0 if None in validation else statistics.mean(validation), runs[0]['epochs'], len(runs),
                 training)
 
     whole = [record for record in records if record['script'] == script and is_whole(record)]

@@ -33,7 +33,7 @@ def infer(experiment):
     with trained(experiment) as (network, session):
         loss, confusion = evaluate(network, session, experiment.dataset.test)
     results.say_accuracy(loss, confusion)
-    save(experiment, loss, confusion, experiment.state.epoch if experiment.state else None)
+    save(experiment, loss, confusion, experiment.state)
 
 
 @contextlib.contextmanager
@@ -50,17 +50,18 @@ def trained(experiment):
         yield network, session
 
 
-def save(experiment, loss, confusion, epoch):
+def save(experiment, loss, confusion, state):
     """Write the result of an evaluation into the run directory.
 
     loss, confusion    from evaluate
-    epoch              after which the weights are; None: they are of --weights
+    state              of the weights; None: they are of --weights
     """
     kind, weights = experiment.checkpoint, experiment.checkpoint
-    if epoch is None:
+    if not state:
         kind, weights = 'weights', str(experiment.weights.resolve())
     results.save(experiment.run_dir, experiment.dataset, loss, confusion, kind, {
-        'script': experiment.script, 'choices': experiment.options, 'weights': weights, 'epoch': epoch})
+        'script': experiment.script, 'choices': experiment.options, 'weights': weights,
+        **(state.end() if state else {'epoch': None})})
 
 
 def describe_network(experiment, net, source):

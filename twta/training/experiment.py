@@ -217,8 +217,7 @@ def train(experiment, args, defaults, precision, workers):
             results.write_json(run_dir / 'config.json', config)
             with stop_signals() as caught:
                 stop = workers.agreed(caught)
-                if state.epoch < stage.last_epoch:
-                    train_epochs(network, session, workers, store, state, dataset, run_dir, stop)
+                train_epochs(network, session, workers, store, state, dataset, run_dir, stop)
                 if stop and state.epoch < stage.last_epoch:
                     say(f'stopped after {describe_end(state)}')
                     say('go on with the same command' if args.is_auto else 'go on with --resume True and the same '
@@ -228,7 +227,7 @@ def train(experiment, args, defaults, precision, workers):
             results.say_accuracy(loss, confusion)
             best = evaluate_best(network, session, dataset, run_dir, state)
             records.write_record(run_dir, config, state, network.net.count_params(), loss, confusion, best)
-            save(experiment, loss, confusion, state.epoch)
+            save(experiment, loss, confusion, state)
         except FloatingPointError as error:
             raise TwtaError(f'{error}; {where_to_go_on(run_dir, state)} and a lower --learning_rate') from None
         except (OSError, tf.errors.OpError) as error:
@@ -279,10 +278,13 @@ def is_done(state, args, defaults):
     """Return whether the stage that --resume auto repeats has its epochs and its record.
 
     Raises UsageError if a flag is not that of the last stage of the run: it may be a slip, or ask for another stage.
-    So is --teacher, if the run has another one.
+    So are --weights and --teacher, if the run has others.
     """
     if not state.stages:
         return False
+    if args.weights and args.weights.resolve() != (state.weights and Path(state.weights).resolve()):
+        raise UsageError(f'--weights {args.weights}: --resume auto repeats the training of the run, which began with '
+                         f'{state.weights or "random weights"}; leave --weights out, or choose another --run_dir')
     stage = state.stages[-1]
     for flag, value in given_flags(args, defaults).items():
         if value != getattr(stage, flag):
@@ -307,10 +309,11 @@ def open_stage(experiment, args, defaults, precision):
     dataset = experiment.dataset
     state = experiment.state or State(
         experiment.script, experiment.dataset_name, dataset.sha256, args.seed or 0, len(dataset.validation.labels),
-        experiment.options, str(experiment.weights) if experiment.weights else None,
+        experiment.options, str(experiment.weights.resolve()) if experiment.weights else None,
         teacher=teacher.describe(args.teacher))
     if dataset.sha256 != state.data_sha256:
-        say('WARNING: these are not the images that the run was started on')
+        raise UsageError(f'--data_dir {args.data_dir}: not the images that the run in {experiment.run_dir} was started '
+                         'on; give those, or start a new run with --resume False')
     has_record = run_directory.has_record(experiment.run_dir, state)
     stage = next_stage(state, given_flags(args, defaults), defaults, has_record)
     is_done = state.epoch >= stage.last_epoch
@@ -363,6 +366,8 @@ def where_to_go_on(run_dir, state):
     """Return what a user can do after a fault, as words."""
     if not (state.epoch or state.part) or not checkpoints.listed(run_dir, 'last'):
         return 'start again with --resume False'
+    if state.epoch >= state.stages[-1].last_epoch and run_directory.has_record(run_dir, state):
+        return 'record.json has the result; --mode inference writes result.json too'
     return f'go on from {describe_end(state)}, which is saved, with --resume True'
 
 
@@ -385,6 +390,9 @@ def evaluate_best(network, session, dataset, run_dir, state):
         checkpoints.restore(session, source, network.net, network.net.all_params)
     except TwtaError as error:
         say(f'the record is without the best epoch on validation: {str(error).partition(";")[0]}')
+        return None
+    if best.history != state.history[:best.epoch]:
+        say(f'the record is without the best epoch on validation: {source} is of epochs that were trained once more')
         return None
     return {'epoch': best.epoch, 'validation_accuracy': best.best_validation_accuracy,
             'test_accuracy': accuracy(evaluate(network, session, dataset.test)[1])}

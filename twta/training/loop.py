@@ -24,8 +24,11 @@ def train_epochs(network, session, workers, store, state, dataset, run_dir, stop
     store      a checkpoints.Checkpoints, which saves weights and state after each epoch, and after that step
     """
     stage = state.stages[-1]
+    if state.epoch and not state.part:  # the last command may have ended before it wrote these files
+        write_epoch(network, session, state, run_dir)
+    if state.epoch >= stage.last_epoch:
+        return
     run_step = workers.step_callable(network, session, stop)
-    run_directory.write_log(run_dir / 'log.csv', state.history)
     events = run_directory.Events(run_dir, state.epoch + 1)
     n_steps = len(dataset.train.labels) // stage.batch_size
     epochs = range(state.epoch + 1, stage.last_epoch + 1)
@@ -45,8 +48,7 @@ def train_epochs(network, session, workers, store, state, dataset, run_dir, stop
             save(store, session, state, dataclasses.replace(
                 state, epoch=epoch, part=None, history=[*state.history, row],
                 best_validation_accuracy=validation if is_best else state.best_validation_accuracy), is_best)
-            run_directory.write_log(run_dir / 'log.csv', state.history)
-            save_weights(run_dir / 'model.npz', network.net, session)
+            write_epoch(network, session, state, run_dir)
             events.add(row)
             say(f'epoch {epoch}/{stage.last_epoch}  loss {row["loss"]:.4f}  train acc {row["training_accuracy"]:.4f}  '
                 + ('' if validation is None else f'val acc {validation:.4f}  ')
@@ -54,6 +56,12 @@ def train_epochs(network, session, workers, store, state, dataset, run_dir, stop
             part = PartialEpoch()
             if stop:
                 return
+
+
+def write_epoch(network, session, state, run_dir):
+    """Write the history of the state into log.csv and the weights of the session into model.npz."""
+    run_directory.write_log(run_dir / 'log.csv', state.history)
+    save_weights(run_dir / 'model.npz', network.net, session)
 
 
 def save(store, session, state, after, is_best):

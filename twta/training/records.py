@@ -1,7 +1,7 @@
 """record.json: everything that a finished run is judged by, in one file; and the name of a run."""
 from pathlib import Path
 
-from twta.options import with_defaults
+from twta.options import OPTIONS, with_defaults
 from twta.results import accuracy, write_json
 from twta.training.state import FIELDS
 
@@ -68,6 +68,6 @@ def name_schedule(schedule, augmentation):
 
 
 def list_options(options):
-    """Return the options of a network that are not the default, as words."""
-    usual = with_defaults(dict.fromkeys(options))
-    return [f'{name} {value}' for name, value in options.items() if value != usual[name]]
+    """Return the options of a network that are not the default, or that this version does not know, as words."""
+    return [f'{name} {value}' for name, value in options.items()
+            if name not in OPTIONS or value != with_defaults({**options, name: None})[name]]

@@ -88,6 +88,10 @@ class State:
         entry = {**entry, 'options': entry['choices'], 'part': part, 'stages': stages}
         return cls(**{field.name: entry[field.name] for field in dataclasses.fields(cls)})
 
+    def end(self):
+        """Return `epoch`, the number of complete epochs, and `part_steps` of the next one, if it has any."""
+        return {'epoch': self.epoch, **({'part_steps': self.part.steps} if self.part else {})}
+
     def become(self, other):
         """Take over everything from another state."""
         vars(self).update(vars(other))

@@ -247,9 +247,23 @@ function fire(sums, layer, shift = 0) {
     return found;
 }
 
+/* Return whether the network was trained with --rest -1, so that its activations are at rest at -1. */
+function isFromRest(net) {
+    return net.layers.some(layer => layer.border === -1);
+}
+
+/* Delete spikes: an activation is |activation - rest| spikes, and the second one of k has the index k + length. */
+function thin(activations, rest, deleted) {
+    activations.forEach((value, k) => {
+        let left = 0;
+        for (let spike = 0; spike < Math.abs(value - rest); spike++) left += !deleted(k + spike * activations.length);
+        activations[k] = rest + Math.sign(value - rest) * left;
+    });
+}
+
 /* Run the network on pixels, a Uint8Array [height * width * channels].
 
-   deleted   function of an index that tells whether a spike of the encoder is deleted
+   deleted   function of an index that tells whether a spike of the encoder is deleted; see thin
    shift     added to all thresholds of ternary layers
 
    Returns scores (the logits), prediction, activations per layer [row][column][filter], and per layer counts of spikes
@@ -265,7 +279,7 @@ function run(net, pixels, deleted = null, shift = 0) {
         const found = index ? convolveTernary(activations[index - 1], layer)
             : {sums: Float32Array.from(convolveReal(x, layer)), additions: 0};
         const fired = fire(found.sums, layer, index ? shift : 0);
-        if (!index && deleted) fired.forEach((value, k) => { if (value && deleted(k)) fired[k] = 0; });
+        if (!index && deleted) thin(fired, isFromRest(net) ? -1 : 0, deleted);
         activations.push(fired);
         sums.push(found.sums);
         counts.push({spikes: fired.reduce((sum, value) => sum + Math.abs(value), 0), neurons: fired.length,

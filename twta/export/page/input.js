@@ -14,12 +14,7 @@ function setUpInput() {
     };
     const clear = make('button', $('tools'), canDraw ? 'Clear' : 'Black');
     clear.addEventListener('click', () => choose(new Uint8Array(state.pixels.length)));
-    const label = make('label', $('tools'), 'own picture: ');
-    const file = make('input', label, '', {type: 'file', accept: ACCEPTED});
-    file.addEventListener('change', () => {
-        if (file.files[0]) load(file.files[0]);
-        file.value = '';  // so that the same file can be chosen again
-    });
+    if (CHANNELS === 1 || CHANNELS === 3) setUpPicture();
     examples.forEach((pixels, index) => {
         const button = make('button', $('examples'), '', {class: 'picture', 'aria-label': `test image ${index + 1}`});
         paintPixels(make('canvas', button), pixels);
@@ -27,6 +22,15 @@ function setUpInput() {
     });
     if (examples.length) state.pixels.set(examples[0]);
     if (canDraw) setUpDrawing(canvas);
+}
+
+function setUpPicture() {
+    const label = make('label', $('tools'), 'own picture: ');
+    const file = make('input', label, '', {type: 'file', accept: ACCEPTED});
+    file.addEventListener('change', () => {
+        if (file.files[0]) load(file.files[0]);
+        file.value = '';  // so that the same file can be chosen again
+    });
 }
 
 function setUpDrawing(canvas) {

@@ -40,7 +40,7 @@ function palette(names) {
 }
 
 /* The names of the colours of activations: a network of --rest -1 is at rest at -1, which then has the quiet colour. */
-const RESTS_BELOW = net.layers.some(layer => layer.border === -1);
+const RESTS_BELOW = isFromRest(net);
 const ACTIVATIONS = RESTS_BELOW ? ['--zero', '--minus', '--plus'] : ['--minus', '--zero', '--plus'];
 
 function paint(canvas, width, height, pixel) {
