@@ -36,13 +36,18 @@ def a_record(seed, accuracy, **changes):
 def test_runs_that_differ_in_their_seed_alone_share_a_row():
     records = [a_record(0, 0.99), a_record(1, 0.992), a_record(2, 0.994), a_record(3, 0.9, batch_size=50),
                {**a_record(0, 0.8, augmentation='published'), 'machine': {'kind': 'AVX2'}},
-               {**a_record(5, 0.7, epochs=3), 'gpu': 'NVIDIA H100'}]
+               {**a_record(5, 0.7, epochs=3), 'gpu': 'NVIDIA H100'},
+               {**a_record(6, 0.6, epochs=4), 'devices': ['AVX-512 with BF16, 2 threads']},
+               {**a_record(7, 0.5, epochs=5), 'devices': ['AVX-512 with BF16, 1 thread', 'NVIDIA H100']}]
     *rows, empty, absent = tables.accuracies(records, 'TWTA_[45].*MNIST')
     assert rows[2:] == [
         '| TWTA_4_4_MNIST | short 0.002 | 30 | 0, 1, 2 | 99.10 ± 0.20 | **99.20 ± 0.20** |  | 99.38 % | 2 min |',
         '| TWTA_4_4_MNIST | short 0.002, batches of 50 | 30 | 3 | 89.90 | **90.00** |  | 99.38 % | 4 min |',
         '| TWTA_4_4_MNIST | cosine 0.002 | 30 | 0 | 79.90 | **80.00** |  | 99.38 % | 1 min, on AVX2 |',
-        '| TWTA_4_4_MNIST | short 0.002 | 3 | 5 | 69.90 | **70.00** |  | 99.38 % | 6 min, on NVIDIA H100 |']
+        '| TWTA_4_4_MNIST | short 0.002 | 3 | 5 | 69.90 | **70.00** |  | 99.38 % | 6 min, on NVIDIA H100 |',
+        '| TWTA_4_4_MNIST | short 0.002 | 4 | 6 | 59.90 | **60.00** |  | 99.38 % | 7 min |',
+        '| TWTA_4_4_MNIST | short 0.002 | 5 | 7 | 49.90 | **50.00** |  | 99.38 % | 8 min, '
+        'on AVX-512 with BF16, 1 thread and NVIDIA H100 |']
     assert (empty, absent) == ('', 'Not run: TWTA_5_5_MNIST (published: 99.32 %).')
 
 

@@ -230,12 +230,16 @@ def test_weights_evaluate_and_start_another_run(finished_run, tmp_path, capsys):
     assert float(log(tmp_path / 'tuned')[0]['training_accuracy']) > 0.9
 
 
-def test_a_record_names_the_weights_and_every_precision_of_its_run(finished_run, tmp_path):
-    for resume, precision in (('--weights', finished_run / 'model.npz'), 'float32'), (('--resume', True), 'bfloat16'):
+def test_a_record_names_weights_and_every_precision_and_device(finished_run, tmp_path, monkeypatch):
+    for resume, precision, threads in ((('--weights', finished_run / 'model.npz'), 'float32', '1'),
+                                       (('--resume', True), 'bfloat16', '2')):
+        monkeypatch.setenv('TF_NUM_INTRAOP_THREADS', threads)
         start(tmp_path, *QUICK[2:], *resume, '--epochs', 1, '--precision', precision)
     record = json.loads((tmp_path / 'record.json').read_text())
     assert record['flags']['weights'] == 'model.npz'  # no path of the machine
     assert record['precision'] == 'float32 and bfloat16'
+    if not find_gpus():
+        assert [device.rpartition(', ')[2] for device in record['devices']] == ['1 thread', '2 threads']
 
 
 def test_weights_with_other_choices_than_they_were_trained_with(finished_run, tmp_path):

@@ -51,6 +51,13 @@ def describe(gpu):
     return f'no GPU found, using the CPU ({cores} core{"s" if cores > 1 else ""})'
 
 
+def describe_device(gpu, workers):
+    """Return what a training runs on in words: the GPU, or the kind of processor and the threads; times the workers."""
+    intra, _ = threads()
+    name = describe(gpu) if gpu else f'{processor.kind()}, {intra} thread{"s" if intra > 1 else ""}'
+    return name if workers == 1 else f'{workers} workers of {name}'
+
+
 def configuration(**options):
     """Return a tf.ConfigProto with these options that does not fuse convolution and batch normalisation.
 
@@ -80,6 +87,13 @@ def open_session(graph, gpu_index):
         return tf.Session(graph=graph, config=session_config(gpu_index))
 
 
+def threads():
+    """Return the numbers of threads of a session: intra_op and inter_op."""
+    threading = tf.config.threading
+    chosen = threading.get_intra_op_parallelism_threads(), threading.get_inter_op_parallelism_threads()
+    return [count or processor.threads(variable) for count, variable in zip(chosen, processor.THREADS, strict=True)]
+
+
 def session_config(gpu_index):
     """Return the configuration of a session that sees only the GPU `gpu_index`, if any, and takes its memory as needed.
 
@@ -87,9 +101,6 @@ def session_config(gpu_index):
     make_deterministic, TF_NUM_INTRAOP_THREADS and TF_NUM_INTEROP_THREADS take precedence.
     """
     gpu_options = tf.GPUOptions(allow_growth=True, visible_device_list=str(gpu_index))
-    threading = tf.config.threading
-    chosen = threading.get_intra_op_parallelism_threads(), threading.get_inter_op_parallelism_threads()
-    intra, inter = (count or processor.threads(variable)
-                    for count, variable in zip(chosen, processor.THREADS, strict=True))
+    intra, inter = threads()
     return configuration(gpu_options=gpu_options, intra_op_parallelism_threads=intra,
                          inter_op_parallelism_threads=inter)

@@ -93,12 +93,14 @@ def helpers(record):
 
 
 def unusual_device(record):
-    """Return the GPU or the kind of processor that a run trained on; None if it is the usual one, or an older record.
+    """Return the devices that a run trained on, in words; None if it was two threads with AVX-512 and BF16.
 
-    The usual one is a processor with AVX-512 and BF16.
+    Records of older versions have no devices: they tell of the GPU, or the kind of processor, of the last command; the
+    oldest of none.
     """
     device = record.get('gpu') or record.get('machine', {}).get('kind')
-    return None if device == 'AVX-512 with BF16' else device
+    device = ' and '.join(record.get('devices', [])) or device
+    return None if device in ('AVX-512 with BF16', 'AVX-512 with BF16, 2 threads') else device
 
 
 def is_whole(record):

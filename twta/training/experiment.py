@@ -18,7 +18,7 @@ from twta import TwtaError, UsageError, describe_fault, files, results
 from twta.data import datasets
 from twta.data.datasets import Dataset
 from twta.graph import fast
-from twta.graph.session import choose_precision, describe, find_gpu, make_deterministic
+from twta.graph.session import choose_precision, describe, describe_device, find_gpu, make_deterministic
 from twta.graph.tf1 import tf
 from twta.options import OF_ACTIVATIONS, is_fp, with_defaults
 from twta.results import accuracy
@@ -325,8 +325,9 @@ def open_stage(experiment, args, defaults, precision):
     if stage.batch_size % args.workers.count:
         raise UsageError(f'--batch_size {stage.batch_size}: not a multiple of the {args.workers.count} workers, of '
                          'which each trains on an equal part of the batch')
-    if not is_done and precision.name not in state.precision:
-        state.precision.append(precision.name)
+    if not is_done:
+        state.precision = list(dict.fromkeys([*state.precision, precision.name]))
+        state.devices = list(dict.fromkeys([*state.devices, describe_device(find_gpu(args.gpu), args.workers.count)]))
     return state
 
 

@@ -24,7 +24,7 @@ def write_record(run_dir, config, state, parameters, loss, confusion, best):
         'last': {'epoch': state.epoch, 'validation_accuracy': columns['validation_accuracy'][-1],
                  'test_accuracy': accuracy(confusion), 'test_loss': loss},
         'best_validation': best, 'confusion': confusion.tolist(), **without_places(config),
-        'precision': ' and '.join(state.precision) or config['precision'],
+        'precision': ' and '.join(state.precision) or config['precision'], 'devices': state.devices,
         'curve': columns, 'shares': by_sign(state.history)})
 
 

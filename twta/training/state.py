@@ -7,6 +7,7 @@ from typing import NamedTuple
 from twta.options import WAYS, is_option_value
 
 FORMAT = 5  # of the JSON text; older formats were never released
+LATER = {'teacher': None, 'devices': []}  # what runs of older versions do not have
 FIELDS = ('epoch', 'learning_rate', 'loss', 'training_accuracy', 'validation_accuracy', 'images_per_second', 'seconds')
 
 
@@ -62,18 +63,19 @@ class State:
     history: list = dataclasses.field(default_factory=list)  # per epoch a dictionary of FIELDS and shares
     best_validation_accuracy: float = -1.0
     teacher: dict | None = None  # of --teacher: file and sha256
+    devices: list = dataclasses.field(default_factory=list)  # every device that it was trained on, in words
 
     def to_json(self):
         entry = {'format': FORMAT, **vars(self), 'choices': self.options,
                  'part': self.part._asdict() if self.part else None,
                  'stages': [stage.to_json() for stage in self.stages]}
         del entry['options']
-        return {name: value for name, value in entry.items() if name != 'teacher' or value}
+        return {name: value for name, value in entry.items() if name not in LATER or value}
 
     @classmethod
     def from_json(cls, entry):
         """Return the state of a dictionary; raises ValueError if it is not what a run saves."""
-        entry = {'teacher': None, **entry}  # older runs have none
+        entry = {**LATER, **entry}
         check_keys('its state', entry, KEYS)
         check_options(entry['choices'])
         stages = [Stage.from_json(stage) for stage in entry['stages']]
@@ -167,7 +169,7 @@ STAGE_KEYS = {'first_epoch': is_natural, 'epochs': is_natural, 'learning_rate': 
 KEYS = {'format': is_natural, 'script': str, 'dataset': str, 'data_sha256': str, 'seed': is_natural,
         'validation': is_natural, 'epoch': is_natural, 'part': (dict, NoneType), 'stages': are_objects,
         'history': are_objects, 'best_validation_accuracy': is_finite, 'choices': dict,
-        'weights': (str, NoneType), 'precision': are_names, 'teacher': is_teacher}
+        'weights': (str, NoneType), 'precision': are_names, 'devices': are_names, 'teacher': is_teacher}
 PART_KEYS = {'steps': is_natural, 'loss': is_finite, 'correct': is_natural, 'seconds': is_finite}
 ROW_KEYS = {**dict.fromkeys(FIELDS, is_finite), 'validation_accuracy': lambda value: value is None or is_finite(value),
             'shares': are_fractions}  # epochs of older versions have no shares
