@@ -140,7 +140,7 @@ def draw_curves(title, records):
     if held_out:
         axes.set_ylim(98.5, 99.8)
     axes.grid(alpha=0.3, which='both')
-    figure.legend(fontsize=8, loc='outside lower center', ncols=2)
+    figure.legend(fontsize=7, loc='outside lower center', ncols=2)
     figure.suptitle(f'{title}: {kind} by epoch, one seed each')
     return figure
 
