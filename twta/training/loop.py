@@ -24,8 +24,9 @@ def train_epochs(network, session, workers, store, state, dataset, run_dir, stop
     store      a checkpoints.Checkpoints, which saves weights and state after each epoch, and after that step
     """
     stage = state.stages[-1]
-    if state.epoch and not state.part:  # the last command may have ended before it wrote these files
-        write_epoch(network, session, state, run_dir)
+    run_directory.write_log(run_dir / 'log.csv', state.history)
+    if state.epoch and not state.part:  # the last command may have ended before it wrote them
+        save_weights(run_dir / 'model.npz', network.net, session)
     if state.epoch >= stage.last_epoch:
         return
     run_step = workers.step_callable(network, session, stop)
@@ -48,7 +49,8 @@ def train_epochs(network, session, workers, store, state, dataset, run_dir, stop
             save(store, session, state, dataclasses.replace(
                 state, epoch=epoch, part=None, history=[*state.history, row],
                 best_validation_accuracy=validation if is_best else state.best_validation_accuracy), is_best)
-            write_epoch(network, session, state, run_dir)
+            run_directory.write_log(run_dir / 'log.csv', state.history)
+            save_weights(run_dir / 'model.npz', network.net, session)
             events.add(row)
             say(f'epoch {epoch}/{stage.last_epoch}  loss {row["loss"]:.4f}  train acc {row["training_accuracy"]:.4f}  '
                 + ('' if validation is None else f'val acc {validation:.4f}  ')
@@ -56,12 +58,6 @@ def train_epochs(network, session, workers, store, state, dataset, run_dir, stop
             part = PartialEpoch()
             if stop:
                 return
-
-
-def write_epoch(network, session, state, run_dir):
-    """Write the history of the state into log.csv and the weights of the session into model.npz."""
-    run_directory.write_log(run_dir / 'log.csv', state.history)
-    save_weights(run_dir / 'model.npz', network.net, session)
 
 
 def save(store, session, state, after, is_best):
