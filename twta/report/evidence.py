@@ -98,8 +98,8 @@ def unusual_device(record):
     Records of older versions have no devices: they tell of the GPU, or the kind of processor, of the last command; the
     oldest of none.
     """
-    device = record.get('gpu') or record.get('machine', {}).get('kind')
-    device = ' and '.join(record.get('devices', [])) or device
+    devices = ' and '.join(record.get('devices', []))
+    device = devices or record.get('gpu') or record.get('machine', {}).get('kind')
     return None if device in ('AVX-512 with BF16', 'AVX-512 with BF16, 2 threads') else device
 
 

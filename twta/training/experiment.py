@@ -290,7 +290,7 @@ def is_done(state, args, defaults):
         if value != getattr(stage, flag):
             raise UsageError(f'--{flag} {value}: --resume auto repeats the last training of the run, which has '
                              f'--{flag} {getattr(stage, flag)}; for another training after it use --resume True')
-    has_ended = state.epoch >= stage.last_epoch and run_directory.has_record(args.run_dir, state)
+    has_ended = run_directory.has_ended(args.run_dir, state)
     if has_ended and args.teacher:  # a run that goes on is asked in train()
         teacher.find(state, args.teacher)
     return has_ended
@@ -367,7 +367,7 @@ def where_to_go_on(run_dir, state):
     """Return what a user can do after a fault, as words."""
     if not (state.epoch or state.part) or not checkpoints.listed(run_dir, 'last'):
         return 'start again with --resume False'
-    if state.epoch >= state.stages[-1].last_epoch and run_directory.has_record(run_dir, state):
+    if run_directory.has_ended(run_dir, state):
         return 'record.json has the result; --mode inference writes result.json too'
     return f'go on from {describe_end(state)}, which is saved, with --resume True'
 

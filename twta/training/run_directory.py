@@ -70,6 +70,11 @@ def has_record(run_dir, state):
     return read_object(run_dir / 'record.json').get('epochs') == state.epoch
 
 
+def has_ended(run_dir, state):
+    """Return whether the last stage of the state has all its epochs and its record."""
+    return state.epoch >= state.stages[-1].last_epoch and has_record(run_dir, state)
+
+
 def warn_of_changes(run_dir, precision, args):
     """Print a warning per flag that differs from the last command of the run and that no checkpoint holds.
 
