@@ -237,7 +237,7 @@ def test_a_silent_worker_is_named_if_it_has_ended():
 def test_what_differs_is_named(monkeypatch, names):
     ours, theirs = {'--epochs': 3, **dict.fromkeys(names, 'ours')}, {'--epochs': 3, **dict.fromkeys(names, 'theirs')}
     joined = object.__new__(cluster.Cluster)
-    joined.count, joined.workers, left = 2, Workers(TWO, 0), []
+    joined.workers, left = Workers(TWO, 0), []
     text = json.dumps(theirs).encode().ljust(cluster.FACTS)
     monkeypatch.setattr(joined, 'add_up', lambda rows: np.stack([rows[0], np.frombuffer(text, np.int32)]))
     monkeypatch.setattr(joined, 'leave', lambda: left.append(True))

@@ -228,7 +228,7 @@ def test_mirrors_are_asked_again_but_not_for_what_they_do_not_have(server, tmp_p
     assert (tmp_path / 'file').read_bytes() == CONTENT
     assert server.requests == [('/absent', 'bytes=0-'), ('/breaks', 'bytes=0-'), ('/breaks', 'bytes=100000-'),
                                ('/breaks', 'bytes=200000-')]
-    assert 'file has not arrived whole; trying again in 0.01 s' in capsys.readouterr().out
+    assert 'file has not arrived; trying again in 0.01 s' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('name, requests', [('busy', 3), ('too_many', 3), ('stalls', 2), ('drips', 2), ('moved', 2),

@@ -361,6 +361,13 @@ def test_filters_that_read_a_channel_each(layers, border):
             np.testing.assert_array_equal(found, expected)
 
 
+def test_filters_without_weights_read_a_group_that_is_there():
+    """Fill the writer's order up to words with -1, as for a reader with a channel each."""
+    filters = numba_engine.words_of(np.arange(48)[np.newaxis]).reshape(-1, 8)
+    assert (filters[-1] == -1).all()
+    assert set(numba_engine.groups_read(filters, 24).ravel()) == {0, 1}
+
+
 def test_sums_on_the_thresholds_fire():
     """Check that upper and lower are inclusive: with thresholds equal to the sums, every filter fires."""
     base = random_packed((6, 6, 1), 0, [(16, 3, 1, 'SAME', 1), (8, 6, 1, 'VALID', 1)])
@@ -522,6 +529,7 @@ def test_a_newer_version_is_refused_as_such(file):
     (lambda header: header['layers'][1].update(padding='REFLECT'), 'padding'),
     (lambda header: header['layers'][1].update(groups=3), 'divide'),
     (lambda header: header['layers'][1].update(border=2), 'border'),
+    (lambda header: header['layers'][1].update(border=-1), 'which format 1 has not'),
     (lambda header: header['layers'][1].update(border=True), 'border'),
     (lambda header: header['layers'][0].update(border=-1), 'border'),
     (lambda header: header['layers'][0].update(kernel=[99, 1], padding='VALID'), 'padding'),

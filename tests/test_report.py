@@ -1,4 +1,5 @@
 """Records say what the trained networks do; tables say what the records say. Pages: tests/documents.py."""
+import errno
 import json
 import os
 import re
@@ -195,6 +196,16 @@ def test_a_run_is_added_and_reproduced(repository, finished_run, capsys):
     (repository / 'PRETRAINED' / 'TWTA_5_5_MNIST.twta').unlink()
     with pytest.raises(TwtaError, match='nothing was compared'):
         evidence.reproduce(repository)
+
+
+def test_no_network_is_taken_without_its_record(repository, finished_run, monkeypatch):
+    def full(path, record):
+        raise OSError(errno.ENOSPC, 'No space left on device', str(path))
+
+    monkeypatch.setattr(evidence, 'write_json', full)
+    with pytest.raises(OSError, match='No space left'):
+        evidence.add(finished_run, repository / 'TWTA_5_5_MNIST.twta', repository)
+    assert not list((repository / 'RESULTS').iterdir()) and not list((repository / 'PRETRAINED').iterdir())
 
 
 def test_what_cannot_be_added_is_refused(repository, finished_run, tmp_path, monkeypatch):

@@ -1,4 +1,6 @@
 """Situations from users' bug reports: odd names, streams that are closed, schedulers, folders with other files."""
+import contextlib
+import errno
 import json
 import os
 import shutil
@@ -7,15 +9,17 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import QUICK, ROOT, assert_same, log, run_script, start, variables
+from conftest import NETWORKS, QUICK, ROOT, assert_same, log, random_images, random_packed, run_script, start, variables
 from PIL import Image
 from test_faults import SCRIPT, SCRIPT_5_5, in_epoch
 
 from twta import TwtaError, UsageError, files, results, terminal
-from twta.training import checkpoints, run_directory
+from twta.packed import cost, numpy_engine
+from twta.training import checkpoints, evaluation, run_directory
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Names and folders
@@ -81,6 +85,14 @@ def test_the_lock_of_another_program_is_no_sign_of_a_run(tmp_path):
     run_directory.check_is_ours(tmp_path)
 
 
+def test_lists_of_numbers_are_in_a_line_and_texts_stay(tmp_path):
+    record = {'path': 'a [1   2] "b   [3,   4]"\\', 'numbers': [1, -2.5e-7, None], 'rows': [[1, 2], [3, 4]]}
+    results.write_json(tmp_path / 'x.json', record)
+    text = (tmp_path / 'x.json').read_text()
+    assert json.loads(text) == record
+    assert '"numbers": [ 1, -2.5e-07, null ]\n' in text.replace('],', ']') and '[ 3, 4 ]\n' in text
+
+
 def test_two_that_write_one_file_use_two_temporary_files(tmp_path, monkeypatch):
     (tmp_path / '.part.x.json').write_text('theirs')
     for process in (1, 2):
@@ -119,6 +131,23 @@ def as_nobody(*command, **how):
     return subprocess.run([*drop, *map(str, command)], capture_output=True, text=True, **how)
 
 
+def test_a_run_is_evaluated_beside_its_training(finished_run, tmp_path, monkeypatch, capsys):
+    """While the graph is built, the training replaces the checkpoint that was found."""
+    shutil.copytree(finished_run, tmp_path, dirs_exist_ok=True)
+    build = evaluation.build_graph
+
+    def build_late(*arguments, **named):
+        monkeypatch.setattr(evaluation, 'build_graph', build)
+        start(tmp_path, '--resume', 'True', '--epochs', 2)
+        return build(*arguments, **named)
+
+    monkeypatch.setattr(evaluation, 'build_graph', build_late)
+    start(tmp_path, '--mode', 'inference')
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith('test acc: ')]
+    assert len(said) == 2 and said[0] == said[1]
+    assert json.loads((tmp_path / 'result.json').read_text())['epoch'] == 6
+
+
 @unprivileged
 def test_the_run_of_a_colleague_can_be_evaluated(finished_run, tmp_path):
     """Evaluate a run in a folder without write permission: accuracy, one line, exit code 0."""
@@ -132,6 +161,23 @@ def test_the_run_of_a_colleague_can_be_evaluated(finished_run, tmp_path):
     assert finished.returncode == 0 and finished.stderr == ''
     assert 'test acc: ' in finished.stdout
     assert f'not saved: {tmp_path / "run" / "result.json"}: Permission denied' in finished.stdout
+
+
+@pytest.mark.parametrize('number', [errno.EACCES, errno.EROFS, errno.ENOSPC])
+def test_costs_that_may_not_be_saved_have_been_printed(tmp_path, monkeypatch, capsys, number):
+    packed = random_packed(*NETWORKS['dense'])
+    images = random_images(packed, 3)
+    dataset = SimpleNamespace(test=SimpleNamespace(images=images), title='the sample')
+    monkeypatch.setattr(results, 'write_csv', lambda path, *_: files.put_in_place(path, fail(number, path)))
+    with contextlib.nullcontext() if number != errno.ENOSPC else pytest.raises(OSError, match='No space left'):
+        cost.report(numpy_engine.NumpyEngine(packed), dataset, tmp_path)
+    said = capsys.readouterr().out
+    assert 'in all' in said and ('not saved: ' in said) == (number != errno.ENOSPC)
+    assert not list(tmp_path.iterdir())
+
+
+def fail(number, path):
+    raise OSError(number, os.strerror(number), str(path))
 
 
 @unprivileged

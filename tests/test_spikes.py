@@ -245,7 +245,7 @@ def test_a_packed_file_without_tensorflow(finished_run, tmp_path):
     finished = run_script(SCRIPT, '--dataset', 'digits', '--file', tmp_path / 'net.twta', '--output', tmp_path / 'out',
                           PYTHONPATH=str(tmp_path))
     assert finished.returncode == 0, finished.stderr
-    assert 'checked: the predictions of the packed engine on each of the 300 images' in finished.stdout
+    assert 'checked: the predictions of the packed engine (numba) on each of the 300 images' in finished.stdout
     accuracy = json.loads((finished_run / 'result.json').read_text())['test_accuracy']
     assert f'accuracy: {accuracy:.4f}' in finished.stdout
 
@@ -257,6 +257,12 @@ def test_other_predictions_are_an_error_and_write_nothing(finished_run, tmp_path
     with pytest.raises(TwtaError, match=r'predict .* images otherwise than the graph; nothing was written'):
         convert(tmp_path / 'out', '--run_dir', finished_run, '--images', 50)
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_folder_in_place_of_a_file_is_refused_before_the_simulation(tmp_path):
+    (tmp_path / 'spikes.json').mkdir()
+    with pytest.raises(UsageError, match=r'--output .*: spikes\.json in it is a folder; choose another'):
+        command.start(SCRIPT, '', ('mnist', 'digits'), 'TWTA_5_5_MNIST', ['--output', str(tmp_path)])
 
 
 @pytest.mark.parametrize('flags, words', [
@@ -288,10 +294,11 @@ def test_mistakes(flags, words):
 def test_outputs_do_not_overwrite_each_other(finished_run, tmp_path, monkeypatch):
     run_dir = tmp_path / 'run'
     shutil.copytree(finished_run, run_dir)
-    common = ['--dataset', 'digits', '--run_dir', str(run_dir), '--images', '20']
-    for flags in ([], ['--conversion', 'temporal'], ['--noise_ratio', '0.25']):
+    common = ['--dataset', 'digits', '--run_dir', str(run_dir)]
+    for flags in ([], ['--conversion', 'temporal', '--images', '20'],
+                  ['--noise_ratio', '0.25', '--seed', '3', '--images', '20']):
         command.start(SCRIPT, '', ('mnist', 'digits'), 'TWTA_5_5_MNIST', common + flags)
-    folders = ['spikes-spatial', 'spikes-spatial-noise-0.25', 'spikes-temporal']
+    folders = ['spikes-spatial', 'spikes-spatial-noise-0.25-seed-3-images-20', 'spikes-temporal-images-20']
     assert sorted(path.name for path in run_dir.glob('spikes*')) == folders
     start(run_dir, *QUICK[2:], '--resume', 'False', '--epochs', 1)  # another network: the old one's files move with it
     assert sorted(path.name for path in run_dir.glob('earlier-1/spikes*')) == folders

@@ -57,7 +57,7 @@ def test_hints_are_cosines_between_maps(session):
     found, gradient = session.run([loss, tf.gradients(3 * loss, x)[0]])
     np.testing.assert_allclose(found, (1 - cosine).mean(), rtol=1e-5)
     expected = -3 / 5 * (b / length - cosine * a / (a * a).sum(1, keepdims=True))
-    np.testing.assert_allclose(gradient.reshape(5, -1), expected, atol=1e-6)
+    np.testing.assert_allclose(gradient.reshape(5, -1), expected - expected.mean(), atol=1e-6)
 
 
 def test_a_network_of_maps_without_variation_has_a_loss(session):
@@ -104,6 +104,17 @@ def test_a_training_begins_with_weights_in_full_precision(teacher, tmp_path, res
         start(tmp_path, *FLAGS, *flags[:2], '--pooling', 'max')
 
 
+def test_a_threshold_that_the_twin_lacks_begins_at_its_value(teacher, finished_run, tmp_path):
+    start(tmp_path, *FLAGS, '--epochs', 1, '--learning_rate', 1e-12, '--threshold', 'trainable', '--weights',
+          teacher / 'model.npz')
+    d = variables(tmp_path)['conv1/activation/d']
+    np.testing.assert_allclose(d, 0.5, rtol=0, atol=1e-6)
+    shutil.copy(finished_run / 'model.npz', tmp_path / 'others.npz')
+    (tmp_path / 'config.json').unlink()  # nothing tells that these are of a twin
+    with pytest.raises(TwtaError, match=r'is of another network: conv1/activation/d:0 is absent there'):
+        start(tmp_path / 'a', *FLAGS, '--threshold', 'trainable', '--weights', tmp_path / 'others.npz')
+
+
 def test_a_script_without_ternary_layers_begins_with_the_same_weights(teacher, tmp_path):
     start(tmp_path, *FLAGS, '--epochs', 1, '--learning_rate', 1e-12, '--weights', teacher / 'model.npz',
           script='FP_5_5_MNIST')
@@ -136,6 +147,30 @@ def test_weights_of_another_script_are_not_evaluated(finished_run, tmp_path):
     shutil.copy(finished_run / 'model.npz', tmp_path)
     results.write_json(tmp_path / 'config.json', {'script': ['TWTA_5_5_MNIST']})  # tells nothing
     start(tmp_path / 'a', '--mode', 'inference', '--weights', tmp_path / 'model.npz', script='TWBA_5_5_MNIST')
+
+
+SHALLOW = '''
+from twta.ternary_layers import Network
+
+DATASETS, LEARNING_RATE, EPOCHS, BATCH_SIZE, OPTIONS = ('mnist', 'digits'), 0.001, 1, 100, ('quantize',)
+
+
+def model(x, is_train, quantize, exact=None):
+    net = Network(x, is_train, quantize=quantize, exact=exact)
+    net.encode(4, 3)
+    return net.classify(10)
+'''
+
+
+def test_a_network_without_layers_between_encoder_and_classifier(tmp_path, capsys):
+    """It has no hints, and nothing to tell of quantised weights."""
+    script = tmp_path / 'shallow.py'
+    script.write_text(SHALLOW)
+    start(tmp_path / 'twin', '--quantize', 'nothing', script=script)
+    start(tmp_path / 'run', '--teacher', tmp_path / 'twin' / 'model.npz', script=script)
+    start(tmp_path / 'run', '--mode', 'export', '--file', tmp_path / 'net.twta', script=script)
+    said = capsys.readouterr().out
+    assert 'the same predictions as the graph' in said and 'quantised layers' not in said
 
 
 def test_teachers_that_do_not_fit(teacher, finished_run, tmp_path):

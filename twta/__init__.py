@@ -27,7 +27,9 @@ def in_a_line(text):
 
 
 def describe_fault(error):
-    """Return an OSError in words: the file, the fault and, if known, what to do."""
+    """Return an error in words, one line; of an OSError the file, the fault and, if known, what to do."""
+    if not isinstance(error, OSError):
+        return in_a_line(str(error) or type(error).__name__)
     words = error.filename, error.strerror or str(error)
     text = ': '.join(str(word) for word in words if word) + f'; {REMEDIES.get(error.errno, "")}'.removesuffix('; ')
     return in_a_line(text)

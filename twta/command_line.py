@@ -8,7 +8,16 @@ from pathlib import Path
 
 from twta import UsageError, workers
 from twta.options import NOTHING_TO_PACK, OPTIONS, SHORT, SUFFIXES, WAYS, has_meaning, is_fp, with_defaults
-from twta.terminal import Parser, errors_in_a_line, natural, path, positive_integer, positive_number, truth_or_auto
+from twta.terminal import (
+    Parser,
+    check_folder,
+    errors_in_a_line,
+    natural,
+    path,
+    positive_integer,
+    positive_number,
+    truth_or_auto,
+)
 
 OF_TRAINING = 'epochs', 'learning_rate', 'schedule', 'augmentation', 'protocol', 'batch_size', 'seed', 'validation', \
     'teacher', 'workers', 'task', 'batch_norm', 'patience'
@@ -265,6 +274,10 @@ def check_meaning(args):
         if not is_training and value is not None:
             value = ','.join(value) if flag == 'workers' else value
             raise UsageError(f'--{flag} {value} has no meaning with --mode {args.mode}; leave it out')
+    if args.workers is None and not os.environ.get('TF_CONFIG'):
+        for flag in 'batch_norm', 'patience':
+            if getattr(args, flag) is not None:
+                raise UsageError(f'--{flag} {getattr(args, flag)} has no meaning without --workers; leave it out')
     if not is_training and args.precision != 'auto':
         raise UsageError(f'--precision {args.precision} has no meaning with --mode {args.mode}, which computes in '
                          'float32; leave it out')
@@ -293,6 +306,8 @@ def check_packed(args):
             raise UsageError(f'--{flag} has no meaning with --engine packed, which reads --file; leave it out')
     if args.checkpoint != 'last':
         raise UsageError('--checkpoint best has no meaning with --engine packed; export with it')
+    if args.gpu:
+        raise UsageError(f'--gpu {args.gpu} has no meaning with --engine packed, which uses the CPU; leave it out')
 
 
 def check_files(args, script):
@@ -310,15 +325,14 @@ def check_files(args, script):
         make = command(script, '--mode export', 'dataset', 'data_dir', 'run_dir', 'file', args=args)
         raise UsageError(f'--file {args.file}: no such file; make it with: {make}')
     for flag, folder in (('run_dir', args.run_dir), ('data_dir', args.data_dir)):
-        if folder.exists() and not folder.is_dir():
-            raise UsageError(f'--{flag} {folder}: not a directory')
+        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        if not there.is_dir():
+            raise UsageError(f'--{flag} {folder}: {there} is not a directory; choose another')
     written, folder = ('file', args.file.parent) if is_export else ('run_dir', args.run_dir)
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if args.workers.task:
         return  # only worker 0 reads and writes the run directory
-    is_written = args.mode != 'inference'  # inference prints the accuracy in any case
-    if is_written and not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
-        raise UsageError(f'--{written} {getattr(args, written)}: nothing can be written to {there}; choose another')
+    if args.mode != 'inference':  # which prints the accuracy in any case
+        check_folder(f'--{written} {getattr(args, written)}', folder)
     if args.teacher and args.teacher.resolve().parent == args.run_dir:
         raise UsageError(f'--teacher {args.teacher}: this training writes its own model.npz there; choose another '
                          '--run_dir')

@@ -1,6 +1,7 @@
 """Files: writes that survive kills and power cuts, safe reading of untrusted .npy and .npz files, locks."""
 import contextlib
 import errno
+import hashlib
 import math
 import os
 import struct
@@ -109,6 +110,15 @@ def read_header(file):
         raise ValueError(f'npy version {version}')
     shape, _, kind = np.lib.format.read_array_header_1_0(file)
     return shape, kind
+
+
+def digest(path):
+    """Return the SHA-256 of a file as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 @contextlib.contextmanager

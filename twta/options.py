@@ -31,8 +31,8 @@ OPTIONS = {  # network options by flag: default, arguments of the parser; each s
                 'kind of the pooling layers (P). conv: learned, as published; max, average: without weights if the '
                 'number of channels stays the same. Batch normalisation and activation follow (default: conv)'}),
     'rest': (0, {'type': int, 'choices': (0, -1), 'help':
-             'state of rest of the activations. 0: as published; -1: every beta begins at -1 and ternary layers pad '
-             'with -1: activations begin as a ReLU in three steps and learn faster (default: 0)'}),
+             'state of rest of the activations. 0: as published; -1: the betas before them begin at -1 and ternary '
+             'layers pad with -1: activations begin as a ReLU in three steps and learn faster (default: 0)'}),
     'quantize': ('both', {'choices': ('both', 'weights', 'activations', 'nothing'), 'help':
                  'what is quantised. Activations that are not quantised are ReLU; weights that are not quantised are '
                  'in full precision. nothing trains a teacher for --teacher, or shows what quantisation costs '

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from twta import describe_fault, in_a_line, processor
+from twta import describe_fault, processor
 from twta.files import make_folder, replacing
 from twta.terminal import say
 
@@ -36,23 +36,32 @@ def save(run_dir, dataset, loss, confusion, kind, network):
     """
     test_accuracy = accuracy(confusion)
     suffix = '' if kind == 'last' else f'-{kind}'
-    try:
-        make_folder(run_dir)
-        write_json(run_dir / f'result{suffix}.json', {
-            **network, 'test_loss': loss, 'test_accuracy': test_accuracy, 'test_images': len(dataset.test.labels),
-            'confusion': confusion.tolist(), 'data': describe_data(dataset), **environment()})
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        say(f'not saved: {describe_fault(error)}')  # it is said: the run of a colleague may be evaluated by anybody
-        return
     picture = run_dir / f'confusion{suffix}.png'
     epoch = network['epoch']
     title = (f'{network["script"]} on {dataset.title}\n{test_accuracy:.2%} of {len(dataset.test.labels):,} test images'
              + ', ' + (Path(network['weights']).name if epoch is None else f'after epoch {epoch}')
              + (f' and {network["part_steps"]} steps' if 'part_steps' in network else ''))
-    if save_picture(picture, draw_confusion, title, dataset.classes, confusion):
-        say(f'confusion matrix: {picture}')
+    with if_permitted():
+        make_folder(run_dir)
+        write_json(run_dir / f'result{suffix}.json', {
+            **network, 'test_loss': loss, 'test_accuracy': test_accuracy, 'test_images': len(dataset.test.labels),
+            'confusion': confusion.tolist(), 'data': describe_data(dataset), **environment()})
+        if save_picture(picture, draw_confusion, title, dataset.classes, confusion):
+            say(f'confusion matrix: {picture}')
+
+
+@contextlib.contextmanager
+def if_permitted():
+    """Write results that have been printed; if that is not permitted, say so and go on.
+
+    The run of a colleague may be evaluated by anybody.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        say(f'not saved: {describe_fault(error)}')
 
 
 def describe_data(dataset):
@@ -72,8 +81,10 @@ def accuracy(confusion):
 
 
 def write_json(path, record):
+    """Write a record as JSON, with each list of numbers in a line."""
     text = json.dumps(record, indent=2, default=str)
-    text = re.sub(r'\[[^][{}"]+\]', lambda numbers: ' '.join(numbers[0].split()), text)  # one line per row
+    strings_and_lists = r'"(?:[^"\\]|\\.)*"|\[[^][{}"]+\]'
+    text = re.sub(strings_and_lists, lambda found: found[0] if found[0][0] == '"' else ' '.join(found[0].split()), text)
     with replacing(path) as part:
         part.write_text(text + '\n')
 
@@ -153,8 +164,7 @@ def save_picture(path, draw, *arguments, tell=say):
             figure.savefig(part, format='png', dpi=120)
         return True
     except Exception as error:  # any kind: matplotlib's settings can run foreign code
-        cause = describe_fault(error) if isinstance(error, OSError) else str(error) or type(error).__name__
-        tell(f'no picture {path}: {in_a_line(cause)[:200]}')
+        tell(f'no picture {path}: {describe_fault(error)[:200]}')
         return False
 
 

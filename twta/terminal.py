@@ -57,7 +57,7 @@ def errors_in_a_line(name):
     except (TwtaError, OSError) as error:
         if '--debug' in sys.argv:
             raise
-        line = describe_fault(error) if isinstance(error, OSError) else str(error)
+        line = describe_fault(error)
         if isinstance(error, FileNotFoundError) and not error.filename and not has_working_folder():
             line = 'the working folder has been removed; change to another one'
         complain(f'{name}: error: {line}')
@@ -158,6 +158,8 @@ def input_file(text):
     file = path(text)
     if not file.exists():
         raise argparse.ArgumentTypeError(f'{text!r}: no such file')
+    if file.is_dir():
+        raise argparse.ArgumentTypeError(f'{text!r} is a folder, not a file')
     return file
 
 
@@ -166,6 +168,13 @@ def output_file(text):
     if not file.resolve().parent.is_dir() or (file.exists() and not file.is_file()):  # no folder, no device
         raise argparse.ArgumentTypeError(f'{text!r} is not a file path in an existing folder')
     return file.resolve()
+
+
+def check_folder(given, folder):
+    """Raise UsageError if the folder can neither be written to nor be made; `given` is the flag with its value."""
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UsageError(f'{given}: {there} is not a directory that can be written to; choose another')
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ are exact. Variables (latent weights, batch normalisation, thresholds) are alway
 Images are NHWC. Each layer keeps its arguments, and the layer before it as `prev_layer`; training.blocks reads them.
 Source: the published TWTA scripts (github.com/edwardzcl/TWTA).
 """
+from twta import UsageError
 from twta.graph import collectives
 from twta.graph.fast import convolve, factors, type_of_sums
 from twta.graph.tf1 import tf, tl
@@ -54,7 +55,7 @@ class PoolLayer(tl.layers.Layer):
     prev_layer  a layer with outputs [batch, height, width, channels]
     outputs     [batch, height', width', channels], as of a convolution with this filter_size, stride and padding
 
-    Raises ValueError if an average would include padding: TensorFlow leaves padding out of averages.
+    Raises UsageError if an average would include padding: TensorFlow leaves padding out of averages.
     """
 
     def __init__(self, prev_layer, filter_size, stride, padding, kind, name='pool'):
@@ -64,7 +65,7 @@ class PoolLayer(tl.layers.Layer):
         x = self.inputs = prev_layer.outputs
         tiled = filter_size == stride and not x.shape[1] % stride and not x.shape[2] % stride
         if kind == 'average' and padding == 'SAME' and not tiled:
-            raise ValueError(f'{name}: no average of {filter_size}*{filter_size} with stride {stride} over a border')
+            raise UsageError(f'--pooling average: {name} would average over a border; use --pooling conv or max')
         with tf.name_scope(name):
             pool = tf.nn.max_pool if kind == 'max' else tf.nn.avg_pool
             self.outputs = tf.cast(pool(tf.cast(x, type_of_sums(x.dtype)), filter_size, stride, padding), x.dtype)
@@ -105,42 +106,40 @@ class BatchNormLayer(tl.layers.Layer):
         super().__init__(prev_layer=prev_layer, name=name)
         self.prev_layer, self.beta_init = prev_layer, beta_init
         x = self.inputs = prev_layer.outputs
-        channels = int(x.shape[-1])
+        shape = [int(x.shape[-1])]
         with tf.variable_scope(name):
-            beta = get_variable('beta', [channels], tf.constant_initializer, value=beta_init)
-            gamma = get_variable('gamma', [channels], tf.random_normal_initializer, mean=1.0, stddev=0.002)
-            mean = get_variable('moving_mean', [channels], tf.zeros_initializer, trainable=False)
-            variance = get_variable('moving_variance', [channels], tf.ones_initializer, trainable=False)
+            self.beta = get_variable('beta', shape, tf.constant_initializer, value=beta_init)
+            self.gamma = get_variable('gamma', shape, tf.random_normal_initializer, mean=1.0, stddev=0.002)
+            self.moving_mean = get_variable('moving_mean', shape, tf.zeros_initializer, trainable=False)
+            self.moving_variance = get_variable('moving_variance', shape, tf.ones_initializer, trainable=False)
             if x.dtype == tf.float64:  # in evaluation; in two operations that any program can repeat bit for bit
-                scale = tf.cast(gamma, x.dtype) * tf.rsqrt(tf.cast(variance, x.dtype) + EPSILON)
-                self.outputs = x * scale + (tf.cast(beta, x.dtype) - tf.cast(mean, x.dtype) * scale)
+                scale = tf.cast(self.gamma, x.dtype) * tf.rsqrt(tf.cast(self.moving_variance, x.dtype) + EPSILON)
+                self.outputs = x * scale + (tf.cast(self.beta, x.dtype) - tf.cast(self.moving_mean, x.dtype) * scale)
+            elif is_train and tf.get_collection(collectives.OF_BATCH_NORM):
+                self.outputs = self.across_workers(x)
             else:
-                across = is_train and tf.get_collection(collectives.OF_BATCH_NORM)
-                normalize = self.across_workers if across else self.fused
-                self.outputs = normalize(x, channels, is_train, gamma, beta, mean, variance)
-        self.beta, self.gamma, self.moving_mean, self.moving_variance = params = beta, gamma, mean, variance
+                self.outputs = self.fused(x, is_train)
         self.all_layers.append(self.outputs)
-        self.all_params.extend(params)
+        self.all_params.extend([self.beta, self.gamma, self.moving_mean, self.moving_variance])
 
-    @staticmethod
-    def fused(x, channels, is_train, gamma, beta, mean, variance):
+    def fused(self, x, is_train):
+        channels = int(x.shape[-1])
         image = tf.cast(x if x.shape.rank == 4 else tf.reshape(x, [-1, 1, 1, channels]), type_of_sums(x.dtype))
-        moments = ([], []) if is_train else (mean, variance)
+        mean, variance = ([], []) if is_train else (self.moving_mean, self.moving_variance)
         # not tf.nn.fused_batch_norm, which raises epsilon to 1.001e-5
         y, batch_mean, batch_variance, *_ = tf.raw_ops.FusedBatchNormV3(
-            x=image, scale=gamma, offset=beta, mean=moments[0], variance=moments[1], epsilon=EPSILON,
+            x=image, scale=self.gamma, offset=self.beta, mean=mean, variance=variance, epsilon=EPSILON,
             is_training=is_train)
         if is_train:
             n = tf.cast(tf.size(image) // channels, tf.float32)  # the fused variance is over n - 1, ours over n
-            update_moving(mean, batch_mean)
-            update_moving(variance, batch_variance * ((n - 1) / n))
+            update_moving(self.moving_mean, batch_mean)
+            update_moving(self.moving_variance, batch_variance * ((n - 1) / n))
         return tf.cast(y if x.shape.rank == 4 else tf.reshape(y, [-1, channels]), x.dtype)
 
-    @staticmethod
-    def across_workers(x, channels, is_train, gamma, beta, mean, variance):
-        y, *moments = collectives.normalize(x, gamma, beta, mean, EPSILON)
-        for moving, batch in zip((mean, variance), moments, strict=True):
-            update_moving(moving, batch)
+    def across_workers(self, x):
+        y, mean, variance = collectives.normalize(x, self.gamma, self.beta, self.moving_mean, EPSILON)
+        update_moving(self.moving_mean, mean)
+        update_moving(self.moving_variance, variance)
         return y
 
 
@@ -183,8 +182,8 @@ class Network:
     activation  quantiser after each batch normalisation
     threshold, threshold_value    of ternary activations, see ActivationLayer
     pooling     'conv': pool() is a convolution (learned); 'max', 'average': it has no weights if it keeps the channels
-    rest        -1: activations are ternarize_from_rest, every beta but the classifier's begins at -1, ternary layers
-                pad with -1; 0: as published
+    rest        -1: activations are ternarize_from_rest after betas that begin at -1, ternary layers pad with -1; 0: as
+                published
     quantize    'both'; 'weights', with ReLU; 'activations', with full-precision weights; 'nothing'
     exact       sum in float64 up to the encoder's sums, see Conv2dLayer; None: in evaluation
     """

@@ -17,8 +17,8 @@ import numpy as np
 
 from twta import TwtaError, UsageError
 from twta.data import shapes
-from twta.data.download import digest, download, one_at_a_time
-from twta.files import replacing
+from twta.data.download import download, one_at_a_time
+from twta.files import digest, replacing
 
 MNIST_MIRRORS = ('https://ossci-datasets.s3.amazonaws.com/mnist/', 'https://storage.googleapis.com/cvdf-datasets/mnist/')
 # by name: size in bytes and SHA-256 of the published .gz file, SHA-256 of its contents, dimensions

@@ -3,7 +3,6 @@
 pooch was tried: it neither resumes nor stops an endless answer, and follows a redirect from https to http.
 """
 import contextlib
-import hashlib
 import ssl
 import sys
 import time
@@ -49,12 +48,12 @@ def one_at_a_time(folder):
 def download_alone(urls, path, size, sha256, otherwise):
     """Do the work of download() while the folder is locked."""
     part = path.with_name(path.name + '.part')
-    if part.exists() and part.stat().st_size >= size and digest(part) != sha256:
+    if part.exists() and part.stat().st_size >= size and files.digest(part) != sha256:
         part.unlink()  # no mirror is to blame: its source is unknown
     failures, left = {}, list(urls)
     for wait in WAITS:
         if wait and left:
-            say(f'{path.name} has not arrived whole; trying again in {wait} s')
+            say(f'{path.name} has not arrived; trying again in {wait} s')
             time.sleep(wait)
         for url in list(left):
             say(f'downloading {url}')
@@ -66,7 +65,7 @@ def download_alone(urls, path, size, sha256, otherwise):
                 if 400 <= getattr(error, 'code', 0) < 500 and error.code not in TEMPORARY:
                     left.remove(url)
                 continue
-            found = digest(part)
+            found = files.digest(part)
             if found == sha256:
                 files.put_in_place(part, path)
                 return
@@ -76,14 +75,6 @@ def download_alone(urls, path, size, sha256, otherwise):
                 left.remove(url)
     reasons = '; '.join(f'{url}: {reason}' for url, reason in failures.items())
     raise TwtaError(f'{path.name} could not be downloaded ({reasons}); check the network, or {otherwise}')
-
-
-def digest(path):
-    with open(path, 'rb') as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-        return digest.hexdigest()
 
 
 class Redirects(urllib.request.HTTPRedirectHandler):

@@ -1,6 +1,4 @@
 """--mode export: turn a trained network into integers, compare them with the graph, write them."""
-import hashlib
-
 import numpy as np
 
 from twta import TwtaError
@@ -8,6 +6,7 @@ from twta.export import formats
 from twta.export.folding import fold
 from twta.export.formats import check_format
 from twta.export.spatial import add_lanes, spatial
+from twta.files import digest
 from twta.packed import engines, file_format
 from twta.packed.file_format import Layer, PackedNetwork
 from twta.terminal import say
@@ -25,7 +24,7 @@ def export(experiment, file, form):
 
     Raises TwtaError if the network cannot be exported in this format or differs from its graph.
     """
-    with trained(experiment) as (network, session):
+    with trained(experiment) as (network, session, experiment):
         packed = pack(network.net, session, header_of(experiment))
         check_format(form, packed)
         compare(packed, network, session, experiment.dataset)
@@ -60,7 +59,7 @@ def header_of(experiment):
     """Return make_header's fields for the network of an experiment, with the record of its training."""
     files = [experiment.weights] if experiment.weights else [
         experiment.run_dir / name for name in ('config.json', 'log.csv')]
-    hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files if path.is_file()}
+    hashes = {path.name: digest(path) for path in files if path.is_file()}
     state = experiment.state
     end = {'run': name_run(state), **state.end()} if state else {'run': None, 'epoch': None}
     return make_header(experiment.script, experiment.dataset_name, experiment.dataset,
@@ -118,12 +117,12 @@ def write(packed, dataset, file, form):
     """Write the file in a format and print its size."""
     if form == 'twta':
         size = file_format.write(file, packed)
-        ternary = packed.layers[1:]
-        parameters = sum(layer.weights.size for layer in ternary)
-        integers = sum(map(file_format.layer_bytes, ternary))
-        say(f'quantised layers: {parameters:,} weights and their thresholds in {integers:,} bytes, '
-            + ('as neurons with one or two thresholds each' if file_format.is_expanded(packed) else
-               f'{4 * parameters / integers:.1f} times less than float32 weights'))
+        parameters = sum(layer.weights.size for layer in packed.layers[1:])
+        integers = sum(map(file_format.layer_bytes, packed.layers[1:]))
+        if parameters:
+            say(f'quantised layers: {parameters:,} weights and their thresholds in {integers:,} bytes, '
+                + ('as neurons with one or two thresholds each' if file_format.is_expanded(packed) else
+                   f'{4 * parameters / integers:.1f} times less than float32 weights'))
     else:
         images = dataset.test.images[:formats.count_images(form)]
         size = formats.write(form, file, packed, images)

@@ -36,10 +36,11 @@ def report(engine, dataset, run_dir):
             'the trained network')
     say('zero w, zero x: fraction of weights and inputs that are 0; nJ: estimate of the arithmetic alone, 45 nm '
         '(Horowitz, ISSCC 2014)')
-    results.write_csv(run_dir / 'cost.csv', FIELDS, rows)
-    say(f'table: {run_dir / "cost.csv"}')
-    if results.save_picture(run_dir / 'cost.png', draw, engine.packed, dataset, rows):
-        say(f'picture: {run_dir / "cost.png"}')
+    with results.if_permitted():
+        results.write_csv(run_dir / 'cost.csv', FIELDS, rows)
+        say(f'table: {run_dir / "cost.csv"}')
+        if results.save_picture(run_dir / 'cost.png', draw, engine.packed, dataset, rows):
+            say(f'picture: {run_dir / "cost.png"}')
 
 
 def measure(engine, images):

@@ -12,6 +12,7 @@ But it wants the caches for itself, compiles for some seconds more, and gains no
 
 Their activations are the same; their logits differ by rounding.
 """
+import threading
 import time
 
 import numpy as np
@@ -21,6 +22,7 @@ from twta.packed.numpy_engine import NumpyEngine, check_images
 from twta.terminal import complain
 
 MANY = 144  # images from which on the sliced engine is faster than the numba engine: it computes 256 in any case
+SLOW = 2  # seconds; if an engine takes longer to begin, the user is told why
 
 
 def open_engine(packed, engine='auto', threads=None):
@@ -103,7 +105,10 @@ def warm_engine(packed, engine, threads, count=1):
     """
     start = time.perf_counter()
     first = np.zeros((1, *packed.image), np.uint8)
+    compiling = threading.Timer(SLOW, complain, ['engine: the first use compiles it, for some seconds'])
     try:
+        if engine != 'numpy':
+            compiling.start()
         try:
             found = open_engine(packed, engine, threads)
             for number in sorted({1, min(count, found.batch)}):
@@ -117,6 +122,8 @@ def warm_engine(packed, engine, threads, count=1):
             found.logits(first)
     except MemoryError:
         raise TwtaError(f'{packed.network}: too little memory for its maps') from None
+    finally:
+        compiling.cancel()
     threads = f', {found.threads} thread{"s" if found.threads > 1 else ""}' if found.name == 'numba' else ''
     taken = time.perf_counter() - start
     kernels = f', {used.name} kernels' if used is not found else ''

@@ -140,10 +140,10 @@ def fan_in(weights):
 
 
 def is_expanded(packed):
-    """Return whether neurons stand for activations of several levels or for pooling without weights."""
+    """Return whether neurons stand for activations of several levels or for max-pooling."""
     choices = packed.record.get('choices') or {}
-    return (choices.get('k', 0), choices.get('B', 1), choices.get('levels', 2), choices.get('pooling', 'conv')) != (
-        0, 1, 2, 'conv')
+    levels = choices.get('k', 0), choices.get('B', 1), choices.get('levels', 2)
+    return levels != (0, 1, 2) or choices.get('pooling') == 'max'
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -275,9 +275,10 @@ def parse(data):
     stem = read_stem(header.get('stem'), channels, arrays) if has_stem else None
     shape = (*((crop, crop) if crop else image), stem.weights.shape[3] if stem else channels)
     layers, shape = read_layers(header['layers'], shape, arrays)
-    n_classes = len(classes)
-    weights = arrays.read('<f4', math.prod(shape) * n_classes).reshape(-1, n_classes)
-    scale, shift = arrays.read('<f4', n_classes), arrays.read('<f4', n_classes)
+    if version < 3 and any(layer.border for layer in layers):
+        raise InvalidFile(f'a layer has a border, which format {version} has not')
+    weights = arrays.read('<f4', math.prod(shape) * len(classes)).reshape(-1, len(classes))
+    scale, shift = arrays.read('<f4', len(classes)), arrays.read('<f4', len(classes))
     if not all(np.isfinite(array).all() for array in (weights, scale, shift)):
         raise InvalidFile('its classifier holds NaN or infinity')
     if len(arrays.rest):

@@ -1,11 +1,11 @@
 """--mode inference --engine packed: evaluation of a packed network, without TensorFlow."""
-import hashlib
 import time
 
 import numpy as np
 
 from twta import TwtaError, results
 from twta.data import datasets
+from twta.files import digest
 from twta.packed import cost, engines, file_format
 from twta.terminal import say
 
@@ -20,8 +20,8 @@ def infer(script, args):
     """
     packed = file_format.read(args.file)
     if (packed.network, packed.dataset) != (script, args.dataset):
-        raise TwtaError(f'{args.file}: {packed.network} on {packed.dataset}, not {script} on {args.dataset}; choose '
-                        'another --file; pretrained/ has some')
+        raise TwtaError(f'{args.file}: {packed.network} on {packed.dataset}, not {script} on {args.dataset}; use the '
+                        'script and the --dataset of the file, or choose another --file')
     dataset = datasets.load(args.dataset, args.data_dir, None)
     check_images(packed, dataset, args)
     say(f'data: {dataset}')
@@ -48,7 +48,7 @@ def infer(script, args):
 def is_of_run(packed, config):
     """Return whether a network was exported from the run as its config.json stands."""
     hashes = packed.record.get('sha256')
-    return isinstance(hashes, dict) and hashes.get('config.json') == hashlib.sha256(config.read_bytes()).hexdigest()
+    return isinstance(hashes, dict) and hashes.get('config.json') == digest(config)
 
 
 def check_images(packed, dataset, args):

@@ -258,7 +258,8 @@ def groups_read(filters, per_group):
 
     Each group serves the same number of neighbouring filters. per_group is the number of filters in a group.
     """
-    groups = np.where(filters < 0, filters.max(1, keepdims=True), filters) // per_group
+    of_block = filters.max(1, keepdims=True).clip(0)  # for the filters -1, which have no weights
+    groups = np.where(filters < 0, of_block, filters) // per_group
     for count in (1, 2, 4):
         runs = groups.reshape(len(groups), count, -1)
         if (runs == runs[:, :, :1]).all():

@@ -36,8 +36,8 @@ if hasattr(os, 'register_at_fork'):  # a fork waits while another thread compile
                         after_in_child=after_fork)
 
 
-def count_threads(threads=None):
-    """Return the number of threads: threads, or one per available core, but at most as many as numba has."""
+def count_threads(threads):
+    """Return the number of threads, or one per available core if it is None; at most as many as numba has."""
     return min(threads or processor.available_cores(), numba.config.NUMBA_NUM_THREADS)
 
 

@@ -137,6 +137,7 @@ def add(run_dir, file, data_dir):
                          'first')
     if 'packed' in earlier:
         record['packed'] = earlier['packed']
+    taken = None
     if file:
         network = file_format.read(file)
         if (network.network, network.dataset) != (record['script'], record['dataset']):
@@ -156,11 +157,12 @@ def add(run_dir, file, data_dir):
         record['packed'] = {'bytes': file.stat().st_size, **count_operations(network, dataset.test.images)}
         taken = PRETRAINED / f'{network.network}{name_options(record["choices"])}.twta'
         before = f', in place of that of {file_format.read(taken).record.get("run")}' if taken.exists() else ''
+    write_json(path, record)  # first: no network in pretrained/ is without its record
+    say(f'{path}')
+    if taken:
         with replacing(taken) as part:
             shutil.copyfile(file, part)
         say(f'{taken}{before}')
-    write_json(path, record)
-    say(f'{path}')
 
 
 def evaluate(network, dataset):
@@ -199,8 +201,7 @@ def reproduce(data_dir):
             dataset = load(network.dataset, data_dir, record['data']['validation_images'])
         except (TwtaError, OSError) as error:
             absent[network.dataset] = error
-            reason = describe_fault(error) if isinstance(error, OSError) else str(error)
-            say(f'{file.stem:33} recorded {recorded:.2%}  not compared: {reason.partition(";")[0]}')
+            say(f'{file.stem:33} recorded {recorded:.2%}  not compared: {describe_fault(error).partition(";")[0]}')
             verdicts.append('not compared')
             continue
         found = accuracy(evaluate(network, dataset))

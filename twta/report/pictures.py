@@ -283,12 +283,12 @@ def draw_spikes(file):
                        record['layers'])
 
 
-def draw_misclassified(file, dataset, most=40):
+def draw_misclassified(file, dataset):
     """Draw the first test images that are taken for another digit, with true and predicted class."""
     network = file_format.read(file)
     predicted = engines.logits(engines.open_engine(network), dataset.test.images).argmax(1)
     wrong = np.flatnonzero(predicted != dataset.test.labels)
-    columns = 10
+    most, columns = 40, 10
     rows = -(-min(len(wrong), most) // columns)
     figure = Figure(figsize=(8, 0.95 * rows + 0.5), layout='constrained')
     grid = figure.subplots(rows, columns, squeeze=False)

@@ -1,14 +1,13 @@
 """The command line of the Spiking scripts."""
 import argparse
-import os
 from functools import partial
 from pathlib import Path
 
 from twta import TwtaError, UsageError, command_line
 from twta.packed import file_format
 from twta.scripts import load_script
-from twta.spikes.conversion import convert, convert_file
-from twta.terminal import Parser, errors_in_a_line, natural, number, path, positive_integer
+from twta.spikes.conversion import FILES, convert, convert_file
+from twta.terminal import Parser, check_folder, errors_in_a_line, natural, number, path, positive_integer
 
 
 def run(script, description, datasets, default):
@@ -33,7 +32,10 @@ def start(script, description, datasets, default, argv=None):
         check_dataset(packed, flags, datasets)
     network = packed.network if packed else flags.network or default
     flags = resolve(flags, script.parent.parent, network)
-    check_output(flags.output)
+    check_folder(f'--output {flags.output}', flags.output)
+    for name in FILES:
+        if (flags.output / name).is_dir():
+            raise UsageError(f'--output {flags.output}: {name} in it is a folder; choose another')
     if packed:
         convert_file(flags, packed)
     else:
@@ -65,19 +67,21 @@ def make_parser(script, description, datasets, default):
         help='packed network, from --mode export, in place of --network; for --conversion spatial or '
              'rest; needs no TensorFlow')
     add('--output', type=path, metavar='DIR',
-        help='folder for the results (default: spikes-CONVERSION or spikes-CONVERSION-noise-P in the run directory; '
-             'with --file, FILE-spikes-... in the current folder)')
+        help='folder for the results (default: spikes-CONVERSION in the run directory, with -noise-P, -seed-N and '
+             '-images-N if you give these; with --file, FILE-spikes-... in the current folder)')
     add('--debug', action='store_true', help='print the traceback of an error')
     return parser
 
 
 def check_flags(flags):
-    """Raise UsageError if a flag contradicts --file."""
+    """Raise UsageError if a flag contradicts --file, or if there is no such file."""
     for flag in ('network', 'run_dir', 'checkpoint'):
         if flags.file and getattr(flags, flag) is not None:
             raise UsageError(f'--{flag} has no meaning with --file, which has its network; leave one out')
     if flags.file and flags.conversion == 'temporal':
         raise UsageError('--conversion temporal with --file, whose network is converted spatially; use --network')
+    if flags.file and not flags.file.is_file():
+        raise UsageError(f'--file {flags.file}: no such file; --mode export writes such files, pretrained/ has some')
 
 
 def check_dataset(packed, flags, datasets):
@@ -93,18 +97,12 @@ def check_dataset(packed, flags, datasets):
 def resolve(flags, root, network):
     """Return the flags with absolute paths, their defaults filled in; network is the name of its script."""
     run_dir = (flags.run_dir or root / 'runs' / f'{network}-{flags.dataset}').resolve()
-    folder = f'spikes-{flags.conversion}' + (f'-noise-{flags.noise_ratio:g}' if flags.noise_ratio else '')
+    noise = f'-noise-{flags.noise_ratio:g}' + (f'-seed-{flags.seed}' if flags.seed else '') if flags.noise_ratio else ''
+    folder = f'spikes-{flags.conversion}{noise}' + (f'-images-{flags.images}' if flags.images else '')
     usual = Path(f'{flags.file.stem}-{folder}') if flags.file else run_dir / folder
     return argparse.Namespace(**{
         **vars(flags), 'run_dir': run_dir, 'data_dir': (flags.data_dir or root / 'data').resolve(),
         'output': (flags.output or usual).resolve(), 'checkpoint': flags.checkpoint or 'last'})
-
-
-def check_output(output):
-    """Raise UsageError if the folder of results cannot be written to, or cannot be made."""
-    there = next(folder for folder in (output, *output.parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UsageError(f'--output {output}: {there} is not a directory that can be written to; choose another')
 
 
 def convert_network(script, flags):

@@ -13,6 +13,8 @@ from twta.spikes.simulation import BATCH, FIELDS, PackedSimulator, deletion, sim
 from twta.terminal import say
 from twta.training.records import list_options
 
+FILES = 'accuracy.txt', 'spike_num.txt', 'sop_num.txt', 'spikes.csv', 'spikes.json'
+
 
 def convert(experiment, flags):
     """Convert the network of a checkpoint, simulate it and compare it with its graph.
@@ -26,7 +28,7 @@ def convert(experiment, flags):
 
     dataset = experiment.dataset
     images = dataset.test.images[:flags.images]
-    with trained(experiment) as (network, session):
+    with trained(experiment) as (network, session, experiment):
         packed = pack(network.net, session, header_of(experiment), flags.conversion == 'temporal')
         predicted = predict(network, session, images)
     plain, steps = open_simulator(packed, flags.conversion, PackedSimulator)
@@ -42,14 +44,15 @@ def convert_file(flags, packed):
 
     Raises TwtaError if a prediction differs or the network is for other images.
     """
+    plain, steps = open_simulator(packed, flags.conversion, numpy_engine.NumpyEngine)
     dataset = datasets.load(flags.dataset, flags.data_dir, None)
     inference.check_images(packed, dataset, flags)
     say(f'data: {dataset}')
     say(f'network: {packed.network}, {flags.file}')
     images = dataset.test.images[:flags.images]
-    plain, steps = open_simulator(packed, flags.conversion, numpy_engine.NumpyEngine)
-    predicted = engines.logits(engines.warm_engine(packed, 'auto', None, len(images)), images).argmax(1)
-    report(flags, plain, steps, predicted, 'the packed engine', dataset, images)
+    engine = engines.warm_engine(packed, 'auto', None, len(images))
+    predicted = engines.logits(engine, images).argmax(1)
+    report(flags, plain, steps, predicted, f'the packed engine ({engine.name})', dataset, images)
 
 
 def open_simulator(packed, conversion, of_one_step):
@@ -117,13 +120,14 @@ def write(folder, title, right, spikes, operations, rows, record):
     """
     folder.mkdir(parents=True, exist_ok=True)
     numbers = [int(np.sum(right[start:start + BATCH])) for start in range(0, len(right), BATCH)]
-    for name, lines in (('accuracy', numbers), ('spike_num', spikes), ('sop_num', operations)):
-        with replacing(folder / f'{name}.txt') as part:
+    *texts, table_file, json_file = FILES
+    for name, lines in zip(texts, (numbers, spikes, operations), strict=True):
+        with replacing(folder / name) as part:
             part.write_text(''.join(f'{number}\n' for number in lines))
-    write_csv(folder / 'spikes.csv', FIELDS, rows)
-    write_json(folder / 'spikes.json', {**record, 'images': len(right), 'accuracy': float(np.mean(right)),
-                                        'layers': rows, **environment()})
-    say(f'accuracy.txt, spike_num.txt, sop_num.txt, spikes.csv, spikes.json: {folder}')
+    write_csv(folder / table_file, FIELDS, rows)
+    write_json(folder / json_file, {**record, 'images': len(right), 'accuracy': float(np.mean(right)),
+                                    'layers': rows, **environment()})
+    say(f'{", ".join(FILES)}: {folder}')
     if save_picture(folder / 'spikes.png', draw, title, rows):
         say(f'picture: {folder / "spikes.png"}')
 

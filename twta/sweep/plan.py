@@ -2,7 +2,6 @@
 import hashlib
 import itertools
 import math
-import os
 import re
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from twta import UsageError, command_line, files
 from twta.options import SHORT
 from twta.results import read_object
 from twta.scripts import load_script
+from twta.terminal import check_folder
 
 OWN = {'--run_dir': 'each run has its own, in --sweep_dir', '--resume': 'each run has --resume auto',
        '--mode': 'a sweep trains', **dict.fromkeys(('--workers', '--task', '--batch_norm', '--patience'),
@@ -48,20 +48,13 @@ def make_runs(script, words, sweep_dir):
     if count > MOST_RUNS:
         raise UsageError(f'{count:,} combinations of values: a sweep has {MOST_RUNS:,} at most; make several')
     sweep_dir = (sweep_dir or script.parent.parent / 'runs' / f'sweep-{script.stem}').resolve()
-    check_folder(sweep_dir)
+    check_folder(f'--sweep_dir {sweep_dir}', sweep_dir)
     runs = [make_run(script, module, dict(zip(flags, values, strict=True)), sweep_dir)
             for values in itertools.product(*flags.values())]
     runs = list({run.name: run for run in runs}.values())
     swept = [flag for flag in runs[0].values if len({str(run.values[flag]) for run in runs}) > 1]
     runs = [run._replace(label=' '.join(f'{flag} {run.values[flag]}' for flag in swept) or run.name) for run in runs]
     return sweep_dir, runs, swept
-
-
-def check_folder(folder):
-    """Raise UsageError if the folder cannot be written to, or cannot be made."""
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UsageError(f'--sweep_dir {folder}: {there} is not a directory that can be written to; choose another')
 
 
 def load(script):

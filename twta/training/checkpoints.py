@@ -112,10 +112,14 @@ def listed(run_dir, which):
         names = re.findall(rf'^all_model_checkpoint_paths: "({which}-\d+(?:\.\d+)?)"$', index, re.MULTILINE)
     except (OSError, ValueError):
         names = []
-    if not (names and (run_dir / f'{names[-1]}.index').exists()):
+    if not (names and is_there(run_dir / names[-1])):
         there = [path.stem for path in run_dir.glob(f'{which}-*.index') if SAVED.fullmatch(path.name)]
         names = sorted({*names, *there}, key=lambda name: [int(part) for part in name.partition('-')[2].split('.')])
     return [str(run_dir / name) for name in names]
+
+
+def is_there(path):
+    return Path(f'{path}.index').exists()
 
 
 def remove_leftovers(run_dir):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from twta import TwtaError, UsageError
+from twta import TwtaError, UsageError, describe_fault
 from twta.graph import collectives, server
 from twta.graph.server import AGAIN, LostWorkerError
 from twta.graph.session import open_session, session_config
@@ -54,7 +54,7 @@ def joined(workers, gpu_index, patience):
 class Alone:
     """A training in one process; the methods are those of Cluster."""
 
-    rows, writes, workers, patience = slice(None), True, Workers(), 0
+    writes, workers, patience = True, Workers(), 0
 
     def __init__(self, gpu_index=0):
         self.gpu_index = gpu_index
@@ -91,7 +91,7 @@ class Cluster(Alone):
 
     def __init__(self, workers, gpu_index, patience):
         """Start the server of this worker and wait until all others listen; raises UsageError or LostWorkerError."""
-        self.workers, self.count, self.rows, self.writes = workers, workers.count, workers.rows, not workers.task
+        self.workers, self.writes = workers, not workers.task
         self.patience, self.group = patience, collectives.Group(workers.count, patience)
         self.keys, self.deadline = FIRST_KEY, math.inf
         self.config = session_config(gpu_index)
@@ -162,7 +162,7 @@ class Cluster(Alone):
                 answer = {'value': pack(value)}
             except (TwtaError, OSError) as error:
                 code = getattr(error, 'exit_code', TwtaError.exit_code)
-                answer = {'error': str(error), 'is_usage': code == UsageError.exit_code}
+                answer = {'error': describe_fault(error), 'is_usage': code == UsageError.exit_code}
         text = json.dumps(answer).encode()
         text += b' ' * (-len(text) % 4)
         length = int(self.spread_values(np.array([len(text)], np.int32))[0])
@@ -176,7 +176,7 @@ class Cluster(Alone):
     def compare(self, describe):
         """Raise UsageError on every worker if describe() returns another dictionary on one; name what differs first."""
         text = json.dumps(describe(), default=str).encode().ljust(FACTS)
-        rows = np.zeros([self.count, FACTS // 4], np.int32)
+        rows = np.zeros([self.workers.count, FACTS // 4], np.int32)
         rows[self.workers.task] = np.frombuffer(text[:FACTS], np.int32)
         found = [json.loads(row.tobytes()) for row in self.add_up(rows)]
         for name, value in found[0].items():

@@ -30,7 +30,7 @@ def evaluate(network, session, split):
 
 def infer(experiment):
     """Evaluate the network of a checkpoint, or of --weights, on the test images."""
-    with trained(experiment) as (network, session):
+    with trained(experiment) as (network, session, experiment):
         loss, confusion = evaluate(network, session, experiment.dataset.test)
     results.say_accuracy(loss, confusion)
     save(experiment, loss, confusion, experiment.state)
@@ -38,16 +38,24 @@ def infer(experiment):
 
 @contextlib.contextmanager
 def trained(experiment):
-    """Build the network for evaluation; give it and a session that holds the weights of a checkpoint or --weights."""
+    """Build the network for evaluation; give it, a session that holds its weights, and the experiment that they are of.
+
+    The weights are those of --weights or of a checkpoint. If a training beside this command has removed the checkpoint
+    meanwhile, they are those of the newest one.
+    """
     dataset = experiment.dataset
     network = build_graph(experiment.model, dataset.test.images.shape[1:], dataset.crop, seed=0)
     with network.graph.as_default(), open_session(network.graph, experiment.gpu) as session:
         if experiment.weights:
             set_weights(network.net, read_weights(experiment.weights, network.net), session)
         else:
+            if not checkpoints.is_there(experiment.source):
+                source = checkpoints.find(experiment.run_dir, experiment.checkpoint)
+                state = checkpoints.read_state(source, experiment.script, experiment.dataset_name)
+                experiment = experiment._replace(source=source, state=state)
             checkpoints.restore(session, experiment.source, network.net, network.net.all_params)
         describe_network(experiment, network.net, experiment.source or experiment.weights)
-        yield network, session
+        yield network, session, experiment
 
 
 def save(experiment, loss, confusion, state):

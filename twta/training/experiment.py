@@ -31,9 +31,8 @@ from twta.training.schedule import describe_stage, next_stage
 from twta.training.state import State
 from twta.training.weights import quantized, read_weights, set_weights
 
-ALONE = cluster.Alone()
 COMMON = ('epochs', 'learning_rate', 'schedule', 'augmentation', 'protocol', 'batch_size', 'seed', 'validation',
-          'batch_norm', 'dataset', 'deterministic', 'is_auto')  # flags that are the same on every worker
+          'batch_norm', 'dataset', 'deterministic')  # flags that are the same on every worker
 
 
 class Experiment(NamedTuple):
@@ -90,13 +89,14 @@ def run(script, model, args, defaults, act):
 
 def describe_command(script, model, args, precision):
     """Return what must be the same on every worker, by name: flags, versions, code."""
-    names = [*COMMON, *(() if args.is_auto else ('resume',))]
     sources = [*sorted(Path(twta.__file__).parent.rglob('*.py')), Path(model.__code__.co_filename)]
     code = hashlib.sha256(b''.join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    return {'the script': script, **{f'--{name}': getattr(args, name) for name in names},
-            **{f'--{name}': value for name, value in args.options.items()}, 'the type of numbers': precision.name,
-            'the version of TensorFlow': tf.__version__, 'the version of numpy': np.__version__,
-            'the hash of the code': code, 'the number of workers': args.workers.count}
+    flags = {'resume': 'auto' if args.is_auto else args.resume, **{name: getattr(args, name) for name in COMMON},
+             **args.options}
+    return {'the script': script, **{f'--{name}': value for name, value in flags.items()},
+            'the type of numbers': precision.name, 'the version of TensorFlow': tf.__version__,
+            'the version of numpy': np.__version__, 'the hash of the code': code,
+            'the number of workers': args.workers.count}
 
 
 def find_cause(error):
@@ -110,7 +110,7 @@ def find_cause(error):
 # Opening
 
 
-def open_experiment(script, model, args, workers=ALONE):
+def open_experiment(script, model, args, workers):
     """Return the Experiment that the flags ask for; only worker 0 reads the run directory, the others get its state.
 
     Raises UsageError if a flag contradicts the run or the weights, TwtaError if one of these is damaged.
@@ -241,9 +241,9 @@ def train(experiment, args, defaults, precision, workers):
 
 def first_weights(path, net):
     """Return the parameters of --weights as the network begins with them, by variable name."""
-    weights = read_weights(path, net)
-    trained_with = run_directory.read_options(run_directory.read_config(path.parent))
-    return quantized(weights, net) if run_directory.is_full_precision(trained_with) else weights
+    is_twin = run_directory.is_full_precision(run_directory.read_options(run_directory.read_config(path.parent)))
+    weights = read_weights(path, net, is_twin=is_twin)
+    return quantized(weights, net) if is_twin else weights
 
 
 def follow(dataset, network, of_teacher, state, workers):

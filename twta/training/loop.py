@@ -38,7 +38,7 @@ def train_epochs(network, session, workers, store, state, dataset, run_dir, stop
               disable=not sys.stderr.isatty()) as bar:
         for epoch in epochs:
             bar.set_description(f'epoch {epoch}/{stage.last_epoch}')
-            part = train_epoch(run_step, dataset.train, stage, epoch, part, state.seed, bar, stop, workers.rows)
+            part = train_epoch(run_step, dataset.train, stage, epoch, part, state.seed, bar, stop, workers.workers.rows)
             if part.steps < n_steps:
                 save(store, session, state, dataclasses.replace(state, part=part), is_best=False)
                 return
@@ -73,7 +73,7 @@ def follow_epochs(network, session, workers, state, dataset, stop):
     part = state.part or PartialEpoch()
     for epoch in range(state.epoch + 1, stage.last_epoch + 1):
         part = train_epoch(run_step, dataset.train, stage, epoch, part, state.seed, tqdm(disable=True), stop,
-                           workers.rows)
+                           workers.workers.rows)
         if part.steps < len(dataset.train.labels) // stage.batch_size:
             return
         workers.compare_weights(network, session, epoch)

@@ -17,7 +17,7 @@ from twta.training.state import FIELDS
 
 OURS = re.compile(r'checkpoint(_best)?|(last|best)-\d+(\.\d+)?\.(index|data-\d+-of-\d+)|events\.out\.tfevents\..*'
                   r'|(config|record|result(-(best|weights|packed))?)\.json|confusion(-(best|weights|packed))?\.png'
-                  r'|log\.csv|curve\.png|model\.npz|cost\.(csv|png)|spikes-(spatial|temporal|rest)(-noise-.*)?')
+                  r'|log\.csv|curve\.png|model\.npz|cost\.(csv|png)|spikes-(spatial|temporal|rest)(-(noise|images)-.*)?')
 
 
 @contextlib.contextmanager

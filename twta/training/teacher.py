@@ -9,7 +9,7 @@ import functools
 from pathlib import Path
 
 from twta import UsageError
-from twta.data.download import digest
+from twta.files import digest
 from twta.graph.fast import compiled
 from twta.graph.tf1 import tf
 from twta.options import with_defaults
@@ -84,8 +84,8 @@ def mixed_loss(labels_loss, student, teacher):
     student, teacher    last layers of the networks
     """
     pairs = zip(read_blocks(student)[1:-1], read_blocks(teacher)[1:-1], strict=True)
-    hints = tf.add_n([unlikeness(learner.batch_norm.outputs, model.batch_norm.outputs) for learner, model in pairs])
-    return distilled(labels_loss, student.outputs, teacher.outputs) + hints
+    hints = [unlikeness(learner.batch_norm.outputs, model.batch_norm.outputs) for learner, model in pairs]
+    return tf.add_n([distilled(labels_loss, student.outputs, teacher.outputs), *hints])
 
 
 def distilled(labels_loss, student, teacher):
@@ -111,7 +111,9 @@ def unlikeness(x, target):
         def backward(gradient):
             scale = gradient / tf.cast(tf.size(cosine), tf.float32)
             by_map, by_target = scale * cosine / size, -scale / length
-            offset = -by_map * mean - by_target * mean_of_target
+            through_mean = by_map * tf.reduce_sum(a, 1) + by_target * tf.reduce_sum(b, 1)
+            through_mean = tf.reduce_sum(through_mean) / tf.cast(tf.size(a), tf.float32)
+            offset = -by_map * mean - by_target * mean_of_target - through_mean
             shape = [-1] + [1] * (x.shape.rank - 1)
             return combined(x, target, *(tf.reshape(factor, shape) for factor in (by_map, by_target, offset))), None
 

@@ -13,16 +13,19 @@ def save_weights(path, net, session):
         tl.files.save_npz_dict(net.all_params, str(part), session)
 
 
-def read_weights(path, net, flag='--weights', scope=''):
+def read_weights(path, net, flag='--weights', scope='', is_twin=False):
     """Return the arrays of a model.npz by the name that their variable has in the network.
 
-    flag     that names the file
-    scope    of the network's variables, 'teacher/' for example; the file is without it
+    flag       that names the file
+    scope      of the network's variables, 'teacher/' for example; the file is without it
+    is_twin    whether the file is of the network's twin in full precision, which has no thresholds
 
     Raises TwtaError if an array is not finite, not float32, or not of the shape that the network has.
     """
     def check(headers):
-        check_shapes(f'{flag} {path}', net, {scope + name: list(shape) for name, (shape, _) in headers.items()})
+        found = {scope + name: list(shape) for name, (shape, _) in headers.items()}
+        thresholds = {variable.name: [] for variable in net.all_params if variable.op.name.endswith('activation/d')}
+        check_shapes(f'{flag} {path}', net, {**thresholds, **found} if is_twin else found)
         for name, (_, kind) in headers.items():
             if kind != np.float32:
                 raise TwtaError(f'{flag} {path}: {name} is {kind}, weights are float32')
