@@ -20,7 +20,7 @@
 #define OF(network, what) JOIN(network, what)
 
 static int8_t maps[2][OF(NETWORK, _LARGEST_MAP)];
-static float input[OF(NETWORK, _LARGEST_MAP)];
+static float input[OF(NETWORK, _IMAGE)]; /* after the crop */
 static const struct twta_network *const net = &NETWORK;
 
 /* Write an image into input. Without a crop: pixels / 256. With one: its pixels, mean 0 and standard deviation 1. */

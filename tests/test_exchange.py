@@ -189,7 +189,10 @@ def test_nir_of_an_encoder_with_filters_that_never_change(tmp_path, dialect):
     encoder.upper[:3], encoder.lower[:3] = (np.inf, -np.inf, np.inf), (-np.inf, -np.inf, np.inf)
     formats.write('nir', tmp_path / 'n.nir', packed, random_images(packed, 4), False, dialect)
     with np.load(tmp_path / 'n.nir.vectors.npz') as vectors:
-        found = interpret(read_nir(tmp_path / 'n.nir'), vectors['input'])[encoder.name]
+        values = interpret(read_nir(tmp_path / 'n.nir'), vectors['input'])
+        found = values[encoder.name]
+        if dialect == 'biases':
+            assert values[f'{encoder.name}_sums'].max() < 2
         assert (found == vectors[encoder.name]).mean() > 0.999
         filters = len(encoder.upper)
         for channel in (0, 1, 2, filters, filters + 1, filters + 2):
@@ -311,7 +314,8 @@ def test_the_command_needs_no_tensorflow(tmp_path):
     (('--format', 'onnx', '--out', 'x.nir'), 'its name ends in .onnx'),
     (('--format', 'onnx', '--divisor', '1'), '--divisor is for --format twta'),
     (('--format', 'twta', '--core', '--out', 'x.twta'), '--core is for'),
-    (('--format', 'twta'), 'net.twta is read'), ((), '--format')])
+    (('--format', 'twta'), 'net.twta is read'), ((), '--format'),
+    (('--format', 'twta', '--out', 'x.twta'), 'a packed network already; give a QONNX file')])
 def test_flags_that_contradict_each_other(tmp_path, monkeypatch, capsys, flags, words):
     file_format.write(tmp_path / 'net.twta', random_packed(*NETWORKS['dense']))
     monkeypatch.chdir(tmp_path)
@@ -326,6 +330,17 @@ def test_networks_that_nir_cannot_hold():
     with pytest.raises(TwtaError, match=r'pads with \[1\], but NIR pads with 0'):
         formats.check_format('nir', with_border(random_packed(*NETWORKS['odd']), 1))
     assert nir_format.check(random_packed(*NETWORKS['odd']), core=False) is None
+
+
+def test_other_forms_have_other_names(tmp_path, monkeypatch):
+    file_format.write(tmp_path / 'net.twta', random_packed(*NETWORKS['odd']))
+    monkeypatch.chdir(tmp_path)
+    for dialect in (), ('--dialect', 'thresholds'), ('--dialect', 'biases'):
+        for core in (), ('--core',):
+            export('net.twta', '--format', 'nir', *core, *dialect)
+    names = {path.name for path in tmp_path.iterdir()}
+    expected = {f'net{form}.nir' for form in ('', '.core', '.biases', '.core.biases')}
+    assert names == {'net.twta', *expected, *(f'{name}.vectors.npz' for name in expected)}
 
 
 def test_the_exchange_page_names_every_format_and_dialect():

@@ -352,33 +352,33 @@ def test_c_header(deployed, tmp_path):
     """Check that docs/reference.c compiles without warnings, computes every vector, and notices a changed threshold."""
     packed, images = deployed
     formats.write('c', tmp_path / 'network.h', packed, images[:3])
-    assert run_c(tmp_path, packed).returncode == 0
+    assert run_c(tmp_path, 'network.h').returncode == 0
     changed = packed.layers[1]._replace(upper=packed.layers[1].upper + 1)
     text = (tmp_path / 'network.h').read_text()
-    name = f'{packed.network}_1_upper'
+    name = 'Network_network_1_upper'
     spoilt = text.replace(formats.c_array('int32_t', name, packed.layers[1].upper),
                           formats.c_array('int32_t', name, changed.upper))
     assert spoilt != text
     (tmp_path / 'network.h').write_text(spoilt)
-    assert run_c(tmp_path, packed).returncode == 1
+    assert run_c(tmp_path, 'network.h').returncode == 1
 
 
 @pytest.mark.skipif(not shutil.which('cc'), reason='needs a C compiler')
-@pytest.mark.parametrize('name', ['int', 'net', 'maps', 'what??/'])
-def test_c_header_of_a_network_or_class_with_an_awkward_name(tmp_path, name):
+@pytest.mark.parametrize('name', ['int', 'net', 'maps', 'what??', '2 nets'])
+def test_c_header_of_a_file_network_or_class_with_an_awkward_name(tmp_path, name):
     packed = random_packed((5, 5, 1), 0, [(3, 3, 1, 'SAME', 1), (6, 2, 2, 'VALID', 3)])
-    packed = packed._replace(network=name, classes=(name, 'b', 'c'))
-    formats.write('c', tmp_path / 'network.h', packed, np.zeros((1, 5, 5, 1), np.uint8))
-    assert run_c(tmp_path, packed).returncode == 0
+    packed = packed._replace(network=name, classes=(f'{name}/', 'b', 'c'), dataset='*/ data ??/')
+    formats.write('c', tmp_path / f'{name}.h', packed, np.zeros((1, 5, 5, 1), np.uint8))
+    assert run_c(tmp_path, f'{name}.h').returncode == 0
 
 
 STRICT = '-Wall', '-Wextra', '-pedantic', '-Werror', '-O1'
 
 
-def run_c(folder, packed):
-    """Compile docs/reference.c with the header in the folder and run it; return the finished process."""
-    name = formats.c_name(packed.network)
-    subprocess.run(['cc', '-std=c99', *STRICT, f'-DNETWORK={name}', '-DHEADER="network.h"', f'-I{folder}',
+def run_c(folder, header):
+    """Compile docs/reference.c with a header in the folder and run it; return the finished process."""
+    name = formats.c_name(header.removesuffix('.h'))
+    subprocess.run(['cc', '-std=c99', *STRICT, f'-DNETWORK={name}', f'-DHEADER="{header}"', f'-I{folder}',
                     ROOT / 'docs' / 'reference.c', '-lm', '-o', folder / 'reference'], check=True)
     return subprocess.run([folder / 'reference'], capture_output=True)
 
@@ -407,11 +407,11 @@ __attribute__((section(".vectors"), used)) static void *const vectors[] = {(void
                     reason='needs arm-none-eabi-gcc and qemu-system-arm')
 def test_c_header_on_a_microcontroller(tmp_path):
     packed = file_format.read(ROOT / 'pretrained' / 'TWTA_2_2_MNIST.twta')
-    formats.write('c', tmp_path / 'network.h', packed, np.zeros((1, 28, 28, 1), np.uint8))
+    formats.write('c', tmp_path / 'TWTA_2_2_MNIST.h', packed, np.zeros((1, 28, 28, 1), np.uint8))
     (tmp_path / 'm3.ld').write_text(LINKER)
     (tmp_path / 'vectors.c').write_text(VECTORS)
     for_cortex = '-mcpu=cortex-m3', '-mthumb', '-O2', '-ffp-contract=off', '--specs=rdimon.specs', '-T', 'm3.ld'
-    of_network = '-DNETWORK=TWTA_2_2_MNIST', '-DHEADER="network.h"', f'-I{tmp_path}'
+    of_network = '-DNETWORK=TWTA_2_2_MNIST', '-DHEADER="TWTA_2_2_MNIST.h"', f'-I{tmp_path}'
     subprocess.run(['arm-none-eabi-gcc', *for_cortex, *of_network, ROOT / 'docs' / 'reference.c', 'vectors.c', '-lm',
                     '-o', 'program'], check=True, cwd=tmp_path)
     finished = subprocess.run(['qemu-system-arm', '-M', 'mps2-an385', '-nographic', '-monitor', 'none', '-kernel',
@@ -422,11 +422,11 @@ def test_c_header_on_a_microcontroller(tmp_path):
 
 TWO = '''
 #include <stdio.h>
-#include "first.h"
-#include "second.h"
+#include "Net-rest_-1.h"
+#include "2 Net.h"
 int main(void)
 {
-    printf("%s %d %s %d", Network_one_net.name, Network_one_net.layers, Network_2_net.name, Network_2_net.layers);
+    printf("%s %d %s %d", Net_rest__1.name, Net_rest__1.layers, Network_2_Net.name, Network_2_Net.layers);
     return 0;
 }
 '''
@@ -435,13 +435,14 @@ int main(void)
 @pytest.mark.skipif(not shutil.which('c++'), reason='needs a C++ compiler')
 @pytest.mark.parametrize('compiler', [('cc', '-std=c99', '-xc'), ('c++', '-std=c++17', '-xc++')])
 def test_two_networks_in_one_program(tmp_path, compiler):
-    """Names of networks that C cannot hold become other names; nothing collides, in C and in C++."""
-    for name, file in (('one net', 'first'), ('2 net', 'second')):
-        packed = random_packed((5, 5, 1), 0, [(3, 3, 1, 'SAME', 1), (6, 2, 2, 'VALID', 3)])._replace(network=name)
+    """Two files of one script, with names that C cannot hold: nothing collides, in C and in C++."""
+    layers = [(3, 3, 1, 'SAME', 1), (6, 2, 2, 'VALID', 3)]
+    for file, count in (('Net-rest_-1', 1), ('2 Net', 2)):
+        packed = random_packed((5, 5, 1), 0, layers[:count])._replace(network='Net')
         formats.write('c', tmp_path / f'{file}.h', packed, np.zeros((1, 5, 5, 1), np.uint8))
     (tmp_path / 'two.c').write_text(TWO)
     subprocess.run([*compiler, *STRICT, tmp_path / 'two.c', '-o', tmp_path / 'two'], check=True)
-    assert subprocess.run([tmp_path / 'two'], capture_output=True, text=True).stdout == 'one net 2 2 net 2'
+    assert subprocess.run([tmp_path / 'two'], capture_output=True, text=True).stdout == 'Net 1 Net 2'
 
 
 def test_onnx(deployed, tmp_path):

@@ -19,7 +19,7 @@ def main(argv=None):
     parser = make_parser()
     with errors_in_a_line('twta.export'):
         args = parser.parse_args(argv)
-        out = (args.out or Path(stem(args.file) + SUFFIXES[args.format])).resolve()
+        out = (args.out or Path(name_file(args))).resolve()
         check_out(out, args)
         if args.divisor and args.format != 'twta':
             raise UsageError('--divisor is for --format twta; leave it out')
@@ -33,6 +33,14 @@ def main(argv=None):
         say(f'{out}: {size:,} bytes')
 
 
+def name_file(args):
+    """Return the default of --out: the name of the packed file, what is not usual about it, the ending."""
+    usual = formats.DIALECTS.get(args.format, (None,))[0]
+    words = [stem(args.file), *(['core'] if args.core else []),
+             *([args.dialect] if args.dialect not in (None, usual) else [])]
+    return '.'.join(words) + SUFFIXES[args.format]
+
+
 def stem(path):
     """Return the name of a file without its ending."""
     return path.name.removesuffix('.onnx').removesuffix('.qonnx') if path.suffix == '.onnx' else path.stem
@@ -41,6 +49,8 @@ def stem(path):
 def import_network(args, out):
     """Write the packed network of a QONNX file."""
     formats.check_format('twta', None, args.core, args.dialect)
+    if args.file.suffix == '.twta':
+        raise UsageError(f'{args.file}: a packed network already; give a QONNX file (.onnx)')
     from twta.export import qonnx_import  # here: onnx is optional
 
     packed, original = qonnx_import.import_file(args.file, stem(args.file), args.divisor or 255)
@@ -90,8 +100,8 @@ def make_parser():
         help='npz: plain arrays; c: a C header; onnx: ONNX; qonnx: QONNX, for FINN and Brevitas; nir: NIR, for spiking '
              'networks; html: a web page that runs the network; twta: import a ternary network of Brevitas from QONNX')
     add('--out', type=output_file, metavar='FILE',
-        help='file to write (default: the name of the packed file with .npz, .h, .onnx, .qonnx.onnx, .nir, .html '
-             'or .twta, in the current folder)')
+        help='file to write (default: the name of the packed file, with .core and .DIALECT if you ask for these, and '
+             '.npz, .h, .onnx, .qonnx.onnx, .nir, .html or .twta, in the current folder)')
     add('--images', type=input_file, metavar='NPY',
         help=f'uint8 images [n, height, width, channels], written by numpy.save. The first {formats.VECTORS} become '
              f'test vectors (default: noise); the first {formats.count_images("html")} are in a web page (default: '

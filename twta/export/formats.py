@@ -114,15 +114,18 @@ struct twta_network {
 
 
 def write_c(path, packed, vectors):
-    """Write a C header (C99, C++17) of a struct twta_network with the network's name; return its size in bytes.
+    """Write a C header (C99, C++17) of a struct twta_network with the name of the file; return its size in bytes.
 
-    Every name in it begins with the network's, so that two headers fit into one program.
+    Every name in it begins with that name, so that several headers fit into one program.
     """
-    name = c_name(packed.network)
-    largest = max(math.prod(input_shape(packed)), *(math.prod(out) for _, _, _, out in shapes(packed)))
-    lines = [f'/* {name} on {c_name(packed.dataset)}; see docs/deployment.md of TWTA-Net. */',
+    name = c_name(path.name.removesuffix('.h'))
+    largest = max(math.prod(out) for _, _, _, out in shapes(packed))
+    run = packed.record.get('run')
+    trained = f', run {run}, epoch {packed.record.get("epoch")}' if run else ''
+    lines = [f'/* {c_text(f"{packed.network} on {packed.dataset}{trained}")}; see docs/deployment.md of TWTA-Net. */',
              f'#ifndef {name}_H', f'#define {name}_H', '#include <math.h>', '#include <stdint.h>', '',
-             f'#define {name}_LARGEST_MAP {largest}', f'#define {name}_CLASSES {len(packed.classes)}', '', C_TYPES]
+             f'#define {name}_IMAGE {math.prod(input_shape(packed))}', f'#define {name}_LARGEST_MAP {largest}',
+             f'#define {name}_CLASSES {len(packed.classes)}', '', C_TYPES]
     rows = []
     for index, (layer, *geometry) in enumerate(shapes(packed)):
         arrays, row = c_layer(f'{name}_{index}', layer, *geometry, is_encoder=not index)
@@ -191,7 +194,7 @@ def c_float(value):
 
 def c_text(text):
     """Return a text with _ for each character that a C string or comment in ASCII cannot hold."""
-    return re.sub(r'[^ !#->@-\[\]-~]', '_', text)  # ? begins a trigraph
+    return re.sub(r'[^ !#-)+->@-\[\]-~]', '_', text)  # ? begins a trigraph, * may end a comment
 
 
 def c_string(text):

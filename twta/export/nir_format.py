@@ -86,7 +86,7 @@ def encode(kernel, threshold, dialect, reach=1):
     known = np.where(is_constant, 0, threshold)
     largest = np.maximum(reach * np.abs(kernel).sum((0, 1, 2)), np.abs(known))
     scale = (2.0 ** -np.ceil(np.log2(2 * largest + 2))).astype(np.float32)
-    bias = np.where(is_constant, np.where(threshold > 0, 0, 2), 1 - known * scale)
+    bias = np.where(is_constant, np.where(threshold > 0, 0, 1.5), 1 - known * scale)
     return kernel * np.where(is_constant, 0, scale), bias, np.ones_like(threshold)
 
 

@@ -16,10 +16,10 @@ class OnnxBuilder:
 
     Names that it makes have a /, which no name of a layer has.
 
-    dialect    the type of ternary weights in the file, a key of VERSIONS
+    dialect    of the file; here the type of ternary weights, a key of VERSIONS
     """
 
-    def __init__(self, dialect='int8'):
+    def __init__(self, dialect):
         self.dialect = dialect
         self.nodes = []
         self.constants = {}  # initializers by type, shape and bytes
@@ -134,7 +134,7 @@ def classify(builder, x, packed):
     return builder.node('Add', scaled, packed.shift, output='logits')
 
 
-def build_model(packed, dialect='int8'):
+def build_model(packed, dialect):
     """Return the checked ModelProto, from `images` uint8 NHWC to `logits` float32 [n, classes].
 
     Each layer's activations, float32 NCHW, have the layer's name. dialect: a key of VERSIONS.

@@ -25,10 +25,6 @@ ONE, ZERO, TWO_BITS = (np.array(value, np.float32) for value in (1, 0, 2))  # sc
 class QonnxBuilder(OnnxBuilder):
     """An OnnxBuilder with the operators of QONNX for weights and activations."""
 
-    def __init__(self, dialect):
-        super().__init__()
-        self.dialect = dialect
-
     def quantize(self, x, output=None):
         """Add a Quant to {-1, 0, +1}, rounding half to even."""
         return self.node('Quant', x, ONE, ZERO, TWO_BITS, output=output, domain=DOMAIN, signed=1, narrow=1,
