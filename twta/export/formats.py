@@ -122,7 +122,8 @@ def write_c(path, packed, vectors):
     largest = max(math.prod(out) for _, _, _, out in shapes(packed))
     run = packed.record.get('run')
     trained = f', run {run}, epoch {packed.record.get("epoch")}' if run else ''
-    lines = [f'/* {c_text(f"{packed.network} on {packed.dataset}{trained}")}; see docs/deployment.md of TWTA-Net. */',
+    title = c_text(f'{packed.network} on {packed.dataset}{trained}').replace('*/', '*_')
+    lines = [f'/* {title}; see docs/deployment.md of TWTA-Net. */',
              f'#ifndef {name}_H', f'#define {name}_H', '#include <math.h>', '#include <stdint.h>', '',
              f'#define {name}_IMAGE {math.prod(input_shape(packed))}', f'#define {name}_LARGEST_MAP {largest}',
              f'#define {name}_CLASSES {len(packed.classes)}', '', C_TYPES]
@@ -193,8 +194,8 @@ def c_float(value):
 
 
 def c_text(text):
-    """Return a text with _ for each character that a C string or comment in ASCII cannot hold."""
-    return re.sub(r'[^ !#-)+->@-\[\]-~]', '_', text)  # ? begins a trigraph, * may end a comment
+    """Return a text with _ for each character that a C string in ASCII cannot hold."""
+    return re.sub(r'[^ !#->@-\[\]-~]', '_', text)  # ? begins a trigraph
 
 
 def c_string(text):
