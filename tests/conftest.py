@@ -40,10 +40,9 @@ def start(run_dir, *flags, script='TWTA_5_5_MNIST'):
     from twta import command_line
 
     module = load_script(script)
-    defaults = command_line.protocol(module.LEARNING_RATE, module.EPOCHS, module.BATCH_SIZE)
     argv = ['--run_dir', run_dir, '--dataset', module.DATASETS[1], *flags]
     path = SCRIPTS.get(script, script)
-    args = command_line.parse(path, '', module.DATASETS, defaults, module.OPTIONS, list(map(str, argv)))
+    args, defaults = command_line.parse_script(path, module, list(map(str, argv)))
     command_line.execute(path.stem, module.model, args, defaults)
 
 

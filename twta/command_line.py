@@ -65,6 +65,12 @@ def protocol(learning_rate, epochs, batch_size):
             'augmentation': 'published', 'protocol': 'published'}
 
 
+def parse_script(script, module, argv):
+    """Return the flags of a script that is loaded as a module, as parse() does, and its own protocol."""
+    defaults = protocol(module.LEARNING_RATE, module.EPOCHS, module.BATCH_SIZE)
+    return parse(script, '', module.DATASETS, defaults, getattr(module, 'OPTIONS', ()), argv), defaults
+
+
 def parse(script, description, datasets, defaults, options=(), argv=None):
     """Return the flags, resolved: paths are absolute, --resume and --file have their values.
 

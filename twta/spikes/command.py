@@ -110,8 +110,7 @@ def convert_network(script, flags):
     module = load_script(script)
     if not hasattr(module, 'model'):
         raise UsageError(f'--network {script.stem}: {script} has no model(x, is_train); choose another')
-    defaults = command_line.protocol(module.LEARNING_RATE, module.EPOCHS, module.BATCH_SIZE)
-    args = command_line.parse(script, '', module.DATASETS, defaults, getattr(module, 'OPTIONS', ()), [
+    args, defaults = command_line.parse_script(script, module, [
         '--mode', 'inference', '--dataset', flags.dataset, '--data_dir', str(flags.data_dir), '--run_dir',
         str(flags.run_dir), '--checkpoint', flags.checkpoint])
     from twta.training import experiment  # here: it imports TensorFlow

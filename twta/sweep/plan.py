@@ -95,9 +95,7 @@ def group(words):
 def make_run(script, module, given, sweep_dir):
     """Return the run of one value per flag; 1e-3 and 0.001 are the same."""
     words = [word for flag, value in given.items() for word in ([flag] if value is None else [f'{flag}={value}'])]
-    defaults = command_line.protocol(module.LEARNING_RATE, module.EPOCHS, module.BATCH_SIZE)
-    args = command_line.parse(script, '', module.DATASETS, defaults, getattr(module, 'OPTIONS', ()),
-                              [*words, '--run_dir', str(sweep_dir), '--resume', 'auto'])
+    args, _ = command_line.parse_script(script, module, [*words, '--run_dir', str(sweep_dir), '--resume', 'auto'])
     parsed = {flag: {**vars(args), **args.options}[flag[2:]] for flag in given}
     parsed = {flag: value.resolve() if isinstance(value, Path) else value for flag, value in parsed.items()}
     values = {flag[2:]: value for flag, value in parsed.items() if flag not in SINGLE}
