@@ -34,7 +34,7 @@ def train(network, steps, batch_norm, augmentation='published', some=workers.Wor
             wanted = {variable.name: variable for variable in float_variables()}
             losses, values = [], [session.run(wanted)]
             for number, batch in enumerate(loop.shuffled_batches(len(train.labels), BATCH, 0, 1)[:steps]):
-                rows = batch[joined.rows]
+                rows = batch[joined.workers.rows]
                 losses.append(step(train.images[rows], train.labels[rows], 1e-3, number)[0] / BATCH)
                 if number in (0, steps - 1):
                     values.append(session.run(wanted))
