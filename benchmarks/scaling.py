@@ -71,7 +71,7 @@ def work(task, addresses, name, batch_norm, repetitions):
             joined.spread(session, float_variables())
             step = joined.step_callable(network, session, joined.agreed([]))
             for batch in (BATCH,) if addresses else BATCHES:
-                rows = np.arange(batch)[joined.rows]
+                rows = np.arange(batch)[joined.workers.rows]
                 answer['steps'][batch] = time_calls(lambda number, rows=rows: step(images[rows], labels[rows], 1e-4,
                                                                                    number), repetitions)
             if addresses and batch_norm == 'shard':
