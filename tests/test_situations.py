@@ -168,7 +168,7 @@ def test_costs_that_may_not_be_saved_have_been_printed(tmp_path, monkeypatch, ca
     packed = random_packed(*NETWORKS['dense'])
     images = random_images(packed, 3)
     dataset = SimpleNamespace(test=SimpleNamespace(images=images), title='the sample')
-    monkeypatch.setattr(results, 'write_csv', lambda path, *_: files.put_in_place(path, fail(number, path)))
+    monkeypatch.setattr(results, 'write_csv', lambda path, *_: fail(number, path))
     with contextlib.nullcontext() if number != errno.ENOSPC else pytest.raises(OSError, match='No space left'):
         cost.report(numpy_engine.NumpyEngine(packed), dataset, tmp_path)
     said = capsys.readouterr().out

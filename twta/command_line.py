@@ -13,6 +13,7 @@ from twta.terminal import (
     check_folder,
     errors_in_a_line,
     natural,
+    nearest,
     path,
     positive_integer,
     positive_number,
@@ -331,9 +332,8 @@ def check_files(args, script):
         make = command(script, '--mode export', 'dataset', 'data_dir', 'run_dir', 'file', args=args)
         raise UsageError(f'--file {args.file}: no such file; make it with: {make}')
     for flag, folder in (('run_dir', args.run_dir), ('data_dir', args.data_dir)):
-        there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-        if not there.is_dir():
-            raise UsageError(f'--{flag} {folder}: {there} is not a directory; choose another')
+        if not nearest(folder).is_dir():
+            raise UsageError(f'--{flag} {folder}: {nearest(folder)} is not a directory; choose another')
     written, folder = ('file', args.file.parent) if is_export else ('run_dir', args.run_dir)
     if args.workers.task:
         return  # only worker 0 reads and writes the run directory

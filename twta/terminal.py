@@ -170,9 +170,14 @@ def output_file(text):
     return file.resolve()
 
 
+def nearest(folder):
+    """Return the folder or, if it is absent, the nearest one above it that is there; it may be a file."""
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
+
+
 def check_folder(given, folder):
     """Raise UsageError if the folder can neither be written to nor be made; `given` is the flag with its value."""
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    there = nearest(folder)
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise UsageError(f'{given}: {there} is not a directory that can be written to; choose another')
 

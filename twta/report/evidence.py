@@ -156,10 +156,10 @@ def add(run_dir, file, data_dir):
                              f'run; export it with --mode export --run_dir {run_dir}')
         record['packed'] = {'bytes': file.stat().st_size, **count_operations(network, dataset.test.images)}
         taken = PRETRAINED / f'{network.network}{name_options(record["choices"])}.twta'
-        before = f', in place of that of {file_format.read(taken).record.get("run")}' if taken.exists() else ''
     write_json(path, record)  # first: no network in pretrained/ is without its record
     say(f'{path}')
     if taken:
+        before = f', in place of that of {file_format.read(taken).record.get("run")}' if taken.exists() else ''
         with replacing(taken) as part:
             shutil.copyfile(file, part)
         say(f'{taken}{before}')
