@@ -22,10 +22,12 @@ def read_weights(path, net, flag='--weights', scope='', is_twin=False):
 
     Raises TwtaError if an array is not finite, not float32, or not of the shape that the network has.
     """
+    names = [variable.name for variable in net.all_params]
+    added = {name: [] for name in names if name.endswith('activation/d:0')} if is_twin else {}
+
     def check(headers):
         found = {scope + name: list(shape) for name, (shape, _) in headers.items()}
-        thresholds = {variable.name: [] for variable in net.all_params if variable.op.name.endswith('activation/d')}
-        check_shapes(f'{flag} {path}', net, {**thresholds, **found} if is_twin else found)
+        check_shapes(f'{flag} {path}', net, {**added, **found})
         for name, (_, kind) in headers.items():
             if kind != np.float32:
                 raise TwtaError(f'{flag} {path}: {name} is {kind}, weights are float32')
