@@ -1,6 +1,7 @@
 """Conversion to spikes: neurons against the network, counts against a slow loop, the command and its files."""
 import csv
 import json
+import re
 import shutil
 
 import numpy as np
@@ -289,6 +290,14 @@ def test_mistakes(flags, words):
     assert '\n' not in str(error.value)
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize('code, words', [('import no_such_module', 'cannot be imported (ModuleNotFoundError'),
+                                         ('', 'has no model(x, is_train)')])
+def test_a_script_of_a_user_without_a_network(tmp_path, code, words):
+    (tmp_path / 'Mine.py').write_text(code)
+    with pytest.raises(UsageError, match=re.escape(f'{tmp_path / "Mine.py"}: {words}')):
+        command.start(tmp_path / 'Spiking_MNIST.py', '', ('mnist', 'digits'), 'TWTA_5_5_MNIST', ['--network', 'Mine'])
 
 
 def test_outputs_do_not_overwrite_each_other(finished_run, tmp_path, monkeypatch):

@@ -2,6 +2,8 @@
 import importlib.util
 from pathlib import Path
 
+from twta import UsageError
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -16,4 +18,18 @@ def load_script(path):
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def load_network(path):
+    """Return a script that trains a network, of this repository or of a user, as a module.
+
+    Raises UsageError if it cannot be imported, or has no model().
+    """
+    try:
+        module = load_script(path)
+    except Exception as error:  # any kind: it is the code of a user
+        raise UsageError(f'{path}: cannot be imported ({type(error).__name__}: {error})') from error
+    if not hasattr(module, 'model'):
+        raise UsageError(f'{path}: has no model(x, is_train); choose a script that trains a network')
     return module

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from twta import TwtaError, UsageError, command_line
 from twta.packed import file_format
-from twta.scripts import load_script
+from twta.scripts import load_network
 from twta.spikes.conversion import FILES, convert, convert_file
 from twta.terminal import Parser, check_folder, errors_in_a_line, natural, number, path, positive_integer
 
@@ -107,9 +107,7 @@ def resolve(flags, root, network):
 
 def convert_network(script, flags):
     """Convert the trained network of a script and simulate it."""
-    module = load_script(script)
-    if not hasattr(module, 'model'):
-        raise UsageError(f'--network {script.stem}: {script} has no model(x, is_train); choose another')
+    module = load_network(script)
     args, defaults = command_line.parse_script(script, module, [
         '--mode', 'inference', '--dataset', flags.dataset, '--data_dir', str(flags.data_dir), '--run_dir',
         str(flags.run_dir), '--checkpoint', flags.checkpoint])

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from twta import UsageError, command_line, files
 from twta.options import SHORT
 from twta.results import read_object
-from twta.scripts import load_script
+from twta.scripts import load_network
 from twta.terminal import check_folder
 
 OWN = {'--run_dir': 'each run has its own, in --sweep_dir', '--resume': 'each run has --resume auto',
@@ -42,7 +42,10 @@ def make_runs(script, words, sweep_dir):
     Raises UsageError if the script has no network, or if its own parser refuses a combination.
     """
     script = Path(script).resolve()
-    module = load(script)
+    if not script.is_file() or script.suffix != '.py':
+        raise UsageError(f'{script}: {"not a Python file" if script.exists() else "no such file"}; name a script of '
+                         'MNIST/ or CIFAR10/ first, then its flags')
+    module = load_network(script)
     flags = group(words)
     count = math.prod(map(len, flags.values()))
     if count > MOST_RUNS:
@@ -55,20 +58,6 @@ def make_runs(script, words, sweep_dir):
     swept = [flag for flag in runs[0].values if len({str(run.values[flag]) for run in runs}) > 1]
     runs = [run._replace(label=' '.join(f'{flag} {run.values[flag]}' for flag in swept) or run.name) for run in runs]
     return sweep_dir, runs, swept
-
-
-def load(script):
-    """Return the script as a module. Raises UsageError if it is not a script that trains a network."""
-    if not script.is_file() or script.suffix != '.py':
-        raise UsageError(f'{script}: {"not a Python file" if script.exists() else "no such file"}; name a script of '
-                         'MNIST/ or CIFAR10/ first, then its flags')
-    try:
-        module = load_script(script)
-    except Exception as error:  # any kind: it is the code of a user
-        raise UsageError(f'{script}: cannot be imported ({type(error).__name__}: {error})') from None
-    if not hasattr(module, 'model'):
-        raise UsageError(f'{script}: has no model(x, is_train); choose a script that trains a network')
-    return module
 
 
 def group(words):
