@@ -9,6 +9,7 @@ from conftest import ROOT, SCRIPTS, run_script
 from twta import UsageError, command_line, options, terminal
 
 SCRIPT = ROOT / 'MNIST' / 'TWTA_4_4_MNIST.py'
+NPZ = str(ROOT / 'results' / 'TWTA_4_4_MNIST-mnist-0-constant150.npz')
 DEFAULTS = command_line.protocol(1e-4, 150, 200)
 
 
@@ -107,6 +108,7 @@ def test_a_flag_without_its_value(flag):
     (['--mode', 'export', '--deterministic'], ['--deterministic', '--mode export']),
     (['--mode', 'inference', '--precision', 'float32'], ['--precision float32', '--mode inference']),
     (['--mode', 'export', '--weights', __file__, '--format', 'npz', '--file', 'model.npz'], ['model.npz', 'weights']),
+    (['--mode', 'export', '--weights', NPZ, '--format', 'npz', '--file', NPZ], [f'--file {NPZ}', '--weights']),
     (['--mode', 'inference', '--resume', 'False'], ['--resume False', '--mode inference']),
     (['--mode', 'inference', '--epochs', '3'], ['--epochs 3', '--mode inference']),
     (['--mode', 'inference', '--learning_rate', '0.1'], ['--learning_rate 0.1', '--mode inference']),
@@ -123,6 +125,8 @@ def test_a_flag_without_its_value(flag):
     (['--workers', 'a:1,b:1'], ['--workers and --task', 'give both']),
     (['--workers', 'a:1,b:1', '--task', '2'], ['--task 2', 'valid are 0 to 1']),
     (['--k', '2', '--B', '3'], ['--k 2 --B 3', '12 steps', 'up to 8']),
+    (['--B', '8'], ['--k 1 --B 8', '16 steps', 'up to 8']),
+    (['--B', '8', '--resume', 'True', '--run_dir', '/absent/run'], ['no checkpoint in /absent/run']),  # k is the run's
     (['--batch_norm', 'global'], ['--batch_norm global', 'without --workers']),
     (['--patience', '7'], ['--patience 7', 'without --workers']),
     (['--mode', 'inference', '--engine', 'packed', '--gpu', '1'], ['--gpu 1', '--engine packed']),

@@ -40,6 +40,8 @@ def test_runs_that_differ_in_their_seed_alone_share_a_row():
                {**a_record(5, 0.7, epochs=3), 'gpu': 'NVIDIA H100'},
                {**a_record(6, 0.6, epochs=4), 'devices': ['AVX-512 with BF16, 2 threads']},
                {**a_record(7, 0.5, epochs=5), 'devices': ['AVX-512 with BF16, 1 thread', 'NVIDIA H100']}]
+    taught = [{**a_record(seed, 0.9), 'flags': {'weights': None, 'teacher': str(seed)}} for seed in (0, 1)]
+    assert len(list(evidence.by_protocol(taught))) == 2  # each has its own
     *rows, empty, absent = tables.accuracies(records, 'TWTA_[45].*MNIST')
     assert rows[2:] == [
         '| TWTA_4_4_MNIST | short 0.002 | 30 | 0, 1, 2 | 99.10 ± 0.20 | **99.20 ± 0.20** |  | 99.38 % | 2 min |',
@@ -67,26 +69,29 @@ def test_choices_are_means_over_seeds_whatever_their_order():
                                               '| A | two | 6 | 0, 1 | 90.50 ± 0.71 | 80.00 ± 0.00 |']
 
 
-def test_validation_images_choose_the_protocol_that_stands_for_a_script():
-    """The accuracy on the test images chooses nothing."""
-    def runs(validation, test, epochs, n):
-        found = [{**a_record(seed, test, epochs=epochs), 'epochs': epochs} for seed in range(n)]
-        for run in found:
-            run['last'] = {**run['last'], 'validation_accuracy': validation}
+def test_the_protocol_that_stands_for_a_script():
+    """Validation images choose it, else training images; the accuracy on the test images chooses nothing."""
+    def runs(validation, training, epochs, n, rate=0.002):
+        found = []
+        for seed in range(n):
+            run = a_record(seed, 1 - (validation or training), epochs=epochs)  # the best is worst on the test images
+            run.update(epochs=epochs, last={**run['last'], 'validation_accuracy': validation},
+                       stages=[{**run['stages'][0], 'learning_rate': rate}], curve={'training_accuracy': [training]})
+            found.append(run)
         return found
 
-    best, other, long, several = (runs(*values) for values in (
-        (0.9, 0.8, 30, 1), (0.8, 0.9, 60, 2), (None, 0.99, 150, 1), (None, 0.7, 150, 2)))
-    assert tables.best_trained([*other, *best, *long], 'TWTA_4_4_MNIST') == best
-    assert tables.best_trained([*long, *runs(None, 0.999, 30, 1)], 'TWTA_4_4_MNIST') == long
-    several[0]['stages'] = several[1]['stages'] = [{**several[0]['stages'][0], 'learning_rate': 0.5}]
-    assert tables.best_trained([*long, *several], 'TWTA_4_4_MNIST') == several
+    def chosen(*groups):
+        return tables.best_trained([run for group in groups for run in group], 'TWTA_4_4_MNIST')
+
+    best, other, without = runs(0.9, 0.9, 30, 1), runs(0.8, 0.99, 60, 2), runs(None, 0.999, 150, 1)
+    assert chosen(other, best, without) == best
+    fitted, long, several = runs(None, 0.9, 30, 1), runs(None, 0.8, 150, 1), runs(None, 0.8, 150, 2, rate=0.5)
+    assert chosen(long, fitted, several) == fitted
+    assert chosen(runs(None, 0.8, 30, 3), long) == long
+    assert chosen(long, several) == several
     assert tables.best_trained(long, 'TWTA_5_5_MNIST') == []
-    fitted = runs(None, 0.6, 150, 1)
-    fitted[0].update(stages=[{**fitted[0]['stages'][0], 'learning_rate': 0.1}], curve={'training_accuracy': [0.999]})
-    assert tables.best_trained([*long, *fitted], 'TWTA_4_4_MNIST') == fitted
     teacher = [{**run, 'choices': {'quantize': 'nothing'}} for run in runs(0.95, 0.95, 30, 1)]
-    assert tables.best_trained([*teacher, *best], 'TWTA_4_4_MNIST') == best
+    assert chosen(teacher, best) == best
 
 
 def test_docstrings_and_the_first_table_say_that_images_are_recompressed():

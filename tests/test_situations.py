@@ -71,8 +71,9 @@ def test_files_of_others_in_the_run_directory_stay(tmp_path):
 @pytest.mark.parametrize('name', ['config.json', 'log.csv', 'model.npz', 'checkpoint'])
 def test_a_folder_whose_files_would_be_replaced_is_refused(tmp_path, name):
     (tmp_path / name).write_text('{"theirs": 1}')
-    with pytest.raises(UsageError, match=f'{name} there is not of a run; choose an empty or a new folder'):
-        start(tmp_path, *QUICK[2:], '--epochs', 1)
+    for resume in 'False', 'auto':
+        with pytest.raises(UsageError, match=f'{name} there is not of a run; choose an empty or a new folder'):
+            start(tmp_path, *QUICK[2:], '--epochs', 1, '--resume', resume)
     assert [path.name for path in tmp_path.iterdir()] == [name] and (tmp_path / name).read_text() == '{"theirs": 1}'
 
 
@@ -330,6 +331,8 @@ def test_auto_begins_with_weights_and_goes_on_without(finished_run, tmp_path):
     with pytest.raises(UsageError, match=r'--weights .*: --resume auto repeats .* began with .*model.npz; leave'):
         start(tmp_path, *command[:-1], tmp_path / 'model.npz')
     assert not (tmp_path / 'earlier-1').exists() and len(log(tmp_path)) == 1
+    start(tmp_path, *QUICK[2:], '--epochs', 1, '--weights', tmp_path / 'model.npz')  # they are moved aside
+    assert variables(tmp_path)['run_state']['weights'] == str(tmp_path / 'earlier-1' / 'model.npz')
 
 
 def test_a_run_begun_meanwhile_is_not_moved_aside(finished_run, tmp_path, monkeypatch):

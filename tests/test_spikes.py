@@ -25,6 +25,7 @@ from twta.export import pack as pack_module
 from twta.export.pack import make_header, pack
 from twta.packed import file_format, numpy_engine
 from twta.spikes import command, conversion, simulation
+from twta.training import run_directory
 
 SCRIPT = ROOT / 'MNIST' / 'Spiking_MNIST.py'
 PACKED = ROOT / 'pretrained'
@@ -293,11 +294,19 @@ def test_mistakes(flags, words):
 
 
 @pytest.mark.parametrize('code, words', [('import no_such_module', 'cannot be imported (ModuleNotFoundError'),
-                                         ('', 'has no model(x, is_train)')])
+                                         ('', 'has no model(x, is_train)'),
+                                         ('model = print', 'has no DATASETS')])
 def test_a_script_of_a_user_without_a_network(tmp_path, code, words):
     (tmp_path / 'Mine.py').write_text(code)
     with pytest.raises(UsageError, match=re.escape(f'{tmp_path / "Mine.py"}: {words}')):
         command.start(tmp_path / 'Spiking_MNIST.py', '', ('mnist', 'digits'), 'TWTA_5_5_MNIST', ['--network', 'Mine'])
+
+
+def test_the_results_of_the_best_checkpoint_have_their_own_folder():
+    flags = command.make_parser(SCRIPT, '', ('mnist', 'digits'), 'TWTA_5_5_MNIST').parse_args(
+        ['--checkpoint', 'best', '--images', '20'])
+    name = command.resolve(flags, ROOT, 'TWTA_5_5_MNIST').output.name
+    assert name == 'spikes-spatial-best-images-20' and run_directory.OURS.fullmatch(name)
 
 
 def test_outputs_do_not_overwrite_each_other(finished_run, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import QUICK, ROOT, log
 
-from twta import UsageError
+from twta import UsageError, files
 from twta.sweep import __main__ as sweep
 from twta.sweep import jobs, plan, table
 
@@ -432,6 +432,14 @@ def test_a_record_of_other_flags_is_not_the_run(stub, tmp_path):
                    {'choices': {'rest': -1}}):
         (planned.run_dir / 'record.json').write_text(json.dumps({**record, **change}))
         assert plan.find_record(planned) is None, change
+    teacher = tmp_path / 'model.npz'
+    teacher.write_text('a')
+    taught = planned._replace(values={**planned.values, 'teacher': teacher})
+    flags = {**record['flags'], 'teacher': files.digest(teacher)}
+    (planned.run_dir / 'record.json').write_text(json.dumps({**record, 'flags': flags}))
+    assert plan.find_record(taught)
+    teacher.write_text('b')  # the file of another teacher
+    assert plan.find_record(taught) is None
 
 
 def test_the_last_row_of_a_log(tmp_path):

@@ -13,6 +13,7 @@ from test_faults import in_epoch
 from twta import TwtaError, UsageError, results
 from twta.graph.tf1 import tf
 from twta.training import teacher as teacher_module
+from twta.training import weights
 from twta.training.blocks import read_blocks
 from twta.training.build import build_graph
 from twta.training.records import without_places
@@ -145,8 +146,22 @@ def test_weights_of_another_script_are_not_evaluated(finished_run, tmp_path):
             start(tmp_path / 'a', *flags, *mode, script='TWBA_5_5_MNIST')
     start(tmp_path / 'a', *FLAGS, '--epochs', 1, *flags, script='TWBA_5_5_MNIST')  # a training may begin with them
     shutil.copy(finished_run / 'model.npz', tmp_path)
+    results.write_json(tmp_path / 'config.json', {'flags': {'choices': {}, 'dataset': 'mnist'}})
+    for mode in ('--mode', 'inference'), ('--mode', 'export', '--file', tmp_path / 'net.twta'):
+        with pytest.raises(UsageError, match=r'trained on --dataset mnist; give that'):
+            start(tmp_path / 'a', '--weights', tmp_path / 'model.npz', *mode)
     results.write_json(tmp_path / 'config.json', {'script': ['TWTA_5_5_MNIST']})  # tells nothing
     start(tmp_path / 'a', '--mode', 'inference', '--weights', tmp_path / 'model.npz', script='TWBA_5_5_MNIST')
+
+
+def test_weights_that_have_seen_the_images_held_out(tmp_path, capsys):
+    for before, held_out, is_warned in ((0, 297, True), (297, 297, False), (None, 297, False), (0, 0, False)):
+        results.write_json(tmp_path / 'config.json', {'data': {'validation_images': before}})
+        weights.warn_of_validation({'--weights': tmp_path / 'model.npz', '--teacher': None}, held_out)
+        assert ('--validation 0, this run holds out 297 images' in capsys.readouterr().out) == is_warned
+    results.write_json(tmp_path / 'config.json', {'data': 3})
+    weights.warn_of_validation({'--weights': None, '--teacher': tmp_path / 'model.npz'}, 297)
+    assert not capsys.readouterr().out
 
 
 SHALLOW = '''

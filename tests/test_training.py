@@ -142,6 +142,8 @@ def test_a_run_is_not_resumed_on_other_images(finished_run, tmp_path, monkeypatc
     monkeypatch.setattr(datasets, 'load', lambda *arguments: load(*arguments)._replace(sha256='of others'))
     with pytest.raises(UsageError, match=r'not the images that the run in .* was started on; give those'):
         start(tmp_path, '--resume', 'True', '--epochs', 1)
+    with pytest.raises(UsageError, match=r'not the images that the run in .* was started on; give those'):
+        start(tmp_path, '--resume', 'auto')  # its epochs are done
     start(tmp_path, '--mode', 'inference')  # is another question
 
 

@@ -177,8 +177,9 @@ def add_network(add, options):
 
 
 def add_files(add, datasets):
+    sample = f'; {datasets[1]} is a small sample that needs no network connection' if len(datasets) > 1 else ''
     add('--dataset', choices=datasets, default=datasets[0],
-        help=f'data set; {datasets[1]} is a small sample that needs no network connection (default: {datasets[0]})')
+        help=f'data set{sample} (default: {datasets[0]})')
     add('--data_dir', type=path, metavar='DIR',
         help='folder of the data sets, downloaded if they are absent (default: data/ beside README.md)')
     add('--run_dir', type=path, metavar='DIR',
@@ -230,7 +231,7 @@ def resolve(args, script, usual_dataset):
 
 
 def has_checkpoint(run_dir):
-    return (run_dir / 'checkpoint').is_file() or any(run_dir.glob('last-*.index'))
+    return any(run_dir.glob('last-*.index'))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -254,9 +255,10 @@ def check_network(args, script):
         raise UsageError(f'--quantize {chosen["quantize"]}: such a network cannot be packed; leave it out')
     if is_fp(script.stem) and (args.engine == 'packed' or args.mode == 'export'):
         raise UsageError(f'{script.stem} {NOTHING_TO_PACK}')
-    if 'k' in chosen and chosen['B'] * 2 ** chosen['k'] > 8:
-        raise UsageError(f'--k {chosen["k"]} --B {chosen["B"]}: {chosen["B"] * 2 ** chosen["k"]} steps, valid are up '
-                         'to 8; make one smaller')
+    is_of_run = args.resume or (args.mode != 'training' and not args.weights)  # then the run has what is not given
+    k, largest = ((args.options if is_of_run else chosen).get(name) for name in 'kB')
+    if None not in (k, largest) and largest * 2 ** k > 8:
+        raise UsageError(f'--k {k} --B {largest}: {largest * 2 ** k} steps, valid are up to 8; make one smaller')
 
 
 def check_meaning(args):
@@ -328,6 +330,8 @@ def check_files(args, script):
         raise UsageError(f'--file {args.file}: not a file')
     if is_export and args.file.name == 'model.npz':
         raise UsageError(f'--file {args.file}: runs keep their weights in files of that name; choose another')
+    if is_export and args.weights and args.weights.resolve() == args.file:
+        raise UsageError(f'--file {args.file}: is what --weights reads; choose another')
     if is_packed and not args.file.is_file():
         make = command(script, '--mode export', 'dataset', 'data_dir', 'run_dir', 'file', args=args)
         raise UsageError(f'--file {args.file}: no such file; make it with: {make}')

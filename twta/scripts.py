@@ -5,6 +5,7 @@ from pathlib import Path
 from twta import UsageError
 
 ROOT = Path(__file__).resolve().parent.parent
+NEEDED = 'model(x, is_train)', 'DATASETS', 'LEARNING_RATE', 'EPOCHS', 'BATCH_SIZE'  # what a script defines
 
 
 def find_scripts(*kinds):
@@ -24,12 +25,13 @@ def load_script(path):
 def load_network(path):
     """Return a script that trains a network, of this repository or of a user, as a module.
 
-    Raises UsageError if it cannot be imported, or has no model().
+    Raises UsageError if it cannot be imported, or lacks one of NEEDED.
     """
     try:
         module = load_script(path)
     except Exception as error:  # any kind: it is the code of a user
         raise UsageError(f'{path}: cannot be imported ({type(error).__name__}: {error})') from error
-    if not hasattr(module, 'model'):
-        raise UsageError(f'{path}: has no model(x, is_train); choose a script that trains a network')
+    for name in NEEDED:
+        if not hasattr(module, name.partition('(')[0]):
+            raise UsageError(f'{path}: has no {name}; add it, or choose a script that trains a network')
     return module

@@ -109,11 +109,12 @@ def is_whole(record):
 
 
 def by_protocol(records):
-    """Return lists of records; records in one list differ in their seed alone."""
+    """Return lists of records; records in one list differ in their seed alone. They have the same teacher."""
     groups = {}
     for record in records:
         epochs = tuple(stage['epochs'] for stage in record['stages'])
-        groups.setdefault((record['script'], record['dataset'], protocol(record), epochs), []).append(record)
+        key = record['script'], record['dataset'], protocol(record), epochs, record['flags'].get('teacher')
+        groups.setdefault(key, []).append(record)
     return list(groups.values())
 
 

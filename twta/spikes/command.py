@@ -67,8 +67,8 @@ def make_parser(script, description, datasets, default):
         help='packed network, from --mode export, in place of --network; for --conversion spatial or '
              'rest; needs no TensorFlow')
     add('--output', type=path, metavar='DIR',
-        help='folder for the results (default: spikes-CONVERSION in the run directory, with -noise-P, -seed-N and '
-             '-images-N if you give these; with --file, FILE-spikes-... in the current folder)')
+        help='folder for the results (default: spikes-CONVERSION in the run directory, with -best, -noise-P, -seed-N '
+             'and -images-N if you give these; with --file, FILE-spikes-... in the current folder)')
     add('--debug', action='store_true', help='print the traceback of an error')
     return parser
 
@@ -98,7 +98,8 @@ def resolve(flags, root, network):
     """Return the flags with absolute paths, their defaults filled in; network is the name of its script."""
     run_dir = (flags.run_dir or root / 'runs' / f'{network}-{flags.dataset}').resolve()
     noise = f'-noise-{flags.noise_ratio:g}' + (f'-seed-{flags.seed}' if flags.seed else '') if flags.noise_ratio else ''
-    folder = f'spikes-{flags.conversion}{noise}' + (f'-images-{flags.images}' if flags.images else '')
+    best = '-best' if flags.checkpoint == 'best' else ''
+    folder = f'spikes-{flags.conversion}{best}{noise}' + (f'-images-{flags.images}' if flags.images else '')
     usual = Path(f'{flags.file.stem}-{folder}') if flags.file else run_dir / folder
     return argparse.Namespace(**{
         **vars(flags), 'run_dir': run_dir, 'data_dir': (flags.data_dir or root / 'data').resolve(),

@@ -117,7 +117,8 @@ def find_record(run):
         stage = record['stages'][-1]
         known = {**record['flags'], **record['choices'], **stage, 'seed': record['seed'],
                  'validation': record['data']['validation_images']}
-        has_flags = all(known[flag] == value for flag, value in run.values.items() if not isinstance(value, Path))
+        has_flags = all(known[flag] == (files.digest(value) if flag == 'teacher' else value)
+                        for flag, value in run.values.items() if flag != 'weights')
         is_whole = record['epochs'] == stage['first_epoch'] + stage['epochs'] - 1
         return record if has_flags and is_whole and stage['epochs'] == run.epochs else None
     except (KeyError, IndexError, TypeError):  # absent, or not what a training writes

@@ -20,7 +20,7 @@ from twta.data.datasets import Dataset
 from twta.graph import fast
 from twta.graph.session import choose_precision, describe, describe_device, find_gpu, make_deterministic
 from twta.graph.tf1 import tf
-from twta.options import OF_ACTIVATIONS, is_fp, with_defaults
+from twta.options import with_defaults
 from twta.results import accuracy
 from twta.terminal import say, stop_signals
 from twta.training import checkpoints, cluster, records, run_directory, teacher
@@ -29,7 +29,7 @@ from twta.training.evaluation import describe_network, evaluate, save
 from twta.training.loop import follow_epochs, train_epochs
 from twta.training.schedule import describe_stage, next_stage
 from twta.training.state import State
-from twta.training.weights import quantized, read_weights, set_weights
+from twta.training.weights import check_weights, first_weights, read_weights, set_weights, warn_of_validation
 
 COMMON = ('epochs', 'learning_rate', 'schedule', 'augmentation', 'protocol', 'batch_size', 'seed', 'validation',
           'batch_norm', 'dataset', 'deterministic')  # flags that are the same on every worker
@@ -74,7 +74,7 @@ def run(script, model, args, defaults, act):
             say(f'data: {experiment.dataset}')
             say(f'device: {describe(gpu)}')
             workers.compare(lambda: {'the SHA-256 of the data': experiment.dataset.sha256})
-            if args.is_auto and experiment.state and workers.share(lambda: is_done(experiment.state, args, defaults)):
+            if args.is_auto and experiment.state and workers.share(lambda: is_done(experiment, args, defaults)):
                 say(f'the {experiment.state.stages[-1].epochs} epochs are done, and {args.run_dir / "record.json"} has '
                     'their result')
             elif args.mode == 'training':
@@ -122,7 +122,7 @@ def open_experiment(script, model, args, workers):
     options = state.options if state else with_defaults(args.options)
     weights = None if args.resume else args.weights  # with --resume auto, the run has begun with them
     if weights:
-        check_weights(weights, script, options, args.mode)
+        check_weights(weights, script, args.dataset, options, args.mode)
     dataset = datasets.load(args.dataset, args.data_dir, state.validation if state else args.validation)
     return Experiment(script, functools.partial(model, **options), options, args.dataset, dataset, args.run_dir,
                       args.gpu, weights, checkpoint, source, state, args.verbose)
@@ -155,26 +155,6 @@ def open_run(script, args):
     return which, source, state
 
 
-def check_weights(weights, script, options, mode):
-    """Raise UsageError if the config.json beside the weights tells of another network; other weights have none there.
-
-    A training may begin with weights of another script, or with those of the network in full precision.
-    """
-    config = run_directory.read_config(weights.parent)
-    trained_by, trained_with = config['script'], run_directory.read_options(config)
-    is_full_precision = run_directory.is_full_precision(trained_with)
-    can_be_the_same = is_full_precision and ('quantize' in options or is_fp(script))
-    if mode != 'training' and trained_by not in ('', script) and not can_be_the_same:
-        raise UsageError(f'--weights {weights}: trained by {trained_by[:40]}; use that script')
-    if mode == 'export' and is_full_precision:
-        raise UsageError(f'--weights {weights}: of a network in full precision, which cannot be packed; give others')
-    free = ('quantize', *OF_ACTIVATIONS) if mode == 'training' and is_full_precision else ()
-    for flag, value in options.items():
-        if flag not in free and trained_with.get(flag, value) != value:
-            raise UsageError(f'--{flag} {value}: the weights in {weights} were trained with --{flag} '
-                             f'{trained_with[flag]}; give that')
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Training
 
@@ -197,11 +177,12 @@ def train(experiment, args, defaults, precision, workers):
         follow(dataset, network, of_teacher, state, workers)
         return
     weights = first_weights(experiment.weights, network.net) if experiment.weights else {}
+    warn_of_validation({'--weights': experiment.weights, '--teacher': taught_by}, len(dataset.validation.labels))
     run_directory.check_is_ours(run_dir)
     files.make_folder(run_dir)
     with (contextlib.nullcontext() if args.resume else run_directory.locked(run_dir), network.graph.as_default(),
           workers.open_session(network.graph) as session):
-        store = prepare(experiment, network, session, weights, args.is_auto)
+        store = prepare(experiment, state, network, session, weights, args.is_auto)
         workers.spread(session, float_variables())
         if taught_by:
             set_weights(network.teacher, of_teacher, session)
@@ -229,7 +210,8 @@ def train(experiment, args, defaults, precision, workers):
             records.write_record(run_dir, config, state, network.net.count_params(), loss, confusion, best)
             save(experiment, loss, confusion, state)
         except FloatingPointError as error:
-            raise TwtaError(f'{error}; {where_to_go_on(run_dir, state)} and a lower --learning_rate') from None
+            raise TwtaError(f'{error}; {where_to_go_on(run_dir, state)}, the other flags as before and a lower '
+                            '--learning_rate') from None
         except (OSError, tf.errors.OpError) as error:
             cause = describe_fault(error) if isinstance(error, OSError) else find_cause(error)
             raise TwtaError(f'{cause}; {where_to_go_on(run_dir, state)}') from None
@@ -237,13 +219,6 @@ def train(experiment, args, defaults, precision, workers):
             if state.history and run_dir.exists():
                 results.save_picture(run_dir / 'curve.png', run_directory.draw_curve,
                                      f'{experiment.script} on {dataset.title}', state.history)
-
-
-def first_weights(path, net):
-    """Return the parameters of --weights as the network begins with them, by variable name."""
-    is_twin = run_directory.is_full_precision(run_directory.read_options(run_directory.read_config(path.parent)))
-    weights = read_weights(path, net, is_twin=is_twin)
-    return quantized(weights, net) if is_twin else weights
 
 
 def follow(dataset, network, of_teacher, state, workers):
@@ -274,14 +249,16 @@ def float_variables():
     return [variable for variable in tf.global_variables() if variable.dtype.base_dtype.is_floating]
 
 
-def is_done(state, args, defaults):
+def is_done(experiment, args, defaults):
     """Return whether the stage that --resume auto repeats has its epochs and its record.
 
     Raises UsageError if a flag is not that of the last stage of the run: it may be a slip, or ask for another stage.
     So are --weights and --teacher, if the run has others.
     """
+    state = experiment.state
     if not state.stages:
         return False
+    check_images(experiment, state, args)
     if args.weights and args.weights.resolve() != (state.weights and Path(state.weights).resolve()):
         raise UsageError(f'--weights {args.weights}: --resume auto repeats the training of the run, which began with '
                          f'{state.weights or "random weights"}; leave --weights out, or choose another --run_dir')
@@ -294,6 +271,13 @@ def is_done(state, args, defaults):
     if has_ended and args.teacher:  # a run that goes on is asked in train()
         teacher.find(state, args.teacher)
     return has_ended
+
+
+def check_images(experiment, state, args):
+    """Raise UsageError if a run, as its state tells, was started on other images."""
+    if experiment.dataset.sha256 != state.data_sha256:
+        raise UsageError(f'--data_dir {args.data_dir}: not the images that the run in {experiment.run_dir} was started '
+                         'on; give those, or start a new run with --resume False')
 
 
 def given_flags(args, defaults):
@@ -311,9 +295,7 @@ def open_stage(experiment, args, defaults, precision):
         experiment.script, experiment.dataset_name, dataset.sha256, args.seed or 0, len(dataset.validation.labels),
         experiment.options, str(experiment.weights.resolve()) if experiment.weights else None,
         teacher=teacher.describe(args.teacher))
-    if dataset.sha256 != state.data_sha256:
-        raise UsageError(f'--data_dir {args.data_dir}: not the images that the run in {experiment.run_dir} was started '
-                         'on; give those, or start a new run with --resume False')
+    check_images(experiment, state, args)
     has_record = run_directory.has_record(experiment.run_dir, state)
     stage = next_stage(state, given_flags(args, defaults), defaults, has_record)
     is_done = state.epoch >= stage.last_epoch
@@ -343,8 +325,10 @@ def describe_run(experiment, args, state, precision):
             **results.environment()}
 
 
-def prepare(experiment, network, session, weights, is_auto):
+def prepare(experiment, state, network, session, weights, is_auto):
     """Give the variables their values and return the Checkpoints of the run; an earlier run is moved aside.
+
+    state    of the run; if its first weights were moved aside with the earlier run, it gets their new path
 
     Raises UsageError if --resume auto found no checkpoint, and there is one now.
     """
@@ -354,6 +338,8 @@ def prepare(experiment, network, session, weights, is_auto):
     earlier = None if experiment.source else run_directory.move_aside(run_dir)
     if earlier:
         say(f'the earlier run in {run_dir} is now in {earlier}')
+        if state.weights and Path(state.weights).parent == run_dir:
+            state.weights = str(earlier / Path(state.weights).name)
     store = checkpoints.Checkpoints(run_dir)
     if experiment.source:
         checkpoints.restore(session, experiment.source, network.net, tf.global_variables())

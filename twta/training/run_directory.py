@@ -17,7 +17,7 @@ from twta.training.state import FIELDS
 
 OURS = re.compile(r'checkpoint(_best)?|(last|best)-\d+(\.\d+)?\.(index|data-\d+-of-\d+)|events\.out\.tfevents\..*'
                   r'|(config|record|result(-(best|weights|packed))?)\.json|confusion(-(best|weights|packed))?\.png'
-                  r'|log\.csv|curve\.png|model\.npz|cost\.(csv|png)|spikes-(spatial|temporal|rest)(-(noise|images)-.*)?')
+                  r'|log\.csv|curve\.png|model\.npz|cost\.(csv|png)|spikes-(spatial|temporal|rest)(-best)?(-(noise|images)-.*)?')
 
 
 @contextlib.contextmanager
@@ -84,8 +84,10 @@ def warn_of_changes(run_dir, precision, args):
     if config.get('precision', precision) != precision:
         say(f'WARNING: the last command trained in {str(config["precision"])[:20]!r}, this one does in {precision!r}; '
             'see --precision')
-    if config['flags'].get('deterministic') and not args.deterministic:
-        say('WARNING: the last command trained with --deterministic, this one does without')
+    before = config['flags'].get('deterministic', args.deterministic)
+    if bool(before) != args.deterministic:
+        one, other = ('with', 'without') if before else ('without', 'with')
+        say(f'WARNING: the last command trained {one} --deterministic, this one does {other}')
     for name, value in ('workers', args.workers.count), ('batch_norm', args.batch_norm):
         before = config['flags'].get(name, value)
         if before != value and (name == 'workers' or None not in (before, value)):

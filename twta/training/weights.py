@@ -1,9 +1,12 @@
-"""The weights of a network as arrays: model.npz written and read, and its shapes checked."""
+"""The weights of a network as arrays: model.npz written and read, its shapes and its training checked."""
 import numpy as np
 
-from twta import TwtaError, files
+from twta import TwtaError, UsageError, files
 from twta.files import replacing
 from twta.graph.tf1 import tl
+from twta.options import OF_ACTIVATIONS, is_fp
+from twta.terminal import say
+from twta.training import run_directory
 from twta.training.blocks import read_blocks
 
 
@@ -45,6 +48,13 @@ def read_weights(path, net, flag='--weights', scope='', is_twin=False):
     return {scope + name: value for name, value in weights.items()}
 
 
+def first_weights(path, net):
+    """Return the parameters of --weights as the network begins with them, by variable name."""
+    is_twin = run_directory.is_full_precision(run_directory.read_options(run_directory.read_config(path.parent)))
+    weights = read_weights(path, net, is_twin=is_twin)
+    return quantized(weights, net) if is_twin else weights
+
+
 def quantized(weights, net):
     """Return the parameters that a network begins with if its weights come from its twin in full precision.
 
@@ -53,6 +63,43 @@ def quantized(weights, net):
     """
     offsets = {block.batch_norm.beta.name: block.batch_norm.beta_init for block in read_blocks(net) if block.batch_norm}
     return {name: value + offsets.get(name, 0) for name, value in weights.items()}
+
+
+def check_weights(weights, script, dataset, options, mode):
+    """Raise UsageError if the config.json beside the weights tells of another network; other weights have none there.
+
+    A training may begin with weights of another script or data set, or with those of the network in full precision.
+    """
+    config = run_directory.read_config(weights.parent)
+    trained_by, trained_with = config['script'], run_directory.read_options(config)
+    is_full_precision = run_directory.is_full_precision(trained_with)
+    can_be_the_same = is_full_precision and ('quantize' in options or is_fp(script))
+    if mode != 'training' and trained_by not in ('', script) and not can_be_the_same:
+        raise UsageError(f'--weights {weights}: trained by {trained_by[:40]}; use that script')
+    trained_on = config['flags'].get('dataset')
+    if mode != 'training' and isinstance(trained_on, str) and trained_on != dataset:
+        raise UsageError(f'--weights {weights}: trained on --dataset {trained_on[:40]}; give that')
+    if mode == 'export' and is_full_precision:
+        raise UsageError(f'--weights {weights}: of a network in full precision, which cannot be packed; give others')
+    free = ('quantize', *OF_ACTIVATIONS) if mode == 'training' and is_full_precision else ()
+    for flag, value in options.items():
+        if flag not in free and trained_with.get(flag, value) != value:
+            raise UsageError(f'--{flag} {value}: the weights in {weights} were trained with --{flag} '
+                             f'{trained_with[flag]}; give that')
+
+
+def warn_of_validation(sources, held_out):
+    """Print a warning if weights may have been trained on images that this run holds out.
+
+    sources     {flag: path of its weights, or None}
+    held_out    number of this run's validation images
+    """
+    for flag, path in sources.items():
+        data = run_directory.read_config(path.parent).get('data') if path else None
+        before = data.get('validation_images') if isinstance(data, dict) else None
+        if isinstance(before, int) and before < held_out:
+            say(f'WARNING: {flag} {path} was trained with --validation {before}, this run holds out {held_out} images: '
+                'those weights have seen some of them')
 
 
 def is_sound(name, value):
