@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Spiking_CIFAR10: a network trained on CIFAR-10, as integrate-and-fire neurons with the same predictions.
 
-The network is converted, spatially or temporally, and simulated on the test images. Each prediction is compared with
-that of the graph. Spikes and synaptic operations are counted, layer by layer. Definitions: docs/spikes.md.
+The network is converted (--conversion) and simulated on the test images. Each prediction is compared with that of the
+graph. Spikes and synaptic operations are counted, layer by layer. Definitions: docs/spikes.md.
 
     python CIFAR10/Spiking_CIFAR10.py --network TWTA_3_3_CIFAR10_VGG13
     python CIFAR10/Spiking_CIFAR10.py --network Quant_CIFAR10 --conversion temporal

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Spiking_MNIST: a network trained on MNIST, as integrate-and-fire neurons with the same predictions.
 
-The network is converted, spatially or temporally, and simulated on the test images. Each prediction is compared with
-that of the graph. Spikes and synaptic operations are counted, layer by layer. Definitions: docs/spikes.md.
+The network is converted (--conversion) and simulated on the test images. Each prediction is compared with that of the
+graph. Spikes and synaptic operations are counted, layer by layer. Definitions: docs/spikes.md.
 
     python MNIST/Spiking_MNIST.py --network TWTA_4_4_MNIST
     python MNIST/Spiking_MNIST.py --network Quant_MNIST --conversion temporal

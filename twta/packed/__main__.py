@@ -50,7 +50,8 @@ def make_parser():
              'images have one channel. Or pictures (PNG, JPEG, WEBP, GIF, BMP), cut to the proportions of the network '
              'and resized. Write -- before a name like -x.png')
     add('--invert', action='store_true', help='swap light and dark, for dark digits on a light ground')
-    add('--names', action='store_true', help='print names of classes instead of numbers')
+    add('--names', action='store_true',
+        help='with an .npy file: print names of classes instead of numbers (with pictures both are printed)')
     add('--picture', type=output_file, metavar='PNG',
         help=f'draw the first {SHOWN} images as the network gets them, each with its three most probable classes; '
          'replaces a file of that name')
