@@ -126,6 +126,7 @@ def test_a_flag_without_its_value(flag):
     (['--workers', 'a:1,b:1', '--task', '2'], ['--task 2', 'valid are 0 to 1']),
     (['--k', '2', '--B', '3'], ['--k 2 --B 3', '12 steps', 'up to 8']),
     (['--B', '8'], ['--k 1 --B 8', '16 steps', 'up to 8']),
+    (['--B', '8', '--resume', 'auto'], ['--k 1 --B 8', '16 steps']),
     (['--B', '8', '--resume', 'True', '--run_dir', '/absent/run'], ['no checkpoint in /absent/run']),  # k is the run's
     (['--batch_norm', 'global'], ['--batch_norm global', 'without --workers']),
     (['--patience', '7'], ['--patience 7', 'without --workers']),

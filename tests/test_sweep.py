@@ -440,6 +440,8 @@ def test_a_record_of_other_flags_is_not_the_run(stub, tmp_path):
     assert plan.find_record(taught)
     teacher.write_text('b')  # the file of another teacher
     assert plan.find_record(taught) is None
+    teacher.unlink()
+    assert plan.find_record(taught) is None
 
 
 def test_the_last_row_of_a_log(tmp_path):

@@ -11,6 +11,7 @@ from conftest import MNIST_SCRIPTS, QUICK, assert_same, chosen, load_script, sta
 from test_faults import in_epoch
 
 from twta import TwtaError, UsageError, results
+from twta.data import datasets
 from twta.graph.tf1 import tf
 from twta.training import teacher as teacher_module
 from twta.training import weights
@@ -155,13 +156,16 @@ def test_weights_of_another_script_are_not_evaluated(finished_run, tmp_path):
 
 
 def test_weights_that_have_seen_the_images_held_out(tmp_path, capsys):
-    for before, held_out, is_warned in ((0, 297, True), (297, 297, False), (None, 297, False), (0, 0, False)):
-        results.write_json(tmp_path / 'config.json', {'data': {'validation_images': before}})
-        weights.warn_of_validation({'--weights': tmp_path / 'model.npz', '--teacher': None}, held_out)
+    digits, none = datasets.load('digits', '', 297), datasets.load('digits', '', 0)
+    path = tmp_path / 'model.npz'
+    for before, dataset, is_warned in (0, digits, True), (297, digits, False), (None, digits, False), (0, none, False):
+        results.write_json(tmp_path / 'config.json', {'data': {'name': digits.name, 'validation_images': before}})
+        weights.warn_of_validation({'--weights': path, '--teacher': None}, dataset)
         assert ('--validation 0, this run holds out 297 images' in capsys.readouterr().out) == is_warned
-    results.write_json(tmp_path / 'config.json', {'data': 3})
-    weights.warn_of_validation({'--weights': None, '--teacher': tmp_path / 'model.npz'}, 297)
-    assert not capsys.readouterr().out
+    for data in 3, {'name': 'mnist', 'validation_images': 0}:  # not a dict; of other images
+        results.write_json(tmp_path / 'config.json', {'data': data})
+        weights.warn_of_validation({'--weights': None, '--teacher': path}, digits)
+        assert not capsys.readouterr().out
 
 
 SHALLOW = '''

@@ -231,7 +231,9 @@ def resolve(args, script, usual_dataset):
 
 
 def has_checkpoint(run_dir):
-    return any(run_dir.glob('last-*.index'))
+    """Return whether a run has left checkpoints, or a list of them; without our lock the list is another program's."""
+    is_listed = (run_dir / 'checkpoint').is_file() and (run_dir / 'lock').is_file()
+    return is_listed or any(run_dir.glob('last-*.index'))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -255,7 +257,8 @@ def check_network(args, script):
         raise UsageError(f'--quantize {chosen["quantize"]}: such a network cannot be packed; leave it out')
     if is_fp(script.stem) and (args.engine == 'packed' or args.mode == 'export'):
         raise UsageError(f'{script.stem} {NOTHING_TO_PACK}')
-    is_of_run = args.resume or (args.mode != 'training' and not args.weights)  # then the run has what is not given
+    is_of_run = args.resume is True or (args.mode != 'training' and not args.weights)
+    # what is not given is the run's or, without a run, the default
     k, largest = ((args.options if is_of_run else chosen).get(name) for name in 'kB')
     if None not in (k, largest) and largest * 2 ** k > 8:
         raise UsageError(f'--k {k} --B {largest}: {largest * 2 ** k} steps, valid are up to 8; make one smaller')

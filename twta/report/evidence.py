@@ -72,7 +72,10 @@ def schedule(stage):
 
 
 def protocol(record):
-    """Return in words all that was chosen for a run but its seed. Runs with the same words share a row."""
+    """Return in words all that was chosen for a run but its seed.
+
+    Runs with the same words and the same teacher share a row.
+    """
     words = []
     for stage in record['stages']:
         words.append(schedule(stage))
@@ -109,7 +112,7 @@ def is_whole(record):
 
 
 def by_protocol(records):
-    """Return lists of records; records in one list differ in their seed alone. They have the same teacher."""
+    """Return lists of records; records in one list have the same teacher and differ in their seed alone."""
     groups = {}
     for record in records:
         epochs = tuple(stage['epochs'] for stage in record['stages'])

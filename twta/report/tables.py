@@ -58,9 +58,9 @@ def seeds(runs):
 def best_trained(records, script):
     """Return the runs of the script's protocol that is best on validation images, a list, empty without a record.
 
-    If no protocol held images out, the one with the highest accuracy on training images is taken (such runs underfit:
-    CIFAR-10), then the longest, then the one with the most seeds. The accuracy on the test images never counts.
-    Networks of which only a part is quantised are not that of the script.
+    If no protocol held images out, the one with the highest accuracy on training images is taken, then the longest,
+    then the one with the most seeds: on CIFAR-10, where none are held out, networks underfit. The accuracy on the test
+    images never counts. Networks of which only a part is quantised are not that of the script.
     """
     def rank(runs):
         validation = [run['last']['validation_accuracy'] for run in runs]

@@ -121,7 +121,7 @@ def find_record(run):
                         for flag, value in run.values.items() if flag != 'weights')
         is_whole = record['epochs'] == stage['first_epoch'] + stage['epochs'] - 1
         return record if has_flags and is_whole and stage['epochs'] == run.epochs else None
-    except (KeyError, IndexError, TypeError):  # absent, or not what a training writes
+    except (KeyError, IndexError, TypeError, OSError):  # absent, or not what a training writes, or without its teacher
         return None
 
 

@@ -177,7 +177,7 @@ def train(experiment, args, defaults, precision, workers):
         follow(dataset, network, of_teacher, state, workers)
         return
     weights = first_weights(experiment.weights, network.net) if experiment.weights else {}
-    warn_of_validation({'--weights': experiment.weights, '--teacher': taught_by}, len(dataset.validation.labels))
+    warn_of_validation({'--weights': experiment.weights, '--teacher': taught_by}, dataset)
     run_directory.check_is_ours(run_dir)
     files.make_folder(run_dir)
     with (contextlib.nullcontext() if args.resume else run_directory.locked(run_dir), network.graph.as_default(),
@@ -210,11 +210,11 @@ def train(experiment, args, defaults, precision, workers):
             records.write_record(run_dir, config, state, network.net.count_params(), loss, confusion, best)
             save(experiment, loss, confusion, state)
         except FloatingPointError as error:
-            raise TwtaError(f'{error}; {where_to_go_on(run_dir, state)}, the other flags as before and a lower '
+            raise TwtaError(f'{error}; {where_to_go_on(run_dir, state, args)}, the other flags as before and a lower '
                             '--learning_rate') from None
         except (OSError, tf.errors.OpError) as error:
             cause = describe_fault(error) if isinstance(error, OSError) else find_cause(error)
-            raise TwtaError(f'{cause}; {where_to_go_on(run_dir, state)}') from None
+            raise TwtaError(f'{cause}; {where_to_go_on(run_dir, state, args)}') from None
         finally:
             if state.history and run_dir.exists():
                 results.save_picture(run_dir / 'curve.png', run_directory.draw_curve,
@@ -338,8 +338,9 @@ def prepare(experiment, state, network, session, weights, is_auto):
     earlier = None if experiment.source else run_directory.move_aside(run_dir)
     if earlier:
         say(f'the earlier run in {run_dir} is now in {earlier}')
-        if state.weights and Path(state.weights).parent == run_dir:
-            state.weights = str(earlier / Path(state.weights).name)
+        moved = earlier / Path(state.weights or '').name
+        if moved.is_file() and run_dir / moved.name == Path(state.weights):
+            state.weights = str(moved)
     store = checkpoints.Checkpoints(run_dir)
     if experiment.source:
         checkpoints.restore(session, experiment.source, network.net, tf.global_variables())
@@ -349,13 +350,14 @@ def prepare(experiment, state, network, session, weights, is_auto):
     return store
 
 
-def where_to_go_on(run_dir, state):
+def where_to_go_on(run_dir, state, args):
     """Return what a user can do after a fault, as words."""
     if not (state.epoch or state.part) or not checkpoints.listed(run_dir, 'last'):
         return 'start again with --resume False'
     if run_directory.has_ended(run_dir, state):
         return 'record.json has the result; --mode inference writes result.json too'
-    return f'go on from {describe_end(state)}, which is saved, with --resume True'
+    without = ' and without --weights' if args.weights else ''
+    return f'go on from {describe_end(state)}, which is saved, with --resume True{without}'
 
 
 def describe_end(state):

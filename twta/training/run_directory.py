@@ -17,7 +17,8 @@ from twta.training.state import FIELDS
 
 OURS = re.compile(r'checkpoint(_best)?|(last|best)-\d+(\.\d+)?\.(index|data-\d+-of-\d+)|events\.out\.tfevents\..*'
                   r'|(config|record|result(-(best|weights|packed))?)\.json|confusion(-(best|weights|packed))?\.png'
-                  r'|log\.csv|curve\.png|model\.npz|cost\.(csv|png)|spikes-(spatial|temporal|rest)(-best)?(-(noise|images)-.*)?')
+                  r'|log\.csv|curve\.png|model\.npz|cost\.(csv|png)'
+                  r'|spikes-(spatial|temporal|rest)(-best)?(-(noise|images)-.*)?')
 
 
 @contextlib.contextmanager

@@ -88,15 +88,16 @@ def check_weights(weights, script, dataset, options, mode):
                              f'{trained_with[flag]}; give that')
 
 
-def warn_of_validation(sources, held_out):
-    """Print a warning if weights may have been trained on images that this run holds out.
+def warn_of_validation(sources, dataset):
+    """Print a warning if weights have been trained on images that this run, on a Dataset, holds out.
 
-    sources     {flag: path of its weights, or None}
-    held_out    number of this run's validation images
+    sources    {flag: path of its weights, or None}
     """
+    held_out = len(dataset.validation.labels)
     for flag, path in sources.items():
         data = run_directory.read_config(path.parent).get('data') if path else None
-        before = data.get('validation_images') if isinstance(data, dict) else None
+        is_same = isinstance(data, dict) and data.get('name') == dataset.name
+        before = data.get('validation_images') if is_same else None
         if isinstance(before, int) and before < held_out:
             say(f'WARNING: {flag} {path} was trained with --validation {before}, this run holds out {held_out} images: '
                 'those weights have seen some of them')
