@@ -3,7 +3,8 @@
 
 Architecture: 64C3-64C4-64C4-2P2-128C4-128C4-2P2-256C4-256C4-4P2-512C2-512N1
 Source:       github.com/edwardzcl/TWTA (published with 200 epochs, in its text 200 + 200)
-Accuracy:     83.87 % test on JPEG-recompressed images (7 epochs, rest -1, from other weights, with a teacher, 1 seed; published 90.1 %)
+Accuracy:     83.87 % test on JPEG-recompressed images (7 epochs, rest -1, from other weights, with a teacher, 1 seed;
+              published 90.1 %)
 Speed:        298 images/s in training (bfloat16, 2 cores of an AMD EPYC)
 
     python CIFAR10/TWTA_4_4_CIFAR10_VGG13.py --resume False --learning_rate 0.01 --mode training

@@ -2,6 +2,7 @@
 import json
 import re
 import statistics
+import textwrap
 
 from twta import TwtaError
 from twta.report import evidence, scaling, speeds
@@ -159,8 +160,9 @@ def docstrings(records):
             speed = f'{images_per_second[script]:,.0f} images/s in training (bfloat16, 2 cores of an AMD EPYC)'
         text = file.read_text()
         for label, value, end in (('Accuracy:', accuracy, 'Speed:'), ('Speed:', speed, '\n')):
-            text = re.sub(rf'{label} .*?\n(?={end})', lambda _, line=f'{label:14}{value}\n': line, text, count=1,
-                          flags=re.DOTALL)
+            line = textwrap.fill(value, 120, initial_indent=f'{label:14}', subsequent_indent=14 * ' ',
+                                 break_on_hyphens=False) + '\n'
+            text = re.sub(rf'{label} .*?\n(?={end})', lambda _, line=line: line, text, count=1, flags=re.DOTALL)
         texts[file] = text
     return texts
 
