@@ -1,19 +1,20 @@
 """Runs on the sample: training, resuming, checkpoints, weights, the files that a run writes."""
 import json
 import shutil
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import MNIST_SCRIPTS, QUICK, ROOT, load_script, log, loss_and_gradients, run_script, start, variables
 
-from twta import UsageError, command_line
+from twta import UsageError, command_line, workers
 from twta.data import datasets
 from twta.graph import fast
 from twta.graph.session import find_gpus
 from twta.graph.tf1 import tf, tl
 from twta.ternary_layers import Conv2dLayer
-from twta.training import checkpoints, schedule
+from twta.training import checkpoints, experiment, run_directory, schedule
 from twta.training.state import PartialEpoch, Stage, State
 
 SCRIPT = ROOT / 'MNIST' / 'TWTA_4_4_MNIST.py'
@@ -43,6 +44,20 @@ def test_a_run_resumed_with_other_numerics_warns(finished_run, tmp_path, capsys)
     assert [line for line in lines if line.startswith('WARNING')] == [
         f'WARNING: the last command trained in \'float16\', this one does in {config["precision"]!r}; see --precision',
         'WARNING: the last command trained with --deterministic, this one does without']
+    config['flags']['deterministic'] = False
+    (tmp_path / 'config.json').write_text(json.dumps(config))
+    args = Namespace(deterministic=True, workers=workers.Workers(), batch_norm=None)
+    run_directory.warn_of_changes(tmp_path, config['precision'], args)
+    assert capsys.readouterr().out == ('WARNING: the last command trained without --deterministic, this one does '
+                                       'with\n')
+
+
+@pytest.mark.parametrize('weights, words', [(None, '--resume True'), ('w.npz', '--resume True and without --weights')])
+def test_where_to_go_on(finished_run, weights, words):
+    state = checkpoints.read_state(checkpoints.find(finished_run, 'last'), 'TWTA_5_5_MNIST', 'digits')
+    state.epoch -= 1
+    assert experiment.where_to_go_on(finished_run, state, Namespace(weights=weights)) == (
+        f'go on from epoch {state.epoch}, which is saved, with {words}')
 
 
 def test_stages():

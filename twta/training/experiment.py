@@ -333,7 +333,7 @@ def prepare(experiment, state, network, session, weights, is_auto):
     Raises UsageError if --resume auto found no checkpoint, and there is one now.
     """
     run_dir = experiment.run_dir
-    if is_auto and not experiment.source and checkpoints.listed(run_dir, 'last'):
+    if is_auto and not experiment.source and any(run_dir.glob('last-*.index')):
         raise UsageError(f'--run_dir {run_dir}: another command has begun this run meanwhile; repeat the command')
     earlier = None if experiment.source else run_directory.move_aside(run_dir)
     if earlier:

@@ -117,6 +117,12 @@ def read_options(config):
     return options | {name: value for name, value in choices.items() if is_option_value(name, value)}
 
 
+def other_dataset(config, dataset):
+    """Return the data set that a run, by read_config, was trained on; None if it is `dataset`, or is not told."""
+    trained_on = config['flags'].get('dataset')
+    return trained_on[:40] if isinstance(trained_on, str) and trained_on != dataset else None
+
+
 def is_full_precision(options):
     """Return whether the options of a run, from read_options, tell that it is in full precision."""
     return options.get('quantize') == 'nothing'

@@ -44,9 +44,9 @@ def find(state, flag):
         reason = 'is another file now' if path.is_file() else 'no such file'
         raise UsageError(f'--teacher {path}: {reason}, but the run learns from one with the SHA-256 '
                          f'{state.teacher["sha256"]}; give its path')
-    trained_on = run_directory.read_config(path.parent)['flags'].get('dataset')
-    if isinstance(trained_on, str) and trained_on != state.dataset:
-        raise UsageError(f'--teacher {path}: trained on --dataset {trained_on[:40]}; give one that was trained on '
+    other = run_directory.other_dataset(run_directory.read_config(path.parent), state.dataset)
+    if other:
+        raise UsageError(f'--teacher {path}: trained on --dataset {other}; give one that was trained on '
                          f'{state.dataset}')
     return path
 

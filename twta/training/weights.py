@@ -76,9 +76,9 @@ def check_weights(weights, script, dataset, options, mode):
     can_be_the_same = is_full_precision and ('quantize' in options or is_fp(script))
     if mode != 'training' and trained_by not in ('', script) and not can_be_the_same:
         raise UsageError(f'--weights {weights}: trained by {trained_by[:40]}; use that script')
-    trained_on = config['flags'].get('dataset')
-    if mode != 'training' and isinstance(trained_on, str) and trained_on != dataset:
-        raise UsageError(f'--weights {weights}: trained on --dataset {trained_on[:40]}; give that')
+    other = run_directory.other_dataset(config, dataset)
+    if mode != 'training' and other:
+        raise UsageError(f'--weights {weights}: trained on --dataset {other}; give that')
     if mode == 'export' and is_full_precision:
         raise UsageError(f'--weights {weights}: of a network in full precision, which cannot be packed; give others')
     free = ('quantize', *OF_ACTIVATIONS) if mode == 'training' and is_full_precision else ()
