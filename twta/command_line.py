@@ -231,9 +231,7 @@ def resolve(args, script, usual_dataset):
 
 
 def has_checkpoint(run_dir):
-    """Return whether a run has left checkpoints, or a list of them; without our lock the list is another program's."""
-    is_listed = (run_dir / 'checkpoint').is_file() and (run_dir / 'lock').is_file()
-    return is_listed or any(run_dir.glob('last-*.index'))
+    return (run_dir / 'checkpoint').is_file() or any(run_dir.glob('last-*.index'))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -66,6 +66,8 @@ def run(script, model, args, defaults, act):
     precision = choose_precision(args.precision, gpu)
     # a run that is continued is read under the lock of its training, which worker 0 holds
     is_locked = args.mode == 'training' and args.resume and not args.workers.task
+    if is_locked and not checkpoints.listed(args.run_dir, 'last'):
+        run_directory.check_is_ours(args.run_dir)  # before the lock, which is a sign of a run
     try:
         with (run_directory.locked(args.run_dir) if is_locked else contextlib.nullcontext(),
               cluster.joined(args.workers, args.gpu, args.patience) as workers):
@@ -333,7 +335,7 @@ def prepare(experiment, state, network, session, weights, is_auto):
     Raises UsageError if --resume auto found no checkpoint, and there is one now.
     """
     run_dir = experiment.run_dir
-    if is_auto and not experiment.source and any(run_dir.glob('last-*.index')):
+    if is_auto and not experiment.source and checkpoints.listed(run_dir, 'last'):
         raise UsageError(f'--run_dir {run_dir}: another command has begun this run meanwhile; repeat the command')
     earlier = None if experiment.source else run_directory.move_aside(run_dir)
     if earlier:
