@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+from twta.export import formats
 from twta.report import evidence, markdown, pictures, tables
 
 RECORDS = evidence.load_records()
@@ -81,6 +82,13 @@ def test_docstrings_of_the_modules_name_files_that_exist():
         docstring = ast.get_docstring(ast.parse(module.read_text())) or ''
         for name in re.findall(r'\b((?:docs|benchmarks|tests)/\w+\.\w+)', docstring):
             assert (ROOT / name).exists(), f'{module}: {name}'
+
+
+def test_the_exchange_page_names_every_dialect():
+    page = (ROOT / 'docs' / 'exchange.md').read_text()
+    for names in formats.DIALECTS.values():
+        for name in names:
+            assert f'--dialect {name}' in page
 
 
 def test_the_pdf_is_whole_and_of_this_version():

@@ -1,5 +1,4 @@
 """Formats of other programs: QONNX and NIR files against plain interpreters and, if installed, their real readers."""
-import json
 import subprocess
 import sys
 
@@ -341,9 +340,3 @@ def test_other_forms_have_other_names(tmp_path, monkeypatch):
     names = {path.name for path in tmp_path.iterdir()}
     expected = {f'net{form}.nir' for form in ('', '.core', '.biases', '.core.biases')}
     assert names == {'net.twta', *expected, *(f'{name}.vectors.npz' for name in expected)}
-
-
-def test_the_exchange_page_names_every_format_and_dialect():
-    page = (ROOT / 'docs' / 'exchange.md').read_text()
-    for dialect in json.loads(json.dumps(formats.DIALECTS)).values():
-        assert all(f'--dialect {name}' in page for name in dialect)

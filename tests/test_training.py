@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import MNIST_SCRIPTS, QUICK, ROOT, load_script, log, loss_and_gradients, run_script, start, variables
 
-from twta import UsageError, command_line, workers
+from twta import UsageError, command_line, results, workers
 from twta.data import datasets
 from twta.graph import fast
 from twta.graph.session import find_gpus
@@ -247,14 +247,16 @@ def test_weights_evaluate_and_start_another_run(finished_run, tmp_path, capsys):
     assert float(log(tmp_path / 'tuned')[0]['training_accuracy']) > 0.9
 
 
-def test_a_record_names_weights_and_every_precision_and_device(finished_run, tmp_path, monkeypatch):
-    for resume, precision, threads in ((('--weights', finished_run / 'model.npz'), 'float32', '1'),
-                                       (('--resume', True), 'bfloat16', '2')):
+def test_a_record_names_weights_and_every_precision_device_and_version(finished_run, tmp_path, monkeypatch):
+    for resume, precision, threads, code in ((('--weights', finished_run / 'model.npz'), 'float32', '1', '5e5735a'),
+                                             (('--resume', True), 'bfloat16', '2', '091cbe7')):
         monkeypatch.setenv('TF_NUM_INTRAOP_THREADS', threads)
+        monkeypatch.setattr(results, 'code_version', lambda code=code: code)
         start(tmp_path, *QUICK[2:], *resume, '--epochs', 1, '--precision', precision)
     record = json.loads((tmp_path / 'record.json').read_text())
     assert record['flags']['weights'] == 'model.npz'  # no path of the machine
     assert record['precision'] == 'float32 and bfloat16'
+    assert record['code'] == '5e5735a and 091cbe7'
     if not find_gpus():
         assert [device.rpartition(', ')[2] for device in record['devices']] == ['1 thread', '2 threads']
 

@@ -100,19 +100,23 @@ def read_object(path):
 
 def environment():
     """Return versions, code and machine, for config.json and result.json."""
-    root = Path(__file__).resolve().parent.parent
-    try:
-        code = subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=root, capture_output=True, text=True,
-                              check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        code = 'unknown'
     return {
         'versions': {'python': platform.python_version(), **dict(installed(PACKAGES))},
-        'code': code,
+        'code': code_version(),
         'machine': {'processor': processor.name(), 'kind': processor.kind(), 'cores': processor.available_cores(),
                     'system': platform.platform()},
         'time': time.strftime('%Y-%m-%dT%H:%M:%S%z'),
     }
+
+
+def code_version():
+    """Return the version of the code as git describes it, or 'unknown'."""
+    root = Path(__file__).resolve().parent.parent
+    try:
+        return subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=root, capture_output=True, text=True,
+                              check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return 'unknown'
 
 
 def installed(packages):

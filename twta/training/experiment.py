@@ -312,6 +312,7 @@ def open_stage(experiment, args, defaults, precision):
     if not is_done:
         state.precision = list(dict.fromkeys([*state.precision, precision.name]))
         state.devices = list(dict.fromkeys([*state.devices, describe_device(find_gpu(args.gpu), args.workers.count)]))
+        state.code = list(dict.fromkeys([*state.code, results.code_version()]))
     return state
 
 

@@ -25,6 +25,7 @@ def write_record(run_dir, config, state, parameters, loss, confusion, best):
                  'test_accuracy': accuracy(confusion), 'test_loss': loss},
         'best_validation': best, 'confusion': confusion.tolist(), **without_places(config),
         'precision': ' and '.join(state.precision) or config['precision'], 'devices': state.devices,
+        'code': ' and '.join(state.code) or config['code'],
         'curve': columns, 'shares': by_sign(state.history)})
 
 

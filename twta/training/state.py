@@ -7,7 +7,7 @@ from typing import NamedTuple
 from twta.options import WAYS, is_option_value
 
 FORMAT = 5  # of the JSON text; older formats were never released
-LATER = {'teacher': None, 'devices': []}  # what runs of older versions do not have
+LATER = {'teacher': None, 'devices': [], 'code': []}  # what runs of older versions do not have
 FIELDS = ('epoch', 'learning_rate', 'loss', 'training_accuracy', 'validation_accuracy', 'images_per_second', 'seconds')
 
 
@@ -64,6 +64,7 @@ class State:
     best_validation_accuracy: float = -1.0
     teacher: dict | None = None  # of --teacher: file and sha256
     devices: list = dataclasses.field(default_factory=list)  # every device that it was trained on, in words
+    code: list = dataclasses.field(default_factory=list)  # every version of the code that trained it
 
     def to_json(self):
         entry = {'format': FORMAT, **vars(self), 'choices': self.options,
@@ -169,7 +170,8 @@ STAGE_KEYS = {'first_epoch': is_natural, 'epochs': is_natural, 'learning_rate': 
 KEYS = {'format': is_natural, 'script': str, 'dataset': str, 'data_sha256': str, 'seed': is_natural,
         'validation': is_natural, 'epoch': is_natural, 'part': (dict, NoneType), 'stages': are_objects,
         'history': are_objects, 'best_validation_accuracy': is_finite, 'choices': dict,
-        'weights': (str, NoneType), 'precision': are_names, 'devices': are_names, 'teacher': is_teacher}
+        'weights': (str, NoneType), 'precision': are_names, 'devices': are_names, 'code': are_names,
+        'teacher': is_teacher}
 PART_KEYS = {'steps': is_natural, 'loss': is_finite, 'correct': is_natural, 'seconds': is_finite}
 ROW_KEYS = {**dict.fromkeys(FIELDS, is_finite), 'validation_accuracy': lambda value: value is None or is_finite(value),
             'shares': are_fractions}  # epochs of older versions have no shares
