@@ -272,7 +272,7 @@ def test_every_format_from_a_packed_file(tmp_path, monkeypatch, capsys, form):
     assert said[0].startswith('test vectors: 4 images (') and said[1] == f'{tmp_path / name}: ' + (
         f'{(tmp_path / name).stat().st_size:,} bytes')
     before = (tmp_path / name).read_bytes()
-    export('net.twta', '--format', form, '--out', tmp_path / f'other{__main__.SUFFIXES[form]}')  # vectors of noise
+    export('net.twta', '--format', form, '--output', tmp_path / f'other{__main__.SUFFIXES[form]}')  # vectors of noise
     assert (tmp_path / f'other{__main__.SUFFIXES[form]}').exists() and (tmp_path / name).read_bytes() == before
 
 
@@ -291,7 +291,7 @@ def test_the_formats_of_one_network_lie_beside_each_other(tmp_path, monkeypatch)
     (tmp_path / 'c.nir.vectors.npz').mkdir()
     for form, out in (('onnx', 'b.onnx'), ('nir', 'c.nir')):
         with pytest.raises(SystemExit):
-            export('net.twta', '--format', form, '--out', out)
+            export('net.twta', '--format', form, '--output', out)
     assert {path.name for path in tmp_path.iterdir()} == names | {'b.onnx', 'c.nir.vectors.npz'}
 
 
@@ -310,11 +310,11 @@ def test_the_command_needs_no_tensorflow(tmp_path):
     (('--format', 'npz', '--core'), '--core is for qonnx and nir'),
     (('--format', 'c', '--dialect', 'biases'), 'is not one of --format c; leave it out'),
     (('--format', 'qonnx', '--dialect', 'quant'), 'add --core'),
-    (('--format', 'onnx', '--out', 'x.nir'), 'its name ends in .onnx'),
+    (('--format', 'onnx', '--output', 'x.nir'), 'its name ends in .onnx'),
     (('--format', 'onnx', '--divisor', '1'), '--divisor is for --format twta'),
-    (('--format', 'twta', '--core', '--out', 'x.twta'), '--core is for'),
+    (('--format', 'twta', '--core', '--output', 'x.twta'), '--core is for'),
     (('--format', 'twta'), 'net.twta is read'), ((), '--format'),
-    (('--format', 'twta', '--out', 'x.twta'), 'a packed network already; give a QONNX file')])
+    (('--format', 'twta', '--output', 'x.twta'), 'a packed network already; give a QONNX file')])
 def test_flags_that_contradict_each_other(tmp_path, monkeypatch, capsys, flags, words):
     file_format.write(tmp_path / 'net.twta', random_packed(*NETWORKS['dense']))
     monkeypatch.chdir(tmp_path)

@@ -321,5 +321,5 @@ def test_the_command_writes_a_page(tmp_path, monkeypatch, capsys):
     __main__.main(['net.twta', '--format', 'html', '--images', 'x.npy'])
     assert capsys.readouterr().out.splitlines()[0] == f'test images in the page: 10 ({tmp_path / "x.npy"})'.replace(
         f'{tmp_path}/', '')
-    __main__.main(['net.twta', '--format', 'html', '--out', 'b.html'])
+    __main__.main(['net.twta', '--format', 'html', '--output', 'b.html'])
     assert 'test images in the page: 0 (none given)' in capsys.readouterr().out

@@ -19,7 +19,7 @@ def main(argv=None):
     parser = make_parser()
     with errors_in_a_line('twta.export'):
         args = parser.parse_args(argv)
-        out = (args.out or Path(name_file(args))).resolve()
+        out = (args.output or Path(name_file(args))).resolve()
         check_out(out, args)
         if args.divisor and args.format != 'twta':
             raise UsageError('--divisor is for --format twta; leave it out')
@@ -34,7 +34,7 @@ def main(argv=None):
 
 
 def name_file(args):
-    """Return the default of --out: the name of the packed file, what is not usual about it, the ending."""
+    """Return the default of --output: the name of the packed file, what is not usual about it, the ending."""
     usual = formats.DIALECTS.get(args.format, (None,))[0]
     words = [stem(args.file), *(['core'] if args.core else []),
              *([args.dialect] if args.dialect not in (None, usual) else [])]
@@ -66,13 +66,13 @@ def import_network(args, out):
 def check_out(out, args):
     """Raise UsageError if the file or its test vectors cannot be written there, or would replace what is read."""
     if not out.name.endswith(SUFFIXES[args.format]):
-        raise UsageError(f'--out {out}: with --format {args.format} its name ends in {SUFFIXES[args.format]}')
+        raise UsageError(f'--output {out}: with --format {args.format} its name ends in {SUFFIXES[args.format]}')
     read = {args.file.resolve(), args.images and args.images.resolve()}
     for path in (out, formats.vectors_file(args.format, out)):
         if path in read - {None}:
-            raise UsageError(f'--out {out}: {path.name} is read; choose another name')
+            raise UsageError(f'--output {out}: {path.name} is read; choose another name')
         if path and path.exists() and not path.is_file():
-            raise UsageError(f'--out {out}: {path.name} is there and is not a file; choose another name')
+            raise UsageError(f'--output {out}: {path.name} is there and is not a file; choose another name')
 
 
 def choose_images(args, packed):
@@ -99,7 +99,7 @@ def make_parser():
     add('--format', choices=list(SUFFIXES), required=True,
         help='npz: plain arrays; c: a C header; onnx: ONNX; qonnx: QONNX, for FINN and Brevitas; nir: NIR, for spiking '
              'networks; html: a web page that runs the network; twta: import a ternary network of Brevitas from QONNX')
-    add('--out', type=output_file, metavar='FILE',
+    add('--output', type=output_file, metavar='FILE',
         help='file to write (default: the name of the packed file, with .core and .DIALECT if you ask for these, and '
              '.npz, .h, .onnx, .qonnx.onnx, .nir, .html or .twta, in the current folder)')
     add('--images', type=input_file, metavar='NPY',
