@@ -2,6 +2,7 @@
 import contextlib
 import csv
 import errno
+import functools
 import json
 import logging
 import platform
@@ -109,8 +110,9 @@ def environment():
     }
 
 
+@functools.cache
 def code_version():
-    """Return the version of the code as git describes it, or 'unknown'."""
+    """Return the version of the code as git describes it when it is first asked, or 'unknown'."""
     root = Path(__file__).resolve().parent.parent
     try:
         return subprocess.run(['git', 'describe', '--always', '--dirty'], cwd=root, capture_output=True, text=True,
