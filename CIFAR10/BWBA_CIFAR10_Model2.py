@@ -17,7 +17,7 @@ DATASETS = ('cifar10', 'shapes')  # the first is the default
 LEARNING_RATE = 1e-2
 EPOCHS = 200
 BATCH_SIZE = 200
-OPTIONS = ('levels', 'quantize')
+OPTIONS = ('levels', 'beta_init', 'quantize')
 
 
 def model(x, is_train, levels, **options):

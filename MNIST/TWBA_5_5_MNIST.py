@@ -16,7 +16,7 @@ DATASETS = ('mnist', 'digits')  # the first is the default
 LEARNING_RATE = 1e-4
 EPOCHS = 150
 BATCH_SIZE = 200
-OPTIONS = ('levels', 'pooling', 'quantize')
+OPTIONS = ('levels', 'beta_init', 'pooling', 'quantize')
 
 
 def model(x, is_train, levels, **options):

@@ -122,6 +122,8 @@ def test_a_flag_without_its_value(flag):
     (['--levels', '3', '--pooling', 'max'], ['--levels 3', '--pooling max', 'average or conv']),
     (['--rest', '-1', '--pooling', 'max'], ['--rest -1', '--pooling max', 'average']),
     (['--rest', '1'], ['--rest', '1']),
+    (['--beta_init', '-3'], ['--beta_init', '-3', 'from -2 to 2']),
+    (['--beta_init', '-0.5', '--quantize', 'nothing'], ['--beta_init -0.5', '--quantize nothing', 'leave one out']),
     (['--workers', 'a:1,b:1'], ['--workers and --task', 'give both']),
     (['--workers', 'a:1,b:1', '--task', '2'], ['--task 2', 'valid are 0 to 1']),
     (['--k', '2', '--B', '3'], ['--k 2 --B 3', '12 steps', 'up to 8']),

@@ -31,7 +31,7 @@ OTHERS = [
     ('TWTA_4_4_CIFAR10_VGG13', {'pooling': 'average'}),
     ('BWBA_5_5_MNIST', {'pooling': 'max'}),
     ('TWBA_5_5_MNIST', {'levels': 3, 'pooling': 'average'}),
-    ('BWBA_CIFAR10_Model2', {}),
+    ('BWBA_CIFAR10_Model2', {'beta_init': -0.5}),
     ('TWBA_CIFAR10_Model2', {'levels': 3}),
     ('Quant_MNIST', {'k': 1, 'B': 2}),
     ('Quant_MNIST', {'k': 0, 'B': 1}),

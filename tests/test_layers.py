@@ -4,6 +4,7 @@ import pytest
 
 from twta import UsageError
 from twta.graph.tf1 import tf, tl
+from twta.quantizers import binarize_activations
 from twta.ternary_layers import (
     ActivationLayer,
     BatchNormLayer,
@@ -326,3 +327,16 @@ def test_rest_decides_on_beta_border_and_gradient(session):
         betas = session.run([block.batch_norm.beta for block in blocks])
         assert [set(beta) for beta in betas] == [{rest}, {rest}, {0}]
         assert blocks[0].levels == (-1, 0, 1)
+
+
+@pytest.mark.parametrize('quantize', ['both', 'weights', 'activations', 'nothing'])
+def test_beta_init_is_where_the_betas_before_quantised_activations_begin(session, quantize):
+    network = Network(tf.zeros([1, 6, 6, 1]), True, activation=binarize_activations, beta_init=-0.5, quantize=quantize)
+    network.stem(4, 3)
+    network.encode(4, 3)
+    network.conv(4, 3)
+    last = network.classify(10)
+    session.run(tf.global_variables_initializer())
+    betas = session.run([block.batch_norm.beta for block in read_blocks(last)])
+    lowered = -0.5 if quantize in ('both', 'activations') else 0
+    assert [set(beta) for beta in betas] == [{0}, {lowered}, {lowered}, {0}]

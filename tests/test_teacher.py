@@ -221,7 +221,7 @@ def test_teachers_that_do_not_fit(teacher, finished_run, tmp_path):
 
 @pytest.mark.parametrize('name, options', [
     ('BWBA_5_5_MNIST', {'pooling': 'average'}), ('TWBA_5_5_MNIST', {'levels': 3}), ('Quant_MNIST', {'k': 2}),
-    ('BWBA_CIFAR10_Model2', {}), ('TWBA_CIFAR10_Model2', {'levels': 3}), ('Quant_CIFAR10', {})])
+    ('BWBA_CIFAR10_Model2', {'beta_init': -0.5}), ('TWBA_CIFAR10_Model2', {'levels': 3}), ('Quant_CIFAR10', {})])
 def test_each_sibling_has_a_twin_in_full_precision(name, options, tmp_path):
     """It has the student's pooling. What config.json tells beyond the student's options, or wrongly, is left out."""
     script = load_script(name)

@@ -37,6 +37,10 @@ OPTIONS = {  # network options by flag: default, arguments of the parser; each s
                  'what is quantised. Activations that are not quantised are ReLU; weights that are not quantised are '
                  'in full precision. nothing trains a teacher for --teacher, or shows what quantisation costs '
                  '(default: both)'}),
+    'beta_init': (0, {'type': partial(number, least=-2, most=2), 'metavar': 'BETA', 'help':
+                  'from -2 to 2: the beta of batch normalisation before each binary activation begins there. 0: as '
+                  'published; -0.5: the step is in the middle between 0 and 1 of ReLU, and the network learns faster '
+                  '(default: 0)'}),
     'levels': (2, {'type': partial(natural, least=2, most=3), 'metavar': '{2,3}', 'help':
                'number of activation levels. 2: {0, 1}, binary; 3: {0, 0.5, 1}, as in the published code (default: '
                '2)'}),
@@ -45,7 +49,8 @@ OPTIONS = {  # network options by flag: default, arguments of the parser; each s
           'step into a separate neuron with its own weights, in its layer and in the next'}),
     'B': (2, {'type': partial(natural, least=1, most=8), 'metavar': 'B', 'help': 'largest activation (default: 2)'}),
 }
-OF_ACTIVATIONS = 'rest', 'threshold', 'threshold_value', 'levels', 'k', 'B'  # without meaning if they are not quantised
+# without meaning if activations are not quantised
+OF_ACTIVATIONS = 'rest', 'threshold', 'threshold_value', 'beta_init', 'levels', 'k', 'B'
 
 
 def with_defaults(options):

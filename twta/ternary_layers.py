@@ -184,19 +184,20 @@ class Network:
     pooling     'conv': pool() is a convolution (learned); 'max', 'average': it has no weights if it keeps the channels
     rest        -1: activations are ternarize_from_rest after betas that begin at -1, ternary layers pad with -1; 0: as
                 published
+    beta_init   of the batch normalisation before each quantised activation; published: 0
     quantize    'both'; 'weights', with ReLU; 'activations', with full-precision weights; 'nothing'
     exact       sum in float64 up to the encoder's sums, see Conv2dLayer; None: in evaluation
     """
 
     def __init__(self, x, is_train, weights=ternarize_weights, activation=ternarize_activations, threshold=None,
-                 threshold_value=None, pooling='conv', rest=0, quantize='both', exact=None):
+                 threshold_value=None, pooling='conv', rest=0, beta_init=0, quantize='both', exact=None):
         weights = full_precision if quantize in ('activations', 'nothing') else weights
         if quantize in ('weights', 'nothing'):
-            activation, threshold, rest = tf.nn.relu, None, 0
+            activation, threshold, rest, beta_init = tf.nn.relu, None, 0, 0
         self.net, self.exact = tl.layers.InputLayer(x, name='images'), not is_train if exact is None else exact
         self.is_train, self.weights, self.pooling, self.rest = is_train, weights, pooling, rest
         self.activation = ternarize_from_rest if rest else activation
-        self.threshold, self.depth = (threshold, threshold_value), 0
+        self.threshold, self.beta_init, self.depth = (threshold, threshold_value), rest or beta_init, 0
 
     def stem(self, n_filter, filter_size):
         """Add a convolution before the encoder, e.g. 32C3, with full-precision weights and ReLU."""
@@ -238,7 +239,7 @@ class Network:
         self.depth += 1
         name = f'{kind}{self.depth}'
         net = layer(self.net, *arguments, **named, name=name)
-        net = BatchNormLayer(net, self.is_train, f'{name}/bn', self.rest)
+        net = BatchNormLayer(net, self.is_train, f'{name}/bn', self.beta_init)
         self.net = ActivationLayer(net, self.activation, *self.threshold, self.is_train, f'{name}/activation')
 
     def flat(self):
