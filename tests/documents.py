@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+from twta import options
 from twta.export import formats
 from twta.report import evidence, markdown, pictures, tables
 
@@ -82,6 +83,12 @@ def test_docstrings_of_the_modules_name_files_that_exist():
         docstring = ast.get_docstring(ast.parse(module.read_text())) or ''
         for name in re.findall(r'\b((?:docs|benchmarks|tests)/\w+\.\w+)', docstring):
             assert (ROOT / name).exists(), f'{module}: {name}'
+
+
+def test_the_page_of_experiments_names_every_option():
+    page = (ROOT / 'docs' / 'experiments.md').read_text()
+    for name in options.OPTIONS:
+        assert re.search(rf'^\|.*`--{name}[ `]', page, re.MULTILINE), name
 
 
 def test_the_exchange_page_names_every_dialect():

@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import QUICK, ROOT, log
+from conftest import QUICK, ROOT, SCRIPTS, load_script, log
 
-from twta import UsageError, files
+from twta import UsageError, command_line, files
 from twta.sweep import __main__ as sweep
 from twta.sweep import jobs, plan, table
 
@@ -135,10 +135,17 @@ def test_names_are_safe_and_differ(tmp_path):
 
 def test_the_command_is_the_ordinary_one(tmp_path):
     _, (run,), _ = plan.make_runs(SCRIPT, ['--seed', '3', '--deterministic', '--gpu', '1'], tmp_path)
-    assert run.command == [sys.executable, str(SCRIPT), '--seed', '3', '--deterministic', '--gpu', '1', '--run_dir',
+    assert run.command == [sys.executable, str(SCRIPT), '--seed=3', '--deterministic', '--gpu=1', '--run_dir',
                            str(tmp_path / 'TWTA_4_4_MNIST-deterministic-seed_3'), '--resume', 'auto']
     assert run.epochs == 150
     assert plan.make_runs(SCRIPT, ['--protocol', 'short'], tmp_path)[1][0].epochs == 30
+
+
+def test_a_command_gives_a_small_negative_value(tmp_path):
+    path = SCRIPTS['TWBA_5_5_MNIST']
+    _, (run,), _ = plan.make_runs(path, ['--beta_init', '-0.00005'], tmp_path)
+    args, _ = command_line.parse_script(path, load_script('TWBA_5_5_MNIST'), run.command[2:])
+    assert args.options['beta_init'] == -5e-5
 
 
 @pytest.mark.parametrize('words, message', [

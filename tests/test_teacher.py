@@ -106,6 +106,35 @@ def test_a_training_begins_with_weights_in_full_precision(teacher, tmp_path, res
         start(tmp_path, *FLAGS, *flags[:2], '--pooling', 'max')
 
 
+def test_beta_init_lowers_the_betas_of_a_twin(tmp_path, capsys):
+    script, twin = 'TWBA_5_5_MNIST', tmp_path / 'twin'
+    start(twin, *FLAGS, '--epochs', 1, '--quantize', 'nothing', script=script)
+    flags = *FLAGS, '--epochs', 1, '--learning_rate', 1e-12, '--beta_init', -0.5
+    start(tmp_path / 'run', *flags, '--weights', twin / 'model.npz', script=script)
+    begun, before = (dict(np.load(run_dir / 'model.npz')) for run_dir in (tmp_path / 'run', twin))
+    for name, value in before.items():
+        if 'moving' not in name:
+            lowered = -0.5 if name.endswith('beta:0') and not name.startswith('classify') else 0
+            np.testing.assert_allclose(begun[name], value + lowered, rtol=0, atol=1e-6, err_msg=name)
+    record = json.loads((tmp_path / 'run' / 'record.json').read_text())
+    assert record['name'].endswith('-begun-beta_init_-0.5') and record['choices']['beta_init'] == -0.5
+    start(tmp_path / 'run', *FLAGS, '--epochs', 1, '--resume', 'True', script=script)
+    assert 'beta_init -0.5' in capsys.readouterr().out
+
+    alone = tmp_path / 'alone.npz'  # nothing tells that it is of a twin
+    shutil.copy(twin / 'model.npz', alone)
+    start(tmp_path / 'alone', *flags, '--weights', alone, script=script)
+    assert f'WARNING: --weights {alone}: no config.json beside it' in capsys.readouterr().out
+    np.testing.assert_allclose(np.load(tmp_path / 'alone' / 'model.npz')['conv1/bn/beta:0'], before['conv1/bn/beta:0'],
+                               rtol=0, atol=1e-6)
+
+    config = json.loads((tmp_path / 'run' / 'config.json').read_text())
+    del config['flags']['choices']['beta_init']  # of a run before the option was there
+    results.write_json(tmp_path / 'run' / 'config.json', config)
+    with pytest.raises(UsageError, match=r'were trained with --beta_init 0; give that'):
+        start(tmp_path / 'again', *flags, '--weights', tmp_path / 'run' / 'model.npz', script=script)
+
+
 def test_a_threshold_that_the_twin_lacks_begins_at_its_value(teacher, finished_run, tmp_path):
     start(tmp_path, *FLAGS, '--epochs', 1, '--learning_rate', 1e-12, '--threshold', 'trainable', '--weights',
           teacher / 'model.npz')

@@ -38,9 +38,9 @@ OPTIONS = {  # network options by flag: default, arguments of the parser; each s
                  'in full precision. nothing trains a teacher for --teacher, or shows what quantisation costs '
                  '(default: both)'}),
     'beta_init': (0, {'type': partial(number, least=-2, most=2), 'metavar': 'BETA', 'help':
-                  'from -2 to 2: the beta of batch normalisation before each binary activation begins there. 0: as '
-                  'published; -0.5: the step is in the middle between 0 and 1 of ReLU, and the network learns faster '
-                  '(default: 0)'}),
+                  'first value of the beta of batch normalisation before each quantised activation, from -2 to 2. 0: '
+                  'as published; -0.5: a binary activation begins as a ReLU that is rounded to 0 or 1, for a training '
+                  'that begins with the weights of --quantize nothing (default: 0)'}),
     'levels': (2, {'type': partial(natural, least=2, most=3), 'metavar': '{2,3}', 'help':
                'number of activation levels. 2: {0, 1}, binary; 3: {0, 0.5, 1}, as in the published code (default: '
                '2)'}),

@@ -184,7 +184,7 @@ class Network:
     pooling     'conv': pool() is a convolution (learned); 'max', 'average': it has no weights if it keeps the channels
     rest        -1: activations are ternarize_from_rest after betas that begin at -1, ternary layers pad with -1; 0: as
                 published
-    beta_init   of the batch normalisation before each quantised activation; published: 0
+    beta_init   first value of the betas before quantised activations; 0: as published; with rest -1: -1
     quantize    'both'; 'weights', with ReLU; 'activations', with full-precision weights; 'nothing'
     exact       sum in float64 up to the encoder's sums, see Conv2dLayer; None: in evaluation
     """

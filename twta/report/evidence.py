@@ -205,7 +205,7 @@ def reproduce(data_dir):
             dataset = load(network.dataset, data_dir, record['data']['validation_images'])
         except (TwtaError, OSError) as error:
             absent[network.dataset] = error
-            say(f'{file.stem:33} recorded {recorded:.2%}  not compared: {describe_fault(error).partition(";")[0]}')
+            say(f'{file.stem:35} recorded {recorded:.2%}  not compared: {describe_fault(error).partition(";")[0]}')
             verdicts.append('not compared')
             continue
         found = accuracy(evaluate(network, dataset))
@@ -213,7 +213,7 @@ def reproduce(data_dir):
         if dataset.sha256 != record['data']['sha256']:
             verdict, why = 'not compared', f': the record is of other images ({record["data"]["origin"]})'
         verdicts.append(verdict)
-        say(f'{file.stem:33} recorded {recorded:.2%}  here {found:.2%}  {verdict}{why}')
+        say(f'{file.stem:35} recorded {recorded:.2%}  here {found:.2%}  {verdict}{why}')
     counts = ', '.join(f'{verdicts.count(verdict)} {verdict}' for verdict in ('the same', 'not compared', 'DIFFERENT'))
     say(f'{len(verdicts)} networks: {counts}')
     if 'DIFFERENT' in verdicts:

@@ -4,7 +4,7 @@ import numpy as np
 from twta import TwtaError, UsageError, files
 from twta.files import replacing
 from twta.graph.tf1 import tl
-from twta.options import OF_ACTIVATIONS, is_fp
+from twta.options import OF_ACTIVATIONS, is_fp, with_defaults
 from twta.terminal import say
 from twta.training import run_directory
 from twta.training.blocks import read_blocks
@@ -50,19 +50,16 @@ def read_weights(path, net, flag='--weights', scope='', is_twin=False):
 
 def first_weights(path, net):
     """Return the parameters of --weights as the network begins with them, by variable name."""
-    is_twin = run_directory.is_full_precision(run_directory.read_options(run_directory.read_config(path.parent)))
+    config = run_directory.read_config(path.parent)
+    is_twin = run_directory.is_full_precision(run_directory.read_options(config))
     weights = read_weights(path, net, is_twin=is_twin)
-    return quantized(weights, net) if is_twin else weights
-
-
-def quantized(weights, net):
-    """Return the parameters that a network begins with if its weights come from its twin in full precision.
-
-    weights    of the twin, by variable name. Its betas began at 0: those of the network are as far from beta_init as
-               they are from 0. So with --rest -1, -1 stands for ReLU's 0
-    """
+    # The betas of a twin began at 0. Those of the network are as far from beta_init as the twin's are from 0: with
+    # --rest -1, -1 stands for ReLU's 0.
     offsets = {block.batch_norm.beta.name: block.batch_norm.beta_init for block in read_blocks(net) if block.batch_norm}
-    return {name: value + offsets.get(name, 0) for name, value in weights.items()}
+    if any(offsets.values()) and not config['flags']:
+        say(f'WARNING: --weights {path}: no config.json beside it tells how it was trained, so its betas stay as they '
+            'are; if it was trained with --quantize nothing, give it in its run directory')
+    return {name: value + offsets.get(name, 0) for name, value in weights.items()} if is_twin else weights
 
 
 def check_weights(weights, script, dataset, options, mode):
@@ -82,10 +79,13 @@ def check_weights(weights, script, dataset, options, mode):
     if mode == 'export' and is_full_precision:
         raise UsageError(f'--weights {weights}: of a network in full precision, which cannot be packed; give others')
     free = ('quantize', *OF_ACTIVATIONS) if mode == 'training' and is_full_precision else ()
+    # a run older than an option has its default
+    usual = with_defaults(dict.fromkeys(options)) if trained_by == script and trained_with else options
     for flag, value in options.items():
-        if flag not in free and trained_with.get(flag, value) != value:
-            raise UsageError(f'--{flag} {value}: the weights in {weights} were trained with --{flag} '
-                             f'{trained_with[flag]}; give that')
+        before = trained_with.get(flag, usual[flag])
+        if flag not in free and before != value:
+            raise UsageError(f'--{flag} {value}: the weights in {weights} were trained with --{flag} {before}; give '
+                             'that')
 
 
 def warn_of_validation(sources, dataset):
