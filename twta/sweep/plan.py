@@ -89,7 +89,7 @@ def make_run(script, module, given, sweep_dir):
     parsed = {flag: value.resolve() if isinstance(value, Path) else value for flag, value in parsed.items()}
     values = {flag[2:]: value for flag, value in parsed.items() if flag not in SINGLE}
     run_dir = sweep_dir / name_run(script.stem, values)
-    flags = [word for flag, value in parsed.items() for word in [flag if value is True else f'{flag}={value}']]
+    flags = [flag if value is True else f'{flag}={value}' for flag, value in parsed.items()]
     command = [sys.executable, str(script), *flags, '--run_dir', str(run_dir), '--resume', 'auto']
     usual = SHORT[args.dataset]['epochs'] if args.protocol == 'short' else module.EPOCHS
     return Run(run_dir.name, '', run_dir, command, values, args.epochs or usual)
