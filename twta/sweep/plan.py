@@ -83,7 +83,7 @@ def group(words):
 
 def make_run(script, module, given, sweep_dir):
     """Return the run of one value per flag; 1e-3 and 0.001 are the same."""
-    words = [word for flag, value in given.items() for word in ([flag] if value is None else [f'{flag}={value}'])]
+    words = [flag if value is None else f'{flag}={value}' for flag, value in given.items()]
     args, _ = command_line.parse_script(script, module, [*words, '--run_dir', str(sweep_dir), '--resume', 'auto'])
     parsed = {flag: {**vars(args), **args.options}[flag[2:]] for flag in given}
     parsed = {flag: value.resolve() if isinstance(value, Path) else value for flag, value in parsed.items()}
