@@ -2,6 +2,7 @@
 import math
 import os
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, SCRIPTS, run_script
@@ -133,6 +134,8 @@ def test_a_flag_without_its_value(flag):
     (['--batch_norm', 'global'], ['--batch_norm global', 'without --workers']),
     (['--patience', '7'], ['--patience 7', 'without --workers']),
     (['--mode', 'inference', '--engine', 'packed', '--gpu', '1'], ['--gpu 1', '--engine packed']),
+    (['--mode', 'inference', '--engine', 'packed', '--verbose'], ['--verbose', '--engine packed']),
+    (['--weights', NPZ, '--run_dir', str(Path(NPZ).parent), '--resume', 'auto'], [f'--weights {NPZ}', '--resume auto']),
     (['--data_dir', f'{__file__}/data'], [f'--data_dir {__file__}/data', f'{__file__} is not a directory']),
     (['--mode', 'inference', '--engine', 'packed', '--pooling', 'max'], ['--pooling', '--engine packed']),
     (['--checkpoint', 'best'], ['--checkpoint best', '--mode inference']),
@@ -172,6 +175,23 @@ def test_inference_without_a_checkpoint_says_where_and_how(tmp_path):
     command = finished.stderr.split('make one with: ')[1]
     assert command.startswith(f'python {SCRIPT.relative_to(ROOT)} --resume False --mode training --dataset digits')
     assert not (tmp_path / 'none').exists()
+
+
+@pytest.mark.parametrize('file, is_named', [('net.twta', True), ('net.bin', False)])
+def test_the_command_that_makes_a_packed_file_is_one_that_can(tmp_path, file, is_named):
+    finished = run_script(SCRIPT, '--mode', 'inference', '--engine', 'packed', '--file', tmp_path / file)
+    assert finished.returncode == 2 and finished.stderr.count('\n') == 1
+    assert (f'--mode export --file {tmp_path}' in finished.stderr) == is_named and '--mode export' in finished.stderr
+
+
+def test_a_package_that_is_not_installed_is_named_in_a_line(capsys):
+    with pytest.raises(SystemExit) as stopped, terminal.errors_in_a_line('command'):
+        import no_such_package.part  # noqa: F401
+    assert stopped.value.code == 1
+    assert capsys.readouterr().err == ('command: error: the package no_such_package is not installed: pip install -r '
+                                       'requirements.txt\n')
+    with pytest.raises(ModuleNotFoundError), terminal.errors_in_a_line('command'):
+        import twta.no_such_module  # noqa: F401
 
 
 @pytest.mark.parametrize('name', SCRIPTS)

@@ -4,18 +4,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import ROOT, SCRIPTS, graph_of, hostile, random_packed, run_script, sample_of, start
 
-from twta import TwtaError, command_line
+from twta import TwtaError, command_line, files
 from twta.data import datasets
 from twta.export import folding, formats, nir_format, spatial
 from twta.export.pack import make_header, pack, read_out
 from twta.export.rewrite import fires_negatively, is_from_rest
 from twta.graph.tf1 import tf
-from twta.packed import cost, engines, file_format, numba_engine, numpy_engine, paired_engine, sliced_engine
+from twta.packed import cost, engines, file_format, inference, numba_engine, numpy_engine, paired_engine, sliced_engine
 from twta.spikes import conversion, simulation
 from twta.training.blocks import Block
 
@@ -194,6 +195,7 @@ def test_export_then_inference_without_tensorflow(exported, finished_run, tmp_pa
     expected = [line for line in capsys.readouterr().out.splitlines() if line.startswith('test ')]
     for package in ('tensorflow', 'tensorlayer'):
         (tmp_path / f'{package}.py').write_text(f'raise SystemExit("{package} was imported")')
+    (tmp_path / 'tqdm.py').write_text('raise ModuleNotFoundError("as if it were not installed", name="tqdm")')
     finished = run_script(SCRIPTS['TWTA_5_5_MNIST'], '--mode', 'inference', '--engine', 'packed', '--dataset', 'digits',
                           '--file', exported, '--run_dir', tmp_path / 'run', '--report', PYTHONPATH=str(tmp_path))
     assert finished.returncode == 0, finished.stderr
@@ -210,6 +212,16 @@ def test_packed_inference_warns_if_the_network_is_of_another_run(exported, finis
         finished = run_script(SCRIPTS['TWTA_5_5_MNIST'], '--mode', 'inference', '--engine', 'packed', '--dataset',
                               'digits', '--file', exported, '--run_dir', tmp_path)
         assert finished.returncode == 0 and (warning in finished.stdout) == is_warned
+
+
+def test_a_network_of_model_npz_is_of_its_run(finished_run):
+    """Exported with --weights model.npz; a config.json that was rewritten since does not matter then."""
+    def is_of_run(**hashes):
+        return inference.is_of_run(SimpleNamespace(record={'sha256': hashes}), finished_run)
+
+    found = {name: files.digest(finished_run / name) for name in ('config.json', 'model.npz')}
+    assert is_of_run(**found) and is_of_run(**{'model.npz': found['model.npz']})
+    assert not is_of_run(**{'model.npz': found['config.json']}) and not is_of_run()
 
 
 def test_the_default_file_is_in_the_current_folder(finished_run, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 import copy
 import hashlib
 import importlib
+import inspect
 import json
 import os
 import pickle
@@ -392,6 +393,19 @@ def test_the_fallback_if_numba_is_not_installed(monkeypatch):
         engines.open_engine(packed, 'numba')
 
 
+@pytest.mark.parametrize('fault', [ValueError, RuntimeError, ImportError])
+def test_the_fallback_if_numba_refuses_a_setting(monkeypatch, capsys, fault):
+    def refuse(packed, threads):
+        raise fault('the variable NUMBA_X\nis wrong')
+
+    packed = random_packed(*NETWORKS['odd'])
+    monkeypatch.setattr(numba_engine, 'NumbaEngine', refuse)
+    assert engines.open_engine(packed).name == 'numpy'
+    assert capsys.readouterr().err.count('\n') == 1
+    with pytest.raises(TwtaError, match='NUMBA_X is wrong; use --engine numpy'):
+        engines.open_engine(packed, 'numba')
+
+
 def test_an_older_numba_is_not_used(monkeypatch):
     monkeypatch.setattr(numba_engine.numba, 'version_info', (0, 60, 0))
     with pytest.raises(ImportError, match=r'is too old, 0\.61 is needed'):
@@ -407,6 +421,17 @@ def test_no_images_and_images_of_another_kind(packed):
         for wrong in (random_images(packed, 2) / 256, random_images(packed, 2)[:, 1:], random_images(packed, 0) / 256):
             with pytest.raises(ValueError, match='not uint8'):
                 engines.logits(engine, wrong)
+
+
+def test_layers_have_no_name_that_numpy_takes_for_an_argument():
+    """Vectors of a network are saved by names of layers: np.savez_compressed(file, **vectors)."""
+    arguments = set(inspect.signature(np.savez_compressed).parameters) - {'args', 'kwds'}
+    assert arguments <= set(file_format.RESERVED)
+    packed = random_packed(*NETWORKS['odd'])
+    for name in file_format.RESERVED:
+        renamed = packed._replace(layers=(*packed.layers[:-1], packed.layers[-1]._replace(name=name)))
+        with pytest.raises(file_format.InvalidFile, match='is taken, empty, or has a /'):
+            file_format.parse(file_format.serialize(renamed))
 
 
 def test_a_weight_sets_its_bit_in_the_words():

@@ -60,6 +60,8 @@ def test_other_choices_precision_validation_and_weights_are_words():
                   data={'validation_images': 0, 'published': False})
     assert evidence.protocol(record) == ('short 0.002, pooling max, validation 0, NOT the published files, float32, '
                                          'from other weights')
+    record['flags'] = {'weights': None, 'workers': 4, 'batch_norm': 'shard'}
+    assert evidence.protocol(record).endswith(', float32, 4 workers, batch_norm shard')
 
 
 def test_choices_are_means_over_seeds_whatever_their_order():

@@ -177,6 +177,16 @@ def test_costs_that_may_not_be_saved_have_been_printed(tmp_path, monkeypatch, ca
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize('number', [errno.EACCES, errno.EROFS])
+def test_costs_whose_folder_may_not_be_made_have_been_printed(tmp_path, monkeypatch, capsys, number):
+    packed = random_packed(*NETWORKS['dense'])
+    dataset = SimpleNamespace(test=SimpleNamespace(images=random_images(packed, 3)), title='the sample')
+    monkeypatch.setattr(cost, 'make_folder', lambda path: fail(number, path))
+    cost.report(numpy_engine.NumpyEngine(packed), dataset, tmp_path / 'run')
+    said = capsys.readouterr().out
+    assert 'in all' in said and 'not saved: ' in said
+
+
 def fail(number, path):
     raise OSError(number, os.strerror(number), str(path))
 
@@ -273,6 +283,13 @@ def test_an_encoding_without_the_characters_of_a_path(tmp_path, settings):
     refused = finished.returncode == 2 and finished.stderr.count('\n') == 1
     assert 'Traceback' not in finished.stderr and (refused or not finished.returncode)
     assert refused or (tmp_path / 'run' / 'Прогон' / 'record.json').exists()
+
+
+def test_a_page_in_an_encoding_without_its_characters(tmp_path):
+    finished = shell(f'{sys.executable} -m twta.export {ROOT}/pretrained/TWTA_2_2_MNIST.twta --format html', tmp_path,
+                     LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0', PYTHONPATH=str(ROOT))
+    assert finished.returncode == 0, finished.stderr
+    assert '\N{MULTIPLICATION SIGN}' in (tmp_path / 'TWTA_2_2_MNIST.html').read_text(encoding='utf-8')
 
 
 def test_a_terminal_that_is_closed(tmp_path):

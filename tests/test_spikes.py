@@ -25,7 +25,7 @@ from twta.export import pack as pack_module
 from twta.export.pack import make_header, pack
 from twta.packed import file_format, numpy_engine
 from twta.spikes import command, conversion, simulation
-from twta.training import run_directory
+from twta.training import records, run_directory
 
 SCRIPT = ROOT / 'MNIST' / 'Spiking_MNIST.py'
 PACKED = ROOT / 'pretrained'
@@ -61,6 +61,10 @@ def saturated(name, value):
     if 'moving_variance' in name and not name.startswith('conv1/'):
         return np.full_like(value, 4e4)
     return value
+
+
+def test_options_of_a_network_from_elsewhere_are_words():
+    assert records.list_options({'unknown': None, 'levels': 3, 'rest': 0}) == ['unknown None', 'levels 3']
 
 
 @pytest.mark.parametrize('parameters', [hostile, saturated])

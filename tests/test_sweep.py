@@ -429,6 +429,21 @@ def test_means_are_over_the_seeds_alone():
     assert table.with_deviation(0.6, 0.1414) == '60.00 ± 14.14'
 
 
+def test_weights_behind_a_link_are_given_by_the_link(tmp_path):
+    (tmp_path / 'elsewhere.npz').touch()
+    (tmp_path / 'twin').mkdir()
+    (tmp_path / 'twin' / 'model.npz').symlink_to(tmp_path / 'elsewhere.npz')
+    _, (run,), _ = plan.make_runs(SCRIPT, ['--weights', f'{tmp_path}/twin/../twin/model.npz'], tmp_path / 'sweep')
+    assert f'--weights={tmp_path.resolve()}/twin/model.npz' in run.command
+
+
+def test_means_of_an_earlier_sweep_do_not_stay(tmp_path):
+    table.write(tmp_path, [row(0.5, 0.1, seed=0)], [])
+    assert (tmp_path / 'means.csv').exists()
+    table.write(tmp_path, [row(None, None, seed=7)], [])
+    assert [path.name for path in tmp_path.iterdir()] == ['runs.csv']
+
+
 def test_a_record_of_other_flags_is_not_the_run(stub, tmp_path):
     words = '--seed', '0', '--rest', '0', '--epochs', '2'
     assert run(stub, *words, '--sweep_dir', tmp_path / 'sweep').returncode == 0

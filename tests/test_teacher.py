@@ -285,6 +285,25 @@ def test_a_teacher_by_a_relative_path(teacher, tmp_path, monkeypatch):
     start(tmp_path / 'run', '--resume', 'True', '--epochs', 1)
 
 
+def test_a_teacher_behind_a_link(teacher, tmp_path):
+    """The config.json beside the link counts, not one beside the file that it leads to."""
+    shutil.copytree(teacher, tmp_path / 'twin')
+    (tmp_path / 'twin' / 'model.npz').rename(tmp_path / 'elsewhere.npz')
+    (tmp_path / 'twin' / 'model.npz').symlink_to(tmp_path / 'elsewhere.npz')
+    taught(tmp_path / 'run', tmp_path / 'twin')
+    start(tmp_path / 'run', '--resume', 'True', '--epochs', 1)
+
+
+def test_a_taught_run_that_only_lacks_its_record_needs_no_teacher(teacher, tmp_path, capsys):
+    shutil.copytree(teacher, tmp_path / 'twin')
+    taught(tmp_path / 'run', tmp_path / 'twin')
+    shutil.rmtree(tmp_path / 'twin')
+    (tmp_path / 'run' / 'record.json').unlink()
+    start(tmp_path / 'run', '--resume', 'True')
+    assert 'but have no record' in capsys.readouterr().out
+    assert json.loads((tmp_path / 'run' / 'record.json').read_text())['name'].endswith('-taught')
+
+
 def test_a_teacher_that_is_gone_or_another_one(teacher, finished_run, tmp_path):
     shutil.copytree(teacher, tmp_path / 'teacher')
     taught(tmp_path / 'run', tmp_path / 'teacher')
@@ -294,6 +313,8 @@ def test_a_teacher_that_is_gone_or_another_one(teacher, finished_run, tmp_path):
     (tmp_path / 'teacher' / 'model.npz').unlink()
     with pytest.raises(UsageError, match=r'model\.npz: no such file, but the run learns'):
         start(tmp_path / 'run', '--resume', 'True', '--epochs', 1)
+    with pytest.raises(UsageError, match='is another file, but the run learns'):
+        start(tmp_path / 'run', '--resume', 'True', '--epochs', 1, '--teacher', finished_run / 'model.npz')
     start(tmp_path / 'run', '--resume', 'True', '--epochs', 1, '--teacher', teacher / 'model.npz')  # the same
     shutil.copytree(finished_run, tmp_path / 'without')
     with pytest.raises(UsageError, match='was started without a teacher'):

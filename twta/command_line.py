@@ -151,8 +151,9 @@ def add_training(add, datasets, defaults):
 def add_workers(add):
     add('--workers', type=workers.addresses, metavar='HOST:PORT,...',
         help='addresses of the processes that train together, the same on each; the first one, worker 0, writes the '
-             'run directory. Every machine that reaches such a port can run code there: use a network that you trust '
-             '(default: those in TF_CONFIG, else this process trains alone)')
+             'run directory. Who reaches such a port can run code there: on Linux the addresses of the workers, '
+             'elsewhere everyone; use a network that you trust (default: those in TF_CONFIG, else this process '
+             'trains alone)')
     add('--task', type=natural, metavar='I', help='index of this process in --workers (default: that in TF_CONFIG)')
     add('--batch_norm', choices=('shard', 'global'),
         help='moments that batch normalisation trains with. shard: of the images of each worker; global: of the whole '
@@ -177,7 +178,7 @@ def add_network(add, options):
 
 
 def add_files(add, datasets):
-    sample = f'; {datasets[1]} is a small sample that needs no network connection' if len(datasets) > 1 else ''
+    sample = f'; {datasets[1]} is a small sample that needs no internet connection' if len(datasets) > 1 else ''
     add('--dataset', choices=datasets, default=datasets[0],
         help=f'data set{sample} (default: {datasets[0]})')
     add('--data_dir', type=path, metavar='DIR',
@@ -193,7 +194,7 @@ def add_export(add):
         help='file that export writes and --engine packed reads (default: SCRIPT.twta, .npz, .h, .onnx, ... in the '
              'current folder; if it is absent, packed reads the file in pretrained/, for the default data set only)')
     add('--format', choices=tuple(SUFFIXES), default='twta',
-        help='format for export: the packed file, plain arrays, a C header, ONNX, QONNX (FINN, Brevitas), or NIR '
+        help='format for export: the packed file, plain arrays, a C header, ONNX, QONNX (FINN, qonnx), or NIR '
              '(spiking networks); html, a page that runs it (default: twta)')
     add('--threads', type=positive_integer, metavar='N',
         help='threads for --engine packed (default: one per core that the process may use)')
@@ -318,6 +319,8 @@ def check_packed(args):
         raise UsageError('--checkpoint best has no meaning with --engine packed; export with it')
     if args.gpu:
         raise UsageError(f'--gpu {args.gpu} has no meaning with --engine packed, which uses the CPU; leave it out')
+    if args.verbose:
+        raise UsageError('--verbose has no meaning with --engine packed, which needs no TensorFlow; leave it out')
 
 
 def check_files(args, script):
@@ -334,7 +337,8 @@ def check_files(args, script):
     if is_export and args.weights and args.weights.resolve() == args.file:
         raise UsageError(f'--file {args.file}: is what --weights reads; choose another')
     if is_packed and not args.file.is_file():
-        make = command(script, '--mode export', 'dataset', 'data_dir', 'run_dir', 'file', args=args)
+        file = ['file'] if args.file.name.endswith(SUFFIXES['twta']) else []
+        make = command(script, '--mode export', 'dataset', 'data_dir', 'run_dir', *file, args=args)
         raise UsageError(f'--file {args.file}: no such file; make it with: {make}')
     for flag, folder in (('run_dir', args.run_dir), ('data_dir', args.data_dir)):
         if not nearest(folder).is_dir():
@@ -347,6 +351,9 @@ def check_files(args, script):
     if args.teacher and args.teacher.resolve().parent == args.run_dir:
         raise UsageError(f'--teacher {args.teacher}: this training writes its own model.npz there; choose another '
                          '--run_dir')
+    if args.is_auto and args.weights and args.weights.resolve().parent == args.run_dir:
+        raise UsageError(f'--weights {args.weights}: --resume auto would look for it there again, and this training '
+                         'moves it; choose another --run_dir')
     if args.resume and not has_checkpoint(args.run_dir):
         make = command(script, '--resume False --mode training', 'dataset', 'data_dir', 'run_dir', args=args)
         raise UsageError(f'no checkpoint in {args.run_dir}; make one with: {make}')

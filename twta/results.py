@@ -129,7 +129,7 @@ def installed(packages):
 
 
 def write_csv(path, fields, rows):
-    with replacing(path) as part, open(part, 'w', newline='') as file:
+    with replacing(path) as part, open(part, 'w', newline='', encoding='utf-8') as file:
         writer = csv.DictWriter(file, fields)
         writer.writeheader()
         writer.writerows(rows)

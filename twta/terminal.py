@@ -62,6 +62,11 @@ def errors_in_a_line(name):
             line = 'the working folder has been removed; change to another one'
         complain(f'{name}: error: {line}')
         sys.exit(getattr(error, 'exit_code', TwtaError.exit_code))
+    except ModuleNotFoundError as error:
+        if '--debug' in sys.argv or error.name.split('.')[0] == 'twta':
+            raise
+        complain(f'{name}: error: the package {error.name} is not installed: pip install -r requirements.txt')
+        sys.exit(TwtaError.exit_code)
     except KeyboardInterrupt:
         complain(f'{name}: interrupted')
         sys.exit(130)  # 128 + SIGINT

@@ -125,7 +125,7 @@ def load_mnist(data_dir, validation=10000):
         path = find_mnist_file(data_dir / 'mnist', name)
         if not path.exists():
             download([mirror + path.name for mirror in MNIST_MIRRORS], path, gz_size, gz_sha256,
-                     f'put the file in {path.parent}; --dataset digits needs no network')
+                     f'put the file in {path.parent}; --dataset digits needs no internet')
         content = read_file(path, limit=16 + int(np.prod(shape)))
         arrays.append(parse_idx(content, shape, path))
         published &= hashlib.sha256(content).hexdigest() == sha256
@@ -253,7 +253,7 @@ def unpack_cifar10(folder, names):
         for other in ('cifar-10-batches-py', 'cifar-10-python.tar.gz'):
             if (folder.parent / other).exists():
                 otherwise = f'convert {folder.parent / other}, its Python version, as data/README.md shows'
-        download([CIFAR10_URL], archive, size, sha256, f'{otherwise}; --dataset shapes needs no network')
+        download([CIFAR10_URL], archive, size, sha256, f'{otherwise}; --dataset shapes needs no internet')
     actual = digest(archive)
     if actual != sha256:
         raise TwtaError(f'{archive}: its SHA-256 is {actual}, not {sha256}; {REMEDY}, or put the files of the binary '

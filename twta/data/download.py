@@ -10,8 +10,6 @@ import urllib.error
 import urllib.request
 from http.client import HTTPException
 
-from tqdm import tqdm
-
 from twta import TwtaError, files
 from twta.terminal import say
 
@@ -101,6 +99,8 @@ def fetch(url, part, size):
         resumed = response.status == 206 and response.headers.get('Content-Range', '').startswith(f'bytes {have}-')
         if response.status == 206 and not resumed:
             raise ConnectionError(f'asked for the bytes from {have} on, got {response.headers.get("Content-Range")}')
+        from tqdm import tqdm  # here: a packed network on data that are there needs numpy only
+
         bar = tqdm(total=size, initial=have if resumed else 0, unit='B', unit_scale=True, desc=part.stem, leave=False,
                    disable=not sys.stderr.isatty())
         with bar, open(part, 'ab' if resumed else 'wb') as file:

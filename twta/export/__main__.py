@@ -97,8 +97,9 @@ def make_parser():
     add('file', type=input_file,
         help='packed network (.twta), written by --mode export; with --format twta: a QONNX file (.onnx)')
     add('--format', choices=list(SUFFIXES), required=True,
-        help='npz: plain arrays; c: a C header; onnx: ONNX; qonnx: QONNX, for FINN and Brevitas; nir: NIR, for spiking '
-             'networks; html: a web page that runs the network; twta: import a ternary network of Brevitas from QONNX')
+        help='npz: plain arrays; c: a C header; onnx: ONNX; qonnx: QONNX, for FINN and the package qonnx; nir: NIR, '
+             'for spiking networks; html: a web page that runs the network; twta: import a ternary network of Brevitas '
+             'from QONNX')
     add('--output', type=output_file, metavar='FILE',
         help='file to write (default: the name of the packed file, with .core and .DIALECT if you ask for these, and '
              '.npz, .h, .onnx, .qonnx.onnx, .nir, .html or .twta, in the current folder)')

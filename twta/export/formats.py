@@ -1,7 +1,7 @@
 """A packed network in the formats of other programs: plain arrays (npz), a C header, ONNX, QONNX, NIR.
 
-docs/deployment.md and docs/exchange.md describe each format. Each file comes with test vectors: a few images, and the
-activations and logits that the numpy engine computes from them.
+docs/deployment.md and docs/exchange.md describe each format. Each file but html comes with test vectors: a few images,
+and the activations and logits that the numpy engine computes from them.
 """
 import importlib.util
 import math

@@ -24,13 +24,13 @@ def build_page(packed, images):
     data = file_format.serialize(packed)
     encoded = [base64.b64encode(np.ascontiguousarray(image).tobytes()).decode() for image in images]
     values = {'network': base64.b64encode(data).decode(), 'images': encoded, 'bytes': len(data)}
-    engine, *others = ((FOLDER / name).read_text() for name in ('engine.js', 'input.js', 'page.js'))
+    engine, *others = ((FOLDER / name).read_text(encoding='utf-8') for name in ('engine.js', 'input.js', 'page.js'))
     engine = engine.partition('\nif (typeof module')[0]  # what follows is for Node
     script = '\n'.join(["'use strict';", f'const DATA = {json.dumps(values)};', engine, *others])
-    style = (FOLDER / 'page.css').read_text()
+    style = (FOLDER / 'page.css').read_text(encoding='utf-8')
     texts = {'TITLE': html.escape(packed.network), 'STYLE': style, 'SCRIPT': script, 'STYLE_HASH': digest(style),
              'SCRIPT_HASH': digest(script)}
-    page = (FOLDER / 'page.html').read_text()
+    page = (FOLDER / 'page.html').read_text(encoding='utf-8')
     return re.sub('@([A-Z_]+)@', lambda mark: texts[mark[1]], page)  # in one go: a name may look like a mark
 
 

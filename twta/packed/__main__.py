@@ -17,7 +17,7 @@ def main(argv=None):
     parser = make_parser()
     with errors_in_a_line('twta.packed'):
         args = parser.parse_args(argv)
-        check_picture(args)
+        check_flags(args)
         packed = file_format.read(args.file)
         is_array = args.images[0].suffix.lower() == '.npy'
         images = read_all(args.images, packed.image)
@@ -63,8 +63,10 @@ def make_parser():
     return parser
 
 
-def check_picture(args):
-    """Raise UsageError if --picture would replace a file that is read, or has another suffix than .png."""
+def check_flags(args):
+    """Raise UsageError if --threads has no meaning, or if --picture is no .png or would replace a file that is read."""
+    if args.engine == 'numpy' and args.threads is not None:
+        raise UsageError(f'--threads {args.threads} has no meaning with --engine numpy, which has one; leave it out')
     if args.picture and args.picture.suffix.lower() != '.png':
         raise UsageError(f'--picture {args.picture}: it is a PNG; give it a name that ends in .png')
     if args.picture in [path.resolve() for path in (args.file, *args.images)]:

@@ -14,6 +14,7 @@ import math
 import numpy as np
 
 from twta import results
+from twta.files import make_folder
 from twta.packed import file_format
 from twta.packed.file_format import is_expanded
 from twta.packed.numpy_engine import convolve
@@ -37,6 +38,7 @@ def report(engine, dataset, run_dir):
     say('zero w, zero x: fraction of weights and inputs that are 0; nJ: estimate of the arithmetic alone, 45 nm '
         '(Horowitz, ISSCC 2014)')
     with results.if_permitted():
+        make_folder(run_dir)
         results.write_csv(run_dir / 'cost.csv', FIELDS, rows)
         say(f'table: {run_dir / "cost.csv"}')
         if results.save_picture(run_dir / 'cost.png', draw, engine.packed, dataset, rows):

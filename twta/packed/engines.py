@@ -31,7 +31,7 @@ def open_engine(packed, engine='auto', threads=None):
     threads    of the numba engine, at least 1; None: one per core
 
     An engine has name, batch (the largest number of images per call), logits(images) and activations(images).
-    Raises UsageError if engine is 'numba' and numba cannot be imported, or if an argument is none of these.
+    Raises UsageError if engine is 'numba' and numba cannot be used, or if an argument is none of these.
     """
     if engine not in ('auto', 'numba', 'numpy'):
         raise UsageError(f"engine {engine!r}: no such engine, valid are 'auto', 'numba' and 'numpy'")
@@ -42,10 +42,10 @@ def open_engine(packed, engine='auto', threads=None):
             from twta.packed.numba_engine import NumbaEngine  # here: numba is optional, and its import compiles
 
             return NumbaEngine(packed, threads)
-        except ImportError as error:
+        except (ImportError, ValueError, RuntimeError) as error:  # for example of a variable NUMBA_...
             if engine == 'numba':
-                raise UsageError(f'--engine numba: {error}; use --engine numpy') from None
-            complain(f'numba, which is much faster, cannot be used: {error}')
+                raise UsageError(f'--engine numba: {in_a_line(str(error))}; use --engine numpy') from None
+            complain(f'numba, which is much faster, cannot be used: {in_a_line(str(error))}')
     return NumpyEngine(packed)
 
 

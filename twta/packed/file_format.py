@@ -41,7 +41,7 @@ LARGEST_FILE = 1 << 28  # bytes; the scripts' largest network is about 200 times
 LARGEST_SIZE = 1 << 16  # limit of every size in the header
 LARGEST_MAPS = 1 << 22  # values; limit of an image, and of the bordered inputs of all layers together
 RESERVED = '', 'input', 'output', 'images', 'logits', 'stem', 'layers', 'classifier', \
-    'file'  # no names of layers: of formats
+    'file', 'allow_pickle'  # no names of layers: of formats, and of arguments of numpy.savez
 POWERS = 3 ** np.arange(5)
 
 

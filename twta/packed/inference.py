@@ -29,8 +29,7 @@ def infer(script, args):
     engine = engines.warm_engine(packed, 'auto', args.threads, len(images))
     epoch = packed.record.get('epoch') if isinstance(packed.record.get('epoch'), int) else None
     say(f'network: {script}, {args.file}' + ('' if epoch is None else f', epoch {epoch}'))
-    config = args.run_dir / 'config.json'
-    if config.is_file() and not is_of_run(packed, config):
+    if (args.run_dir / 'config.json').is_file() and not is_of_run(packed, args.run_dir):
         say(f'WARNING: this network is not that of the run in {args.run_dir}; --mode export writes that one')
     start = time.perf_counter()
     values = engines.logits(engine, images)
@@ -45,10 +44,11 @@ def infer(script, args):
         cost.report(engine, dataset, args.run_dir)
 
 
-def is_of_run(packed, config):
-    """Return whether a network was exported from the run as its config.json stands."""
+def is_of_run(packed, run_dir):
+    """Return whether a network was exported from the run as its config.json stands, or from its model.npz."""
     hashes = packed.record.get('sha256')
-    return isinstance(hashes, dict) and hashes.get('config.json') == digest(config)
+    files = [run_dir / name for name in ('config.json', 'model.npz')]
+    return isinstance(hashes, dict) and any(hashes.get(file.name) == digest(file) for file in files if file.is_file())
 
 
 def check_images(packed, dataset, args):

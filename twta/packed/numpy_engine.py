@@ -80,7 +80,7 @@ class NumpyEngine:
         self.packed, self.neuron, self.between = packed, neuron, between
 
     def run(self, images):
-        """Return logits, float32 [n, classes], and each layer's activations, int8 NHWC, of at most `batch` images.
+        """Return logits, float32 [n, classes], and each layer's activations, int8 NHWC, of images, in one batch.
 
         Raises ValueError if images have another type or shape.
         """

@@ -86,6 +86,8 @@ def protocol(record):
     if record['data']['published'] != IS_PUBLISHED[record['dataset']]:
         words.append('the published files' if record['data']['published'] else 'NOT the published files')
     words += [] if record['precision'] == 'bfloat16' else [record['precision']]
+    count = record['flags'].get('workers', 1)
+    words += [f'{count} workers, batch_norm {record["flags"]["batch_norm"]}'] if count > 1 else []
     return ', '.join([*words, *helpers(record)])
 
 

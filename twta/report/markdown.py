@@ -23,7 +23,7 @@ def fill(page, tables):
 
     Raises TwtaError if a table has no place, or a place has no table or no end.
     """
-    text = page.read_text()
+    text = page.read_text(encoding='utf-8')
     places = re.findall(r'<!-- table (\w+)[^>]*-->\n(?:(?!<!-- table).)*?<!-- end -->', text, re.DOTALL)
     if not sorted(places) == sorted(re.findall(r'<!-- table (\w+)', text)) == sorted(tables):
         raise TwtaError(f'{page} has places for the tables {", ".join(sorted(places))}; needed, each with its <!-- '
@@ -36,7 +36,7 @@ def fill(page, tables):
 
 def replace_text(file, text):
     """Write the text, whole or not at all, with the file's permissions, unless the file holds it already."""
-    if file.read_text() != text:
+    if file.read_text(encoding='utf-8') != text:
         with replacing(file) as part:
-            part.write_text(text)
+            part.write_text(text, encoding='utf-8')
             shutil.copymode(file, part)

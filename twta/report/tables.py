@@ -130,7 +130,7 @@ def architecture(file):
 
     Raises TwtaError if there is none.
     """
-    found = re.search(r'Architecture: +(.+?)\n[A-Z]', file.read_text(), re.DOTALL)
+    found = re.search(r'Architecture: +(.+?)\n[A-Z]', file.read_text(encoding='utf-8'), re.DOTALL)
     if not found:
         raise TwtaError(f'{file}: its docstring has no line "Architecture: ..."; write one, as the other scripts do')
     return ' '.join(found[1].partition('(')[0].split())
@@ -158,7 +158,7 @@ def docstrings(records):
             accuracy = f'{test_accuracy(runs)} % test{images} ({words}; published {published(script)})'
         if script in images_per_second:
             speed = f'{images_per_second[script]:,.0f} images/s in training (bfloat16, 2 cores of an AMD EPYC)'
-        text = file.read_text()
+        text = file.read_text(encoding='utf-8')
         for label, value, end in (('Accuracy:', accuracy, 'Speed:'), ('Speed:', speed, '\n')):
             line = textwrap.fill(value, 120, initial_indent=f'{label:14}', subsequent_indent=14 * ' ',
                                  break_on_hyphens=False) + '\n'

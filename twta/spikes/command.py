@@ -67,8 +67,8 @@ def make_parser(script, description, datasets, default):
         help='packed network, from --mode export, in place of --network; for --conversion spatial or '
              'rest; needs no TensorFlow')
     add('--output', type=path, metavar='DIR',
-        help='folder for the results (default: spikes-CONVERSION in the run directory, with -best, -noise-P, -seed-N '
-             'and -images-N if you give these; with --file, FILE-spikes-... in the current folder)')
+        help='folder for the results (default: spikes-CONVERSION in the run directory, with -best, -noise-P, -images-N '
+             'and, with noise, -seed-N if you give these; with --file, FILE-spikes-... in the current folder)')
     add('--debug', action='store_true', help='print the traceback of an error')
     return parser
 

@@ -45,7 +45,7 @@ class Progress:
 def last_row(path):
     """Return the last row of a log.csv as a dictionary; empty if there is none."""
     try:
-        with open(path, newline='') as file:
+        with open(path, newline='', encoding='utf-8') as file:
             rows = list(csv.DictReader(file))
         return rows[-1] if rows and float(rows[-1]['epoch']) and rows[-1]['training_accuracy'] else {}
     except (OSError, ValueError, TypeError, KeyError):  # not there yet, or of something else
@@ -116,6 +116,8 @@ def write(sweep_dir, rows, swept):
     write_csv(sweep_dir / 'runs.csv', list(rows[0]), rows)
     if means:
         write_csv(sweep_dir / 'means.csv', list(means[0]), means)
+    else:  # no run has ended yet
+        (sweep_dir / 'means.csv').unlink(missing_ok=True)
     show_table([*(swept or ['run']), 'state', *(['epochs'] if 'epochs' not in swept else []), *ACCURACIES, 'minutes'],
                rows)
     if any(mean['seeds'] > 1 for mean in means):

@@ -70,5 +70,6 @@ def name_schedule(schedule, augmentation):
 
 def list_options(options):
     """Return the options of a network that are not the default, or that this version does not know, as words."""
+    known = {name: value for name, value in options.items() if name in OPTIONS}
     return [f'{name} {value}' for name, value in options.items()
-            if name not in OPTIONS or value != with_defaults({**options, name: None})[name]]
+            if name not in known or value != with_defaults({**known, name: None})[name]]

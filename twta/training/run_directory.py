@@ -1,6 +1,6 @@
 """The run directory: its lock, config.json, log.csv, curve.png and TensorBoard events.
 
-Each file is written beside its name and moved into place, so that a kill leaves the previous one whole.
+Each file but the events is written beside its name and moved into place, so that a kill leaves the previous one whole.
 """
 import contextlib
 import os

@@ -24,7 +24,9 @@ SCOPE = 'teacher'  # of its variables
 
 def describe(path):
     """Return what a run's state keeps of a teacher: file and SHA-256; None without one."""
-    return {'file': str(path.resolve()), 'sha256': digest(path)} if path else None
+    if not path:
+        return None
+    return {'file': str(path.parent.resolve() / path.name), 'sha256': digest(path)}  # a link stays: see model_of
 
 
 def find(state, flag):
@@ -41,7 +43,7 @@ def find(state, flag):
         return None
     path = Path(flag or state.teacher['file'])
     if not path.is_file() or digest(path) != state.teacher['sha256']:
-        reason = 'is another file now' if path.is_file() else 'no such file'
+        reason = 'no such file' if not path.is_file() else 'is another file' if flag else 'is another file now'
         raise UsageError(f'--teacher {path}: {reason}, but the run learns from one with the SHA-256 '
                          f'{state.teacher["sha256"]}; give its path')
     other = run_directory.other_dataset(run_directory.read_config(path.parent), state.dataset)
