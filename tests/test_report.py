@@ -54,6 +54,17 @@ def test_runs_that_differ_in_their_seed_alone_share_a_row():
     assert (empty, absent) == ('', 'Not run: TWTA_5_5_MNIST (published: 99.32 %).')
 
 
+def test_full_precision_is_of_any_script_with_the_architecture():
+    full = {'choices': {'quantize': 'nothing'}, 'script': 'TWBA_CIFAR10_Model2'}
+    records = [{**a_record(0, accuracy), **words, 'dataset': 'cifar10'} for accuracy, words in (
+        (0.7, {'script': 'BWBA_CIFAR10_Model2'}), (0.8, full), (0.9, {'script': 'FP_3_3_CIFAR10_VGG13'}))]
+    rows = {line.split(' | ')[0].strip('| '): line.split(' | ')[2:] for line in tables.distances(records)}
+    assert rows['BWBA_CIFAR10_Model2'][0].startswith('70.00 (') and rows['BWBA_CIFAR10_Model2'][1].startswith('80.00 (')
+    assert rows['TWBA_CIFAR10_Model2'] == ['not run', rows['BWBA_CIFAR10_Model2'][1]]
+    assert rows['Quant_CIFAR10'][1].startswith('90.00 (') and rows['Quant_CIFAR10'][0] == 'not run'
+    assert rows['TWTA_3_3_CIFAR10_Group_V2'] == ['not run', 'not run |']
+
+
 def test_other_choices_precision_validation_and_weights_are_words():
     record = a_record(0, 0.99)
     record.update(choices={'pooling': 'max'}, precision='float32', flags={'weights': 'model.npz'},

@@ -5,6 +5,7 @@ import statistics
 import textwrap
 
 from twta import TwtaError
+from twta.options import is_fp
 from twta.report import evidence, scaling, speeds
 from twta.report.evidence import ROOT, by_protocol, is_whole, protocol
 from twta.report.markdown import table
@@ -30,7 +31,8 @@ def pages(records):
     return {
         README: {'scripts': scripts(records)},
         RESULTS: {'mnist': accuracies(records, r'(FP|TWTA)_.*MNIST'),
-                  'cifar10': accuracies(records, r'(FP|TWTA)_.*CIFAR10'), 'architectures': architectures(records)},
+                  'cifar10': accuracies(records, r'(FP|TWTA)_.*CIFAR10'), 'distances': distances(records),
+                  'architectures': architectures(records)},
         EXPERIMENTS: {'siblings': accuracies(records, r'(TWBA|BWBA|Quant)_'),
                       'short': ablations([row for row, short in zip(rows, is_short, strict=True) if short]),
                       'choices': ablations([row for row, short in zip(rows, is_short, strict=True) if not short])},
@@ -63,13 +65,21 @@ def best_trained(records, script):
     then the one with the most seeds: on CIFAR-10, where none are held out, networks underfit. The accuracy on the test
     images never counts. Networks of which only a part is quantised are not that of the script.
     """
+    return best([record for record in records if record['script'] == script and is_whole(record)])
+
+
+def best(records):
+    """Return the runs of the best protocol, as best_trained has it."""
     def rank(runs):
         validation = [run['last']['validation_accuracy'] for run in runs]
-        training = statistics.mean(run['curve']['training_accuracy'][-1] for run in runs)
-        return 0 if None in validation else statistics.mean(validation), training, runs[0]['epochs'], len(runs)
+        return 0 if None in validation else statistics.mean(validation), training(runs), runs[0]['epochs'], len(runs)
 
-    whole = [record for record in records if record['script'] == script and is_whole(record)]
-    return max(by_protocol(whole), key=rank, default=[])
+    return max(by_protocol(records), key=rank, default=[])
+
+
+def training(runs):
+    """Return the mean accuracy on training images in the last epoch."""
+    return statistics.mean(run['curve']['training_accuracy'][-1] for run in runs)
 
 
 def test_accuracy(runs):
@@ -112,6 +122,23 @@ def accuracies(records, pattern):
     absent = [script for script in find_scripts() if re.match(pattern, script) and script not in done]
     if absent:
         yield from ('', f'Not run: {", ".join(f"{script} (published: {published(script)})" for script in absent)}.')
+
+
+def distances(records):
+    """Return a row per quantised network on CIFAR-10: published, quantised here, in full precision on the same images.
+
+    A network in full precision is of any script with this architecture. Each is the best_trained of its kind.
+    """
+    rows, files = [], find_scripts()
+    for script, file in files.items():
+        if file.parent.name == 'CIFAR10' and not is_fp(script):
+            ours = best_trained(records, script)
+            full = best([record for record in records if architecture(files[record['script']]) == architecture(file)
+                         and (is_fp(record['script']) or record['choices'].get('quantize') == 'nothing')])
+            rows.append((script, published(script), *(
+                f'{test_accuracy(runs)} ({percent([training(runs)])}, {runs[0]["epochs"]})' if runs else 'not run'
+                for runs in (ours, full))))
+    return table(('network', 'published', 'quantised, %', 'full precision, %'), rows)
 
 
 def training_time(runs):
