@@ -351,7 +351,7 @@ def check_files(args, script):
     if args.teacher and args.teacher.resolve().parent == args.run_dir:
         raise UsageError(f'--teacher {args.teacher}: this training writes its own model.npz there; choose another '
                          '--run_dir')
-    if args.is_auto and args.weights and args.weights.resolve().parent == args.run_dir:
+    if args.is_auto and not args.resume and args.weights and args.weights.resolve().parent == args.run_dir:
         raise UsageError(f'--weights {args.weights}: --resume auto would look for it there again, and this training '
                          'moves it; choose another --run_dir')
     if args.resume and not has_checkpoint(args.run_dir):
