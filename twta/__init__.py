@@ -28,6 +28,8 @@ def in_a_line(text):
 
 def describe_fault(error):
     """Return an error in words, one line; of an OSError the file, the fault and, if known, what to do."""
+    if isinstance(error, ModuleNotFoundError):
+        return in_a_line(f'the package {error.name} is not installed: pip install -r requirements.txt')
     if not isinstance(error, OSError):
         return in_a_line(str(error) or type(error).__name__)
     words = error.filename, error.strerror or str(error)

@@ -112,6 +112,14 @@ def read_header(file):
     return shape, kind
 
 
+def in_real_folder(path):
+    """Return the absolute path of a file without links among its folders; a link to the file itself stays.
+
+    So config.json is found beside it where the user sees it.
+    """
+    return path.parent.resolve() / path.name
+
+
 def digest(path):
     """Return the SHA-256 of a file as hexadecimal digits."""
     digest = hashlib.sha256()

@@ -66,6 +66,11 @@ def is_fp(script):
     return script.startswith('FP_')
 
 
+def is_full_precision(options):
+    """Return whether the options of a network tell that nothing of it is quantised."""
+    return options.get('quantize') == 'nothing'
+
+
 def has_meaning(name, options):
     """Return whether an option has a meaning beside the others: some have none if the activations are ReLU."""
     return name not in OF_ACTIVATIONS or options.get('quantize') not in ('weights', 'nothing')

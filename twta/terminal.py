@@ -54,19 +54,15 @@ def errors_in_a_line(name):
     prepare_streams()
     try:
         yield
-    except (TwtaError, OSError) as error:
-        if '--debug' in sys.argv:
+    except (TwtaError, OSError, ModuleNotFoundError) as error:
+        is_ours = isinstance(error, ModuleNotFoundError) and (error.name or 'twta').split('.')[0] == 'twta'
+        if is_ours or '--debug' in sys.argv:  # a module of this package that is absent is a fault of the code
             raise
         line = describe_fault(error)
         if isinstance(error, FileNotFoundError) and not error.filename and not has_working_folder():
             line = 'the working folder has been removed; change to another one'
         complain(f'{name}: error: {line}')
         sys.exit(getattr(error, 'exit_code', TwtaError.exit_code))
-    except ModuleNotFoundError as error:
-        if '--debug' in sys.argv or error.name.split('.')[0] == 'twta':
-            raise
-        complain(f'{name}: error: the package {error.name} is not installed: pip install -r requirements.txt')
-        sys.exit(TwtaError.exit_code)
     except KeyboardInterrupt:
         complain(f'{name}: interrupted')
         sys.exit(130)  # 128 + SIGINT

@@ -22,6 +22,7 @@ from twta.packed.numpy_engine import NumpyEngine, check_images
 from twta.terminal import complain
 
 MANY = 144  # images from which on the sliced engine is faster than the numba engine: it computes 256 in any case
+NUMBA_FAULTS = ImportError, ValueError, RuntimeError  # not installed, too old, a variable NUMBA_... that it refuses
 SLOW = 2  # seconds; if an engine takes longer to begin, the user is told why
 
 
@@ -42,10 +43,16 @@ def open_engine(packed, engine='auto', threads=None):
             from twta.packed.numba_engine import NumbaEngine  # here: numba is optional, and its import compiles
 
             return NumbaEngine(packed, threads)
-        except (ImportError, ValueError, RuntimeError) as error:  # for example of a variable NUMBA_...
-            if engine == 'numba':
-                raise UsageError(f'--engine numba: {in_a_line(str(error))}; use --engine numpy') from None
-            complain(f'numba, which is much faster, cannot be used: {in_a_line(str(error))}')
+        except NUMBA_FAULTS as error:
+            return without_numba(packed, engine, error)
+    return NumpyEngine(packed)
+
+
+def without_numba(packed, engine, error):
+    """Return the numpy engine after a line that tells why it is not numba; raise UsageError if that was asked for."""
+    if engine == 'numba':
+        raise UsageError(f'--engine numba: {error}; use --engine numpy') from None
+    complain(f'numba, which is much faster, cannot be used: {in_a_line(str(error))}')
     return NumpyEngine(packed)
 
 
@@ -114,11 +121,8 @@ def warm_engine(packed, engine, threads, count=1):
             for number in sorted({1, min(count, found.batch)}):
                 used = engine_for(found, number)
                 used.logits(first)
-        except (ValueError, ImportError, RuntimeError) as error:  # for example of a variable NUMBA_...
-            if engine == 'numba':
-                raise UsageError(f'--engine numba: {error}; use --engine numpy') from None
-            complain(f'numba, which is much faster, cannot be used: {in_a_line(str(error))}')
-            used = found = NumpyEngine(packed)
+        except NUMBA_FAULTS as error:
+            used = found = without_numba(packed, engine, error)
             found.logits(first)
     except MemoryError:
         raise TwtaError(f'{packed.network}: too little memory for its maps') from None

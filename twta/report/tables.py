@@ -5,7 +5,7 @@ import statistics
 import textwrap
 
 from twta import TwtaError
-from twta.options import is_fp
+from twta.options import is_fp, is_full_precision
 from twta.report import evidence, scaling, speeds
 from twta.report.evidence import ROOT, by_protocol, is_whole, protocol
 from twta.report.markdown import table
@@ -129,12 +129,13 @@ def distances(records):
 
     A network in full precision is of any script with this architecture. Each is the best_trained of its kind.
     """
-    rows, files = [], find_scripts()
-    for script, file in files.items():
+    rows, in_full = [], [record for record in records
+                         if is_fp(record['script']) or is_full_precision(record['choices'])]
+    networks = {script: architecture(file) for script, file in find_scripts().items()}
+    for script, file in find_scripts().items():
         if file.parent.name == 'CIFAR10' and not is_fp(script):
             ours = best_trained(records, script)
-            full = best([record for record in records if architecture(files[record['script']]) == architecture(file)
-                         and (is_fp(record['script']) or record['choices'].get('quantize') == 'nothing')])
+            full = best([record for record in in_full if networks.get(record['script']) == networks[script]])
             rows.append((script, published(script), *(
                 f'{test_accuracy(runs)} ({percent([training(runs)])}, {runs[0]["epochs"]})' if runs else 'not run'
                 for runs in (ours, full))))

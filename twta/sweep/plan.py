@@ -86,8 +86,7 @@ def make_run(script, module, given, sweep_dir):
     words = [flag if value is None else f'{flag}={value}' for flag, value in given.items()]
     args, _ = command_line.parse_script(script, module, [*words, '--run_dir', str(sweep_dir), '--resume', 'auto'])
     parsed = {flag: {**vars(args), **args.options}[flag[2:]] for flag in given}
-    parsed = {flag: value.parent.resolve() / value.name if isinstance(value, Path) else value  # links stay links: a
-              for flag, value in parsed.items()}  # config.json is read beside them
+    parsed = {flag: files.in_real_folder(value) if isinstance(value, Path) else value for flag, value in parsed.items()}
     values = {flag[2:]: value for flag, value in parsed.items() if flag not in SINGLE}
     run_dir = sweep_dir / name_run(script.stem, values)
     flags = [flag if value is True else f'{flag}={value}' for flag, value in parsed.items()]

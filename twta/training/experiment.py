@@ -170,8 +170,7 @@ def train(experiment, args, defaults, precision, workers):
     """
     dataset, run_dir = experiment.dataset, experiment.run_dir
     state = workers.share(lambda: open_stage(experiment, args, defaults, precision), State.to_json, State.from_json)
-    stage = state.stages[-1]
-    taught_by = teacher.find(state, args.teacher) if args.teacher or state.epoch < stage.last_epoch else None
+    stage, taught_by = state.stages[-1], teacher.find(state, args.teacher)
     network = build_graph(experiment.model, dataset.test.images.shape[1:], dataset.crop, state.seed, precision,
                           stage.augmentation, taught_by and teacher.model_of(taught_by, experiment.model),
                           workers.workers, workers.patience, args.batch_norm)

@@ -123,11 +123,6 @@ def other_dataset(config, dataset):
     return trained_on[:40] if isinstance(trained_on, str) and trained_on != dataset else None
 
 
-def is_full_precision(options):
-    """Return whether the options of a run, from read_options, tell that it is in full precision."""
-    return options.get('quantize') == 'nothing'
-
-
 def write_log(path, history):
     """Write log.csv, a row per epoch. It is rewritten as a whole, so no epoch is missing or there twice."""
     write_csv(path, FIELDS, [{field: row[field] for field in FIELDS} for row in history])

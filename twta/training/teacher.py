@@ -9,10 +9,10 @@ import functools
 from pathlib import Path
 
 from twta import UsageError
-from twta.files import digest
+from twta.files import digest, in_real_folder
 from twta.graph.fast import compiled
 from twta.graph.tf1 import tf
-from twta.options import with_defaults
+from twta.options import is_full_precision, with_defaults
 from twta.training import run_directory
 from twta.training.blocks import read_blocks
 
@@ -24,15 +24,13 @@ SCOPE = 'teacher'  # of its variables
 
 def describe(path):
     """Return what a run's state keeps of a teacher: file and SHA-256; None without one."""
-    if not path:
-        return None
-    return {'file': str(path.parent.resolve() / path.name), 'sha256': digest(path)}  # a link stays: see model_of
+    return {'file': str(in_real_folder(path)), 'sha256': digest(path)} if path else None
 
 
 def find(state, flag):
-    """Return the path of the teacher of a run, or None.
+    """Return the path of the teacher of a run; None without one, or if the run has no epochs left to learn from it.
 
-    flag    path of --teacher, or None
+    flag    path of --teacher, or None; it is checked in any case
 
     Raises UsageError if the run has another teacher, if its file is gone or has changed, or if it was trained on
     another data set.
@@ -40,6 +38,8 @@ def find(state, flag):
     if not state.teacher:
         if flag:
             raise UsageError(f'--teacher {flag}: the run was started without a teacher; start a new one')
+        return None
+    if not flag and state.epoch >= state.stages[-1].last_epoch:
         return None
     path = Path(flag or state.teacher['file'])
     if not path.is_file() or digest(path) != state.teacher['sha256']:
@@ -62,7 +62,7 @@ def model_of(path, model):
     Raises UsageError if config.json beside the file does not tell that it was trained with --quantize nothing.
     """
     trained_with = run_directory.read_options(run_directory.read_config(path.parent))
-    if not run_directory.is_full_precision(trained_with):
+    if not is_full_precision(trained_with):
         reason = (f'trained with --quantize {trained_with["quantize"]}' if 'quantize' in trained_with else
                   'config.json beside it does not tell that it was trained with --quantize nothing')
         raise UsageError(f'--teacher {path}: {reason}; give the model.npz in the run directory of such a training')

@@ -4,7 +4,7 @@ import numpy as np
 from twta import TwtaError, UsageError, files
 from twta.files import replacing
 from twta.graph.tf1 import tl
-from twta.options import OF_ACTIVATIONS, is_fp, with_defaults
+from twta.options import OF_ACTIVATIONS, is_fp, is_full_precision, with_defaults
 from twta.terminal import say
 from twta.training import run_directory
 from twta.training.blocks import read_blocks
@@ -51,7 +51,7 @@ def read_weights(path, net, flag='--weights', scope='', is_twin=False):
 def first_weights(path, net):
     """Return the parameters of --weights as the network begins with them, by variable name."""
     config = run_directory.read_config(path.parent)
-    is_twin = run_directory.is_full_precision(run_directory.read_options(config))
+    is_twin = is_full_precision(run_directory.read_options(config))
     weights = read_weights(path, net, is_twin=is_twin)
     # The betas of a twin began at 0. Those of the network are as far from beta_init as the twin's are from 0: with
     # --rest -1, -1 stands for ReLU's 0.
@@ -69,16 +69,16 @@ def check_weights(weights, script, dataset, options, mode):
     """
     config = run_directory.read_config(weights.parent)
     trained_by, trained_with = config['script'], run_directory.read_options(config)
-    is_full_precision = run_directory.is_full_precision(trained_with)
-    can_be_the_same = is_full_precision and ('quantize' in options or is_fp(script))
+    is_twin = is_full_precision(trained_with)
+    can_be_the_same = is_twin and ('quantize' in options or is_fp(script))
     if mode != 'training' and trained_by not in ('', script) and not can_be_the_same:
         raise UsageError(f'--weights {weights}: trained by {trained_by[:40]}; use that script')
     other = run_directory.other_dataset(config, dataset)
     if mode != 'training' and other:
         raise UsageError(f'--weights {weights}: trained on --dataset {other}; give that')
-    if mode == 'export' and is_full_precision:
+    if mode == 'export' and is_twin:
         raise UsageError(f'--weights {weights}: of a network in full precision, which cannot be packed; give others')
-    free = ('quantize', *OF_ACTIVATIONS) if mode == 'training' and is_full_precision else ()
+    free = ('quantize', *OF_ACTIVATIONS) if mode == 'training' and is_twin else ()
     # a run older than an option has its default
     usual = with_defaults(dict.fromkeys(options)) if trained_by == script and trained_with else options
     for flag, value in options.items():
