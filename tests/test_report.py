@@ -13,7 +13,7 @@ from conftest import ROOT, start
 
 from twta import TwtaError, UsageError, scripts
 from twta.packed import file_format
-from twta.report import __main__, evidence, markdown, tables
+from twta.report import __main__, evidence, markdown, pictures, tables
 from twta.training.records import name_options
 
 SHARED = ROOT.parent / 'shared' / 'datasets'
@@ -105,6 +105,13 @@ def test_the_protocol_that_stands_for_a_script():
     assert tables.best_trained(long, 'TWTA_5_5_MNIST') == []
     teacher = [{**run, 'choices': {'quantize': 'nothing'}} for run in runs(0.95, 0.95, 30, 1)]
     assert chosen(teacher, best) == best
+
+
+@pytest.mark.parametrize('dataset', evidence.TITLES)
+def test_every_curve_is_told_from_the_others_by_colour_and_style(dataset):
+    figure = pictures.draw_curves('', [record for record in RECORDS if record['dataset'] == dataset])
+    seen = [(line.get_color(), str(line._dash_pattern)) for line in figure.axes[0].lines]
+    assert len(seen) == len(set(seen)) > 3
 
 
 def test_docstrings_and_the_first_table_say_that_images_are_recompressed():

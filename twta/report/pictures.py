@@ -37,7 +37,7 @@ FOLDER = RESULTS / 'pictures'
 FILTERS = 'TWTA_4_4_MNIST', 'TWTA_3_3_CIFAR10_Group_V2'
 MISCLASSIFIED = SPIKING = 'TWTA_4_4_MNIST'  # its errors are shown, and its spikes, layer by layer
 LINES = {'constant': '--', 'short': '-'}  # style of a curve, by schedule
-OF_OPTIONS = '-.', (0, (8, 2, 1, 2, 1, 2)), (0, (2, 2, 6, 2))  # the same of networks with options or a teacher
+OTHERS = '-.', ':', (0, (8, 2, 1, 2, 1, 2)), (0, (2, 2, 6, 2)), (0, (1, 4)), (0, (9, 4))  # the rest, in turn
 TIMED = {'TWTA_4_4_MNIST': (97.5, 99.8), 'TWTA_3_3_CIFAR10_Group_V2': (40, 90)}  # accuracy by minutes: the limits
 LAYERS = 'TWTA_3_3_CIFAR10_Group_V2'  # its costs are shown layer by layer
 FAMILIES = {'FP': ('float32', 'tab:grey', 's'), 'TWTA': ('TWTA', 'tab:blue', 'o'), 'TWBA': ('TWBA', 'tab:orange', '^'),
@@ -123,17 +123,16 @@ def draw_curves(title, records):
     networks = [record for record in records
                 if record['script'].startswith(('FP', 'TWTA')) and record['curve'][key][-1] is not None]
     scripts = list(dict.fromkeys(record['script'] for record in networks))
-    variants = {}  # options and whether a teacher helped: number
+    taken = {script: [] for script in scripts}  # a script's curves have one colour, and a style each
     for first, *_ in by_protocol([record for record in networks if len(record['stages']) == 1]):
-        stage = first['stages'][0]
-        style = LINES.get(name_schedule(stage['schedule'], stage['augmentation']), ':')
-        variant = *list_options(first['choices']), bool(first['flags'].get('teacher'))
-        if variant != (False,):  # another network of the same script and colour
-            style = OF_OPTIONS[variants.setdefault(variant, len(variants)) % len(OF_OPTIONS)]
+        script, stage = first['script'], first['stages'][0]
+        style = LINES.get(name_schedule(stage['schedule'], stage['augmentation']))
+        if style in [None, *taken[script]] or list_options(first['choices']) or first['flags'].get('teacher'):
+            style = next((other for other in OTHERS if other not in taken[script]), OTHERS[-1])
+        taken[script].append(style)
         axes.plot(first['curve']['epoch'], [100 * value for value in first['curve'][key]],
-                  color=f'C{scripts.index(first["script"])}', linewidth=1,
-                  linestyle=style,
-                  label=f'{first["script"]}, {protocol(first)}, {first["epochs"]} epochs')
+                  color=f'C{scripts.index(script)}', linewidth=1, linestyle=style,
+                  label=f'{script}, {protocol(first)}, {first["epochs"]} epochs')
     kind = 'validation accuracy' if held_out else 'training accuracy'
     axes.set(xlabel='epoch', ylabel=f'{kind} (%)', xscale='log')
     label_log(axes)
