@@ -3,7 +3,7 @@
    The exit status is 0 if all activations and predictions agree. The program is plain C99 and needs only the header and
    sqrt. It sums ternary products bit by bit: it is meant to be read and ported, not to be fast.
 
-       cc -O2 -ffp-contract=off -I. -DNETWORK=TWTA_4_4_MNIST -DHEADER='"TWTA_4_4_MNIST.h"' docs/reference.c -lm \\
+       cc -O2 -ffp-contract=off -I. -DNETWORK=TWTA_4_4_MNIST -DHEADER='"TWTA_4_4_MNIST.h"' docs/reference.c -lm \
           -o reference && ./reference
 
    NETWORK is the name of the struct at the end of the header.

@@ -131,8 +131,9 @@ def test_a_flag_without_its_value(flag):
     (['--B', '8'], ['--k 1 --B 8', '16 steps', 'up to 8']),
     (['--B', '8', '--resume', 'auto'], ['--k 1 --B 8', '16 steps']),
     (['--B', '8', '--resume', 'True', '--run_dir', '/absent/run'], ['no checkpoint in /absent/run']),  # k is the run's
-    (['--batch_norm', 'global'], ['--batch_norm global', 'without --workers']),
-    (['--patience', '7'], ['--patience 7', 'without --workers']),
+    (['--batch_norm', 'global'], ['--batch_norm global', 'without several --workers']),
+    (['--batch_norm', 'global', '--workers', 'a:1', '--task', '0'], ['--batch_norm global', 'without several']),
+    (['--patience', '7'], ['--patience 7', 'without several --workers']),
     (['--mode', 'inference', '--engine', 'packed', '--gpu', '1'], ['--gpu 1', '--engine packed']),
     (['--mode', 'inference', '--engine', 'packed', '--verbose'], ['--verbose', '--engine packed']),
     (['--weights', NPZ, '--run_dir', str(Path(NPZ).parent), '--resume', 'auto'], [f'--weights {NPZ}', '--resume auto']),

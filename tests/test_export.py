@@ -12,10 +12,11 @@ from conftest import ROOT, SCRIPTS, graph_of, hostile, random_packed, run_script
 
 from twta import TwtaError, command_line, files
 from twta.data import datasets
-from twta.export import folding, formats, nir_format, spatial
+from twta.export import __main__, folding, formats, nir_format, spatial
 from twta.export.pack import make_header, pack, read_out
 from twta.export.rewrite import fires_negatively, is_from_rest
 from twta.graph.tf1 import tf
+from twta.options import SUFFIXES
 from twta.packed import cost, engines, file_format, inference, numba_engine, numpy_engine, paired_engine, sliced_engine
 from twta.spikes import conversion, simulation
 from twta.training.blocks import Block
@@ -498,6 +499,19 @@ def test_a_stem_in_the_other_formats(tmp_path):
             np.testing.assert_array_equal(file[f'stem/{field}'], value)
     with pytest.raises(TwtaError, match=r'--format c: .*npz or onnx'):
         formats.check_format('c', packed)
+
+
+def test_only_some_formats_need_a_package(monkeypatch):
+    packed = file_format.read(ROOT / 'pretrained' / 'TWTA_4_4_MNIST.twta')
+    monkeypatch.setattr(formats.importlib.util, 'find_spec', lambda name: None)
+    for name in SUFFIXES:
+        if name not in ('onnx', 'qonnx', 'nir'):
+            formats.check_format(name, packed)
+            continue
+        with pytest.raises(TwtaError, match=f'--format {name}: the package .* is not installed; pip install'):
+            formats.check_format(name, packed)
+    with pytest.raises(TwtaError, match='--format twta: the package onnx is not installed'):
+        __main__.import_network(SimpleNamespace(core=False, dialect=None), None)
 
 
 def test_the_cost_of_a_stem():

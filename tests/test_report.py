@@ -54,6 +54,11 @@ def test_runs_that_differ_in_their_seed_alone_share_a_row():
     assert (empty, absent) == ('', 'Not run: TWTA_5_5_MNIST (published: 99.32 %).')
 
 
+@pytest.mark.parametrize('rate, word', [(1.0, '1'), (10.0, '10'), (0.005, '0.005'), (1e-9, '0.000000001')])
+def test_learning_rates_in_words(rate, word):
+    assert evidence.schedule(a_record(0, 0.9, learning_rate=rate)['stages'][0]) == f'short {word}'
+
+
 def test_full_precision_is_of_any_script_with_the_architecture():
     full = {'choices': {'quantize': 'nothing'}, 'script': 'TWBA_CIFAR10_Model2'}
     records = [{**a_record(0, accuracy), **words, 'dataset': 'cifar10'} for accuracy, words in (
@@ -214,10 +219,12 @@ def test_a_run_is_added_and_reproduced(repository, finished_run, capsys):
         evidence.reproduce(repository)
     assert 'not compared: the record is of other images' in capsys.readouterr().out
     expected = json.loads((finished_run / 'record.json').read_text())
-    expected['last']['test_accuracy'] += 0.01
-    path.write_text(json.dumps(expected))
-    with pytest.raises(TwtaError, match='not the recorded accuracy'):
-        evidence.reproduce(repository)
+    for changes, why in (({'last': {**expected['last'], 'test_accuracy': 0.5}}, ''),
+                         ({'confusion': np.transpose(expected['confusion']).tolist()}, ': other images recognised')):
+        path.write_text(json.dumps({**expected, **changes}))
+        with pytest.raises(TwtaError, match='not the recorded predictions'):
+            evidence.reproduce(repository)
+        assert f'DIFFERENT{why}\n' in capsys.readouterr().out
     (repository / 'PRETRAINED' / 'TWTA_5_5_MNIST.twta').unlink()
     with pytest.raises(TwtaError, match='nothing was compared'):
         evidence.reproduce(repository)

@@ -265,6 +265,12 @@ def test_other_predictions_are_an_error_and_write_nothing(finished_run, tmp_path
     assert not (tmp_path / 'out').exists()
 
 
+def test_more_images_than_there_are(finished_run, tmp_path):
+    with pytest.raises(UsageError, match=r'--images 9999: digits has \d+ test images; give fewer'):
+        convert(tmp_path / 'out', '--run_dir', finished_run, '--images', 9999)
+    assert not (tmp_path / 'out').exists()
+
+
 def test_a_folder_in_place_of_a_file_is_refused_before_the_simulation(tmp_path):
     (tmp_path / 'spikes.json').mkdir()
     with pytest.raises(UsageError, match=r'--output .*: spikes\.json in it is a folder; choose another'):
@@ -278,6 +284,7 @@ def test_a_folder_in_place_of_a_file_is_refused_before_the_simulation(tmp_path):
     (['--noise_ratio', '-0.1'], ['--noise_ratio', "'-0.1'"]),
     (['--noise_ratio', 'nan'], ['--noise_ratio', "'nan'"]),
     (['--images', '0'], ['--images', "'0'"]),
+    (['--seed', '7'], ['--seed 7', 'without --noise_ratio']),
     (['--output', __file__], ['--output', __file__, 'not a directory', 'choose another']),
     (['--file', '/absent.twta', '--conversion', 'temporal'], ['--file', '--conversion']),
     (['--file', '/absent.twta', '--network', 'Quant_MNIST'], ['--network', '--file']),

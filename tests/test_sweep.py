@@ -175,6 +175,7 @@ def test_a_mistake_is_told_before_anything_starts(tmp_path, words, message):
     (['--seed', '0', SCRIPT], 'the following arguments are required: SCRIPT'),
     ([SCRIPT, '--parallel', '0'], "--parallel: '0' is not a whole number from 1"),
     ([SCRIPT, '--slurm', 'gpu'], "--slurm: 'gpu' is not KEY=VALUE"),
+    ([SCRIPT, '--slurm', 'time=5', 'mem=1GB', 'time=9'], '--slurm time: it is there twice'),
     ([ROOT / 'MNIST'], 'not a Python file'),
     ([ROOT / 'MNIST' / 'Spiking_MNIST.py'], 'has no model(x, is_train)'),
     ([SCRIPT, '--sweep_dir', __file__], 'is not a directory that can be written to'),

@@ -223,6 +223,9 @@ def resolve(args, script, usual_dataset):
     elif resume == 'auto':
         resume = has_checkpoint(run_dir)
     found = workers.choose(args.workers, args.task) if args.mode == 'training' else workers.Workers()
+    for flag in 'batch_norm', 'patience':
+        if found.count == 1 and getattr(args, flag) is not None:
+            raise UsageError(f'--{flag} {getattr(args, flag)} has no meaning without several --workers; leave it out')
     resolved = {**vars(args), 'file': file, 'resume': resume, 'is_auto': args.resume == 'auto', 'run_dir': run_dir,
                 'data_dir': (args.data_dir or root / 'data').resolve(), 'workers': found,
                 'patience': args.patience or PATIENCE,
@@ -285,10 +288,6 @@ def check_meaning(args):
         if not is_training and value is not None:
             value = ','.join(value) if flag == 'workers' else value
             raise UsageError(f'--{flag} {value} has no meaning with --mode {args.mode}; leave it out')
-    if args.workers is None and not os.environ.get('TF_CONFIG'):
-        for flag in 'batch_norm', 'patience':
-            if getattr(args, flag) is not None:
-                raise UsageError(f'--{flag} {getattr(args, flag)} has no meaning without --workers; leave it out')
     if not is_training and args.precision != 'auto':
         raise UsageError(f'--precision {args.precision} has no meaning with --mode {args.mode}, which computes in '
                          'float32; leave it out')

@@ -49,6 +49,7 @@ def stem(path):
 def import_network(args, out):
     """Write the packed network of a QONNX file."""
     formats.check_format('twta', None, args.core, args.dialect)
+    formats.check_package('twta', 'onnx')  # it reads the QONNX file
     if args.file.suffix == '.twta':
         raise UsageError(f'{args.file}: a packed network already; give a QONNX file (.onnx)')
     from twta.export import qonnx_import  # here: onnx is optional

@@ -15,6 +15,7 @@ from twta.packed.file_format import after, filter_major, input_shape, shapes
 from twta.packed.numpy_engine import NumpyEngine
 
 VECTORS = 4  # images among the test vectors
+PACKAGES = {'onnx': 'onnx', 'qonnx': 'onnx', 'nir': 'h5py'}  # format: the package that writes it
 
 
 def check_format(name, packed, core=False, dialect=None):
@@ -26,9 +27,8 @@ def check_format(name, packed, core=False, dialect=None):
     if name == 'c' and packed.stem:
         raise UsageError(f'--format c: {packed.network} has two real-valued convolutions, but the header has room for '
                          'one; use npz or onnx')
-    package = {'onnx': 'onnx', 'qonnx': 'onnx', 'twta': 'onnx', 'nir': 'h5py'}.get(name)
-    if package and not importlib.util.find_spec(package):
-        raise UsageError(f'--format {name}: the package {package} is not installed; pip install {package}')
+    if name in PACKAGES:
+        check_package(name, PACKAGES[name])
     if core and name not in CORES:
         raise UsageError(f'--core is for {" and ".join(CORES)}; leave it out with --format {name}')
     valid = DIALECTS.get(name, ())
@@ -48,6 +48,11 @@ def check_format(name, packed, core=False, dialect=None):
         reason = nir_format.check(packed, core)
         if reason:
             raise UsageError(f'--format nir: {reason}')
+
+
+def check_package(name, package):
+    if not importlib.util.find_spec(package):
+        raise UsageError(f'--format {name}: the package {package} is not installed; pip install {package}')
 
 
 def make_vectors(packed, images):

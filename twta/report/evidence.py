@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 from types import NoneType
 
+import numpy as np
+
 from twta import TwtaError, UsageError, describe_fault
 from twta.data import datasets
 from twta.files import replacing
@@ -68,7 +70,8 @@ def load_records():
 
 def schedule(stage):
     """Return schedule, augmentation and learning rate of a stage in words."""
-    return f'{name_schedule(stage["schedule"], stage["augmentation"])} {stage["learning_rate"]:.8f}'.rstrip('0')
+    rate = np.format_float_positional(stage['learning_rate'], trim='-')
+    return f'{name_schedule(stage["schedule"], stage["augmentation"])} {rate}'
 
 
 def protocol(record):
@@ -194,7 +197,7 @@ def count_operations(network, images):
 def reproduce(data_dir):
     """Evaluate every network in pretrained/ on its test images.
 
-    Raises TwtaError if one does not have the accuracy of its record, or if none could be compared.
+    Raises TwtaError if one does not have the confusion matrix of its record, or if none could be compared.
     """
     verdicts, load, absent = [], functools.cache(datasets.load), {}
     for file in sorted(PRETRAINED.glob('*.twta')):
@@ -210,8 +213,12 @@ def reproduce(data_dir):
             say(f'{file.stem:35} recorded {recorded:.2%}  not compared: {describe_fault(error).partition(";")[0]}')
             verdicts.append('not compared')
             continue
-        found = accuracy(evaluate(network, dataset))
-        verdict, why = 'the same' if found == recorded else 'DIFFERENT', ''
+        confusion = evaluate(network, dataset)
+        found = accuracy(confusion)
+        is_same = found == recorded and confusion.tolist() == record['confusion']
+        verdict, why = 'the same' if is_same else 'DIFFERENT', ''
+        if found == recorded and not is_same:
+            why = ': other images recognised'
         if dataset.sha256 != record['data']['sha256']:
             verdict, why = 'not compared', f': the record is of other images ({record["data"]["origin"]})'
         verdicts.append(verdict)
@@ -219,6 +226,6 @@ def reproduce(data_dir):
     counts = ', '.join(f'{verdicts.count(verdict)} {verdict}' for verdict in ('the same', 'not compared', 'DIFFERENT'))
     say(f'{len(verdicts)} networks: {counts}')
     if 'DIFFERENT' in verdicts:
-        raise TwtaError(f'{PRETRAINED}: not the recorded accuracy')
+        raise TwtaError(f'{PRETRAINED}: not the recorded predictions')
     if 'the same' not in verdicts:
         raise TwtaError(f'{PRETRAINED}: nothing was compared; put the images of the records into --data_dir {data_dir}')

@@ -52,11 +52,11 @@ def make_parser(script, description, datasets, default):
         help=f'trained network to convert: {", ".join(networks)} (default: {default})')
     add('--conversion', choices=('spatial', 'temporal', 'rest'), default='spatial',
         help='spatial: one neuron per level, one step; temporal: one step per level, store and release; rest: for '
-             'networks of --rest -1, one neuron per activation a fires a + 1 times in two steps, none negatively '
-             '(default: spatial)')
+             'networks of --rest -1: each activation a has one neuron, which fires a + 1 times in two steps, never '
+             'negatively (default: spatial)')
     add('--noise_ratio', type=partial(number, least=0, most=0.99), metavar='P', default=0.0,
         help='probability that a spike of the encoder is deleted (default: 0)')
-    add('--seed', type=natural, default=0, metavar='N', help='random seed for the noise (default: 0)')
+    add('--seed', type=natural, metavar='N', help='random seed for the noise (default: 0)')
     add('--images', type=positive_integer, metavar='N', help='number of test images (default: all)')
     add('--dataset', choices=datasets, default=datasets[0], help=f'data set (default: {datasets[0]})')
     add('--data_dir', type=path, metavar='DIR', help='folder of the data sets (default: data/ beside README.md)')
@@ -74,12 +74,14 @@ def make_parser(script, description, datasets, default):
 
 
 def check_flags(flags):
-    """Raise UsageError if a flag contradicts --file, or if there is no such file."""
+    """Raise UsageError if a flag contradicts another, or if there is no such --file."""
     for flag in ('network', 'run_dir', 'checkpoint'):
         if flags.file and getattr(flags, flag) is not None:
             raise UsageError(f'--{flag} has no meaning with --file, which has its network; leave one out')
     if flags.file and flags.conversion == 'temporal':
         raise UsageError('--conversion temporal with --file, whose network is converted spatially; use --network')
+    if flags.seed is not None and not flags.noise_ratio:
+        raise UsageError(f'--seed {flags.seed} has no meaning without --noise_ratio; leave it out')
     if flags.file and not flags.file.is_file():
         raise UsageError(f'--file {flags.file}: no such file; --mode export writes such files, pretrained/ has some')
 
@@ -103,7 +105,7 @@ def resolve(flags, root, network):
     usual = Path(f'{flags.file.stem}-{folder}') if flags.file else run_dir / folder
     return argparse.Namespace(**{
         **vars(flags), 'run_dir': run_dir, 'data_dir': (flags.data_dir or root / 'data').resolve(),
-        'output': (flags.output or usual).resolve(), 'checkpoint': flags.checkpoint or 'last'})
+        'output': (flags.output or usual).resolve(), 'seed': flags.seed or 0, 'checkpoint': flags.checkpoint or 'last'})
 
 
 def convert_network(script, flags):

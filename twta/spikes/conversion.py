@@ -3,7 +3,7 @@ import time
 
 import numpy as np
 
-from twta import TwtaError
+from twta import TwtaError, UsageError
 from twta.data import datasets
 from twta.export.rewrite import count_from_rest
 from twta.files import replacing
@@ -27,7 +27,7 @@ def convert(experiment, flags):
     from twta.training.evaluation import trained
 
     dataset = experiment.dataset
-    images = dataset.test.images[:flags.images]
+    images = first_images(dataset, flags.images)
     with trained(experiment) as (network, session, experiment):
         packed = pack(network.net, session, header_of(experiment), flags.conversion == 'temporal')
         predicted = predict(network, session, images)
@@ -49,10 +49,19 @@ def convert_file(flags, packed):
     inference.check_images(packed, dataset, flags)
     say(f'data: {dataset}')
     say(f'network: {packed.network}, {flags.file}')
-    images = dataset.test.images[:flags.images]
+    images = first_images(dataset, flags.images)
     engine = engines.warm_engine(packed, 'auto', None, len(images))
     predicted = engines.logits(engine, images).argmax(1)
     report(flags, plain, steps, predicted, f'the packed engine ({engine.name})', dataset, images)
+
+
+def first_images(dataset, count):
+    """Return so many test images, None for all. Raises UsageError if there are fewer."""
+    images = dataset.test.images
+    if count and count > len(images):
+        raise UsageError(f'--images {count}: {dataset.name} has {len(images):,} test images; give fewer, or leave '
+                         'it out for all')
+    return images[:count]
 
 
 def open_simulator(packed, conversion, of_one_step):

@@ -35,6 +35,9 @@ def main(argv=None):
         own, words = split(sys.argv[1:] if argv is None else argv)
         args = parser.parse_args(own)
         slurm = None if args.slurm is None else dict(args.slurm)
+        for key in slurm or ():
+            if [given for given, _ in args.slurm].count(key) > 1:
+                raise UsageError(f'--slurm {key}: it is there twice; leave one out')
         threads = count_threads(slurm)
         sweep_dir, runs, swept = plan.make_runs(args.script, words, args.sweep_dir)
         if not importlib.util.find_spec('submitit'):

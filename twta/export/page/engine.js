@@ -282,8 +282,7 @@ function run(net, pixels, deleted = null, shift = 0) {
         if (!index && deleted) thin(fired, isFromRest(net) ? -1 : 0, deleted);
         activations.push(fired);
         sums.push(found.sums);
-        counts.push({spikes: fired.reduce((sum, value) => sum + Math.abs(value), 0), neurons: fired.length,
-                     additions: found.additions, products: found.sums.length * layer.fanIn});
+        counts.push({neurons: fired.length, additions: found.additions, products: found.sums.length * layer.fanIn});
     }
     const classes = net.classes.length, last = activations[activations.length - 1];
     const scores = new Float64Array(classes);
