@@ -4,8 +4,8 @@
 Architecture: 32C3-64C3-256C4s2/2-512C3/8-512C2s2/4-2048C3/16-1024N1/4-1024C2s2/8-1024C2/8-512N1
               (s2: stride 2; the first two convolutions keep full-precision weights)
 Source:       github.com/edwardzcl/TWBA_Nets, "Model-2" (Zou et al., ASICON 2019)
-Accuracy:     79.39 % test on JPEG-recompressed images (5 epochs, beta_init -0.5, from other weights, with a teacher, 1
-              seed; published 88.19 %)
+Accuracy:     79.60 % test on JPEG-recompressed images (3 epochs, beta_init -0.5, from other weights, 1 seed; published
+              88.19 %)
 Speed:        not run
 
     python CIFAR10/TWBA_CIFAR10_Model2.py --resume False --learning_rate 0.01 --mode training
