@@ -37,7 +37,7 @@ FOLDER = RESULTS / 'pictures'
 FILTERS = 'TWTA_4_4_MNIST', 'TWTA_3_3_CIFAR10_Group_V2'
 MISCLASSIFIED = SPIKING = 'TWTA_4_4_MNIST'  # its errors are shown, and its spikes, layer by layer
 LINES = {'constant': '--', 'short': '-'}  # style of a curve, by schedule
-OTHERS = '-.', ':', (0, (8, 2, 1, 2, 1, 2)), (0, (2, 2, 6, 2)), (0, (1, 4)), (0, (9, 4))  # the rest, in turn
+OTHERS = '-.', ':', (0, (9, 4)), (0, (1, 4)), (0, (2, 2, 6, 2)), (0, (8, 2, 1, 2, 1, 2))  # the rest, in turn
 TIMED = {'TWTA_4_4_MNIST': (97.5, 99.8), 'TWTA_3_3_CIFAR10_Group_V2': (40, 90)}  # accuracy by minutes: the limits
 LAYERS = 'TWTA_3_3_CIFAR10_Group_V2'  # its costs are shown layer by layer
 FAMILIES = {'FP': ('float32', 'tab:grey', 's'), 'TWTA': ('TWTA', 'tab:blue', 'o'), 'TWBA': ('TWBA', 'tab:orange', '^'),
@@ -116,7 +116,7 @@ def draw_curves(title, records):
 
     The accuracy is on validation images. If no run of the data set has any, it is on training images, as augmented.
     """
-    figure = Figure(figsize=(10, 4.8), layout='constrained')
+    figure = Figure(figsize=(10.5, 4.8), layout='constrained')
     axes = figure.subplots()
     held_out = any(record['data']['validation_images'] for record in records)
     key = 'validation_accuracy' if held_out else 'training_accuracy'
@@ -139,7 +139,7 @@ def draw_curves(title, records):
     if held_out:
         axes.set_ylim(98.5, 99.8)
     axes.grid(alpha=0.3, which='both')
-    figure.legend(fontsize=7, loc='outside lower center', ncols=2)
+    figure.legend(fontsize=7, loc='outside lower center', ncols=2, handlelength=4)
     figure.suptitle(f'{title}: {kind} by epoch, one seed each')
     return figure
 
