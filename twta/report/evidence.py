@@ -215,10 +215,9 @@ def reproduce(data_dir):
             continue
         confusion = evaluate(network, dataset)
         found = accuracy(confusion)
-        is_same = found == recorded and confusion.tolist() == record['confusion']
-        verdict, why = 'the same' if is_same else 'DIFFERENT', ''
-        if found == recorded and not is_same:
-            why = ': other images recognised'
+        verdict, why = 'the same' if found == recorded else 'DIFFERENT', ''
+        if found == recorded and confusion.tolist() != record['confusion']:
+            verdict, why = 'DIFFERENT', ': other images recognised'
         if dataset.sha256 != record['data']['sha256']:
             verdict, why = 'not compared', f': the record is of other images ({record["data"]["origin"]})'
         verdicts.append(verdict)

@@ -131,8 +131,9 @@ def distances(records):
     """
     rows, in_full = [], [record for record in records
                          if is_fp(record['script']) or is_full_precision(record['choices'])]
-    networks = {script: architecture(file) for script, file in find_scripts().items()}
-    for script, file in find_scripts().items():
+    files = find_scripts()
+    networks = {script: architecture(file) for script, file in files.items()}
+    for script, file in files.items():
         if file.parent.name == 'CIFAR10' and not is_fp(script):
             ours = best_trained(records, script)
             full = best([record for record in in_full if networks.get(record['script']) == networks[script]])
